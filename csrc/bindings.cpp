@@ -1,0 +1,136 @@
+// Every op is bound here, once: fastunlearn._C.
+//
+// Tensors are passed as addresses (int) and sizes; the Python side has checked them. No call holds the GIL.
+// Compiled with FU_HOST_SIMT the module has another name and its cuda_* functions run the CUDA kernel bodies
+// on the host (csrc/simt.h): the tests build it.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <string>
+#include <vector>
+
+#include "common.h"
+#include "mask.h"
+
+#if defined(FU_WITH_CUDA) && !defined(FU_HOST_SIMT)
+#include <cuda_runtime.h>
+#endif
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+
+#if !defined(FU_MODULE)
+#define FU_MODULE _C
+#endif
+
+namespace py = pybind11;
+using Address = uintptr_t;
+
+namespace {
+
+template <class T>
+T* at(Address a) {
+  return reinterpret_cast<T*>(a);
+}
+
+const py::call_guard<py::gil_scoped_release> no_gil;
+
+void bind_mask(py::module_& m) {
+  m.def(
+      "mask_pack_cpu",
+      [](Address bools, int64_t rows, int64_t cols, Address bits) {
+        FU_CALL(mask_pack, at<const uint8_t>(bools), rows, cols, at<uint8_t>(bits));
+      },
+      no_gil);
+  m.def(
+      "mask_unpack_cpu",
+      [](Address bits, int64_t rows, int64_t cols, Address bools) {
+        FU_CALL(mask_unpack, at<const uint8_t>(bits), rows, cols, at<uint8_t>(bools));
+      },
+      no_gil);
+  m.def(
+      "mask_count_cpu",
+      [](Address bits, int64_t bytes) { return FU_CALL(mask_count, at<const uint8_t>(bits), bytes); },
+      no_gil);
+  m.def(
+      "mask_prefix_cpu",
+      [](Address bits, int64_t bytes, int64_t chunk, Address out) {
+        FU_CALL(mask_prefix, at<const uint8_t>(bits), bytes, chunk, at<int64_t>(out));
+      },
+      no_gil);
+#if defined(FU_WITH_CUDA)
+  m.def(
+      "mask_pack_cuda",
+      [](Address bools, int64_t rows, int64_t cols, Address bits, int device, Address stream) {
+        fu::cuda::mask_pack(at<const uint8_t>(bools), rows, cols, at<uint8_t>(bits), device, stream);
+      },
+      no_gil);
+  m.def(
+      "mask_unpack_cuda",
+      [](Address bits, int64_t rows, int64_t cols, Address bools, int device, Address stream) {
+        fu::cuda::mask_unpack(at<const uint8_t>(bits), rows, cols, at<uint8_t>(bools), device, stream);
+      },
+      no_gil);
+  m.def(
+      "mask_count_cuda",
+      [](Address bits, int64_t bytes, Address out, int device, Address stream) {
+        fu::cuda::mask_count(at<const uint8_t>(bits), bytes, at<int64_t>(out), device, stream);
+      },
+      no_gil);
+  m.def(
+      "mask_prefix_cuda",
+      [](Address bits, int64_t bytes, int64_t chunk, Address out, Address partial, int device,
+         Address stream) {
+        fu::cuda::mask_prefix(at<const uint8_t>(bits), bytes, chunk, at<int64_t>(out), at<int64_t>(partial),
+                              device, stream);
+      },
+      no_gil);
+#endif
+}
+
+py::dict build_info() {
+  py::dict d;
+  d["isa"] = fu::isa_level() >= 4 ? "x86-64-v4" : fu::isa_level() == 3 ? "x86-64-v3" : "baseline";
+  d["compiler"] = __VERSION__;
+#if defined(_OPENMP)
+  d["openmp_threads"] = omp_get_max_threads();
+#else
+  d["openmp_threads"] = 1;
+#endif
+#if defined(FU_WITH_CUDA)
+  d["cuda"] = true;
+  d["cuda_archs"] = FU_CUDA_ARCHS;
+#else
+  d["cuda"] = false;
+  d["cuda_archs"] = "";
+#endif
+#if defined(FU_HOST_SIMT)
+  d["host_simt"] = true;
+#else
+  d["host_simt"] = false;
+#endif
+  return d;
+}
+
+// (devices, "") or (0, why not).
+py::tuple cuda_devices() {
+#if defined(FU_HOST_SIMT)
+  return py::make_tuple(0, "CUDA kernel bodies compiled for the host");
+#elif defined(FU_WITH_CUDA)
+  int n = 0;
+  const cudaError_t e = cudaGetDeviceCount(&n);
+  if (e != cudaSuccess) return py::make_tuple(0, std::string(cudaGetErrorString(e)));
+  return py::make_tuple(n, "");
+#else
+  return py::make_tuple(0, "built without nvcc");
+#endif
+}
+
+}  // namespace
+
+PYBIND11_MODULE(FU_MODULE, m) {
+  m.doc() = "C++ and CUDA kernels of fastunlearn; call them through fastunlearn.ops";
+  m.def("build_info", &build_info);
+  m.def("cuda_devices", &cuda_devices);
+  bind_mask(m);
+}

@@ -1,0 +1,1 @@
+"""Optimisers that keep state only for entries that may move."""

@@ -1,0 +1,15 @@
+"""What the Triton kernels share. Kernels live at the repository's root and are imported as `fastunlearn.kernels`.
+
+A list of tensors is one launch: the kernel gets a table of addresses (int64 tensor) and casts an entry to a pointer.
+"""
+
+import torch
+import triton.language as tl
+
+#: element type of a torch tensor as a Triton type, for `tl.pointer_type(...)` casts of table entries
+TL_DTYPES = {
+    torch.float32: tl.float32,
+    torch.float16: tl.float16,
+    torch.bfloat16: tl.bfloat16,
+    torch.float64: tl.float64,
+}
