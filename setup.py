@@ -191,9 +191,10 @@ class BuildNative(build_ext):
             # One folder a kind: a CPU build never reuses objects compiled with the CUDA defines.
             folder = Path(self.build_temp).resolve() / ("cuda" if attempt else "cpu")
             try:
-                write_ninja(folder / "build.ninja", target, cxx=cxx, nvcc=attempt)
+                write_ninja(folder / "build.ninja", folder / target.name, cxx=cxx, nvcc=attempt)
                 jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
                 subprocess.run([ninja_binary(), "-C", str(folder), *jobs], check=True)
+                shutil.copy2(folder / target.name, target)
                 return
             except (subprocess.CalledProcessError, OSError, ImportError) as error:
                 if attempt and wanted("FASTUNLEARN_CUDA") != "1":

@@ -132,5 +132,6 @@ PYBIND11_MODULE(FU_MODULE, m) {
   m.doc() = "C++ and CUDA kernels of fastunlearn; call them through fastunlearn.ops";
   m.def("build_info", &build_info);
   m.def("cuda_devices", &cuda_devices);
+  m.def("set_isa_level", &fu::set_isa_level);
   bind_mask(m);
 }

@@ -121,4 +121,6 @@ FU_HD int64_t ceil_div(int64_t a, int64_t b) {
 namespace fu {
 // 4: AVX-512 (x86-64-v4), 3: AVX2 and FMA (x86-64-v3), 0: the baseline of the architecture.
 int isa_level();
+// Asks for less than the machine has, to test the other builds on one machine; returns what was in force.
+int set_isa_level(int level);
 }  // namespace fu

@@ -1,0 +1,103 @@
+"""Set before anything imports triton or torch: no GPU means the interpreter; memory that is not written is poisoned."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+if not _has_gpu():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import hypothesis  # noqa: E402
+import torch  # noqa: E402
+
+# 300 cases an op in CI, 10,000 by `make fuzz`; an example's time says nothing on a shared machine.
+for _name, _examples in {"quick": 30, "ci": 300, "fuzz": 10_000}.items():
+    hypothesis.settings.register_profile(
+        _name,
+        max_examples=_examples,
+        deadline=None,
+        derandomize=_name == "ci",
+        suppress_health_check=[hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.function_scoped_fixture],
+    )
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_memory():
+    """torch.empty holds NaN (or the largest integer): a kernel that leaves an entry unwritten is seen."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    def applies(item: pytest.Item) -> bool:
+        cls = getattr(item, "cls", None)
+        return not hasattr(cls, "has_rung") or cls.has_rung(item.originalname)  # type: ignore[attr-defined]
+
+    absent = [item for item in items if not applies(item)]
+    if absent:
+        config.hook.pytest_deselected(items=absent)
+        items[:] = [item for item in items if applies(item)]
+    if _has_gpu():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU; torch finds none"))
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A rung of tests/proof.py runs on every case of its op."""
+    cls = metafunc.cls
+    if cls is None or not hasattr(cls, "proof_parameters"):
+        return
+    for name, values in cls.proof_parameters().items():
+        if name in metafunc.fixturenames:
+            metafunc.parametrize(name, values)
+
+
+@pytest.fixture(scope="session")
+def simt_module() -> ModuleType:
+    """The module whose cuda_* functions are the CUDA kernel bodies compiled for the host (csrc/simt.h)."""
+    name = "fastunlearn_simt"
+    spec = importlib.util.spec_from_file_location("_fastunlearn_setup", ROOT / "setup.py")
+    assert spec is not None
+    assert spec.loader is not None
+    builder = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(builder)
+    cxx = builder.find_compiler()
+    if cxx is None:
+        pytest.skip("no C++ compiler: the CUDA kernel bodies cannot be compiled for the host")
+    folder = ROOT / "build" / f"simt-{sys.implementation.cache_tag}"
+    target = folder / f"{name}.so"
+    builder.write_ninja(folder / "build.ninja", target, cxx=cxx, nvcc=None, simt_module=name)
+    done = subprocess.run([builder.ninja_binary(), "-C", str(folder)], capture_output=True, text=True)
+    assert done.returncode == 0, f"the CUDA bodies do not compile for the host:\n{done.stdout[-6000:]}"
+    spec = importlib.util.spec_from_file_location(name, target)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
