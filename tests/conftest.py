@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import ModuleType
 
@@ -76,6 +78,33 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     for name, values in cls.proof_parameters().items():
         if name in metafunc.fixturenames:
             metafunc.parametrize(name, values)
+
+
+_gpu_outcomes: dict[str, set[str]] = {}
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]):
+    """Collects how every op and backend fared on a GPU, for fastunlearn/gpu_runs.json."""
+    report = (yield).get_result()
+    if report.when == "call" and getattr(item, "originalname", "") == "test_gpu":
+        key = f"{item.cls.op}/{item.callspec.params['gpu_backend']}"  # type: ignore[attr-defined]
+        _gpu_outcomes.setdefault(key, set()).add(report.outcome)
+
+
+def pytest_sessionfinish() -> None:
+    path = os.environ.get("FASTUNLEARN_GPU_RUNS")
+    if not path or not _gpu_outcomes:
+        return
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
+    run = {
+        "gpu": torch.cuda.get_device_name(),
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        "commit": commit.strip() or "unknown",
+        "torch": torch.__version__,
+    }
+    passed = {key: run for key, outcomes in sorted(_gpu_outcomes.items()) if outcomes == {"passed"}}
+    Path(path).write_text(json.dumps(passed, indent=2) + "\n")
 
 
 @pytest.fixture(scope="session")

@@ -60,10 +60,11 @@ def collect() -> dict[str, Any]:
         native["cuda_devices"], native["cuda_why_none"] = _native._C.cuda_devices()
     proven = _backend.gpu_runs()
     devices = ["cpu", *(["cuda"] if gpus else [])]
-    ops = []
-    for device in devices:
-        for row in fastunlearn.explain(device=device):
-            ops.append({"op": row.op, "device": device, "backend": row.backend, "reason": row.reason})
+    ops = [
+        {"op": row.op, "device": device, "backend": row.backend, "reason": row.reason}
+        for device in devices
+        for row in fastunlearn.explain(device=device)
+    ]
     kernels = []
     for op in _backend._ops.values():
         for name, kinds in op.backends.items():
@@ -98,7 +99,8 @@ def render(facts: dict[str, Any]) -> str:
     """The facts as text for a terminal: the tables, then the block for bug reports."""
     lines = [f"fastunlearn {facts['fastunlearn']}", "", "What runs:"]
     lines += _table(
-        ("op", "tensors on", "backend", "why"), [(o["op"], o["device"], o["backend"], o["reason"]) for o in facts["ops"]]
+        ("op", "tensors on", "backend", "why"),
+        [(o["op"], o["device"], o["backend"], o["reason"]) for o in facts["ops"]],
     )
     lines += ["", "GPU kernels:"]
     lines += _table(
@@ -116,7 +118,11 @@ def render(facts: dict[str, Any]) -> str:
     )
     native = facts["native"]
     if native["loaded"]:
-        cuda = f"CUDA for sm_{native['cuda_archs'].replace(',', ', ')}" if native["cuda"] else "no CUDA (built without nvcc)"
+        cuda = (
+            f"CUDA for sm_{native['cuda_archs'].replace(',', ', ')}"
+            if native["cuda"]
+            else "no CUDA (built without nvcc)"
+        )
         built = f"C++ for {native['isa']}, {cuda}, gcc {native['compiler']}"
         if native["cuda"] and not native["cuda_devices"]:
             built += f"; CUDA runtime: {native['cuda_why_none']}"

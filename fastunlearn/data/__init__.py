@@ -1,0 +1,1 @@
+"""Data sets: what a model learns, forgets and keeps."""

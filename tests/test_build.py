@@ -1,0 +1,120 @@
+"""The three builds: with nvcc, without nvcc, without a compiler. Each is built, installed and used apart."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+
+pytestmark = [pytest.mark.serial, pytest.mark.slow]
+
+USE = """
+import sys
+# An editable install's finder would lend its own _C to a package that has none.
+sys.meta_path = [f for f in sys.meta_path if "editable" not in getattr(f, "__module__", "").lower()]
+import torch, fastunlearn
+from fastunlearn import BitMask, _native
+mask = torch.rand(100, 77) < 0.5
+assert torch.equal(BitMask.pack(mask).unpack(), mask)
+print(fastunlearn.__file__)
+print(fastunlearn.explain("bitmask").last)
+print(_native._C.build_info() if _native._C else None)
+print(_native._C.cuda_devices() if _native._C else _native._why_missing)
+"""
+
+
+def build(tmp_path: Path, **environment: str) -> tuple[Path, str]:
+    """A wheel of a copy of the tree, unpacked: (folder to import from, what the build printed)."""
+    source = tmp_path / "source"
+    keep = shutil.ignore_patterns(
+        ".git", ".venv", "build", "*.so", "*.egg-info", "__pycache__", "tests", ".*_cache", "results"
+    )
+    shutil.copytree(ROOT, source, symlinks=True, ignore=keep)
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "pip",
+            "wheel",
+            "-q",
+            "--no-deps",
+            "--no-build-isolation",
+            "-w",
+            str(tmp_path / "dist"),
+            ".",
+        ],
+        cwd=source,
+        env={**os.environ, "PIP_DISABLE_PIP_VERSION_CHECK": "1", **environment},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    (wheel,) = (tmp_path / "dist").glob("*.whl")
+    site = tmp_path / "site"
+    with zipfile.ZipFile(wheel) as file:
+        file.extractall(site)
+    return site, done.stdout + done.stderr
+
+
+def use(site: Path) -> list[str]:
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", USE],
+        cwd=site,
+        env={**os.environ, "PYTHONPATH": str(site)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert Path(lines[0]).is_relative_to(site), f"imported {lines[0]}"
+    return lines
+
+
+def test_without_a_compiler(tmp_path):
+    site, _ = build(tmp_path, CXX="/nonexistent/g++", NVCC="/nonexistent/nvcc")
+    assert not list((site / "fastunlearn").glob("_C*"))
+    lines = use(site)
+    assert lines[1] == "reference:cpu"
+    assert lines[3] == "fastunlearn._C is not built"
+    assert (site / "fastunlearn" / "kernels" / "_common.py").is_file()
+    assert (site / "fastunlearn" / "gpu_runs.json").is_file()
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="no g++ on this machine")
+def test_without_nvcc(tmp_path):
+    site, _ = build(tmp_path, NVCC="/nonexistent/nvcc")
+    lines = use(site)
+    assert lines[1] == "native:cpu"
+    assert "'cuda': False" in lines[2]
+    assert "built without nvcc" in lines[3]
+
+
+@pytest.mark.skipif(not (shutil.which("nvcc") or os.environ.get("CUDA_HOME")), reason="no nvcc on this machine")
+def test_with_nvcc(tmp_path):
+    """All architectures of the default are compiled by the install itself; here two, to keep the test short."""
+    site, _ = build(tmp_path, FASTUNLEARN_CUDA="1", FASTUNLEARN_CUDA_ARCHS="80;90a")
+    lines = use(site)
+    assert lines[1] == "native:cpu"
+    assert "'cuda': True" in lines[2]
+    assert "'cuda_archs': '80,90a'" in lines[2]
+
+
+def test_a_broken_compiler_still_installs(tmp_path):
+    """A compiler that fails leaves a package that works, and says so in the build's output."""
+    broken = tmp_path / "g++"
+    broken.write_text("#!/bin/sh\necho broken compiler >&2\nexit 1\n")
+    broken.chmod(0o755)
+    site, _ = build(tmp_path, CXX=str(broken), FASTUNLEARN_CUDA="0")
+    assert use(site)[1] == "reference:cpu"
+
+
+def test_native_code_demanded_and_not_there_fails(tmp_path):
+    with pytest.raises(AssertionError, match="FASTUNLEARN_NATIVE=1, but no C\\+\\+ compiler found"):
+        build(tmp_path, CXX="/nonexistent/g++", FASTUNLEARN_NATIVE="1")

@@ -1,0 +1,140 @@
+"""The house: what imports what, what an import costs, where the kernels live, what the top level holds."""
+
+from __future__ import annotations
+
+import ast
+import os
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+
+PACKAGE = ROOT / "fastunlearn"
+#: a layer may import those after it (design: imports run one way)
+LAYERS = [
+    {"cli"},
+    {"methods"},
+    {"trainer"},
+    {"localize", "objectives", "updates", "parametrize", "optim", "data", "evaluation", "report"},
+    {"ops"},
+    {"reference", "kernels", "_C", "_native", "_backend", "_version"},
+]
+
+
+def python(code: str, **environment: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env={**os.environ, **environment}
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def imports_of(path: Path) -> set[str]:
+    """Modules that a file imports, at any depth of the file."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return names
+
+
+def layer(parts: tuple[str, ...]) -> int | None:
+    return next((i for i, names in enumerate(LAYERS) if parts and parts[0] in names), None)
+
+
+def test_imports_run_one_way():
+    files = [p for p in PACKAGE.rglob("*.py") if "kernels" not in p.parts]
+    assert len(files) > 10
+    wrong = []
+    for path in files:
+        mine = layer(path.relative_to(PACKAGE).with_suffix("").parts)
+        if mine is None:
+            continue
+        for name in imports_of(path):
+            parts = name.split(".")
+            theirs = layer(tuple(parts[1:])) if parts[0] == "fastunlearn" else None
+            # _backend.explain imports the ops to list them: the one upward look, inside a function.
+            if theirs is not None and theirs < mine and path.name != "_backend.py":
+                wrong.append(f"{path.relative_to(ROOT)} imports {name}")
+    assert not wrong
+
+
+@pytest.mark.parametrize("folder", ["ops", "reference", "optim"])
+def test_ops_import_no_model_library(folder):
+    for path in (PACKAGE / folder).rglob("*.py"):
+        heavy = {n.split(".")[0] for n in imports_of(path)} & {"transformers", "diffusers", "peft", "accelerate"}
+        assert not heavy, f"{path} imports {heavy}"
+
+
+@pytest.mark.serial
+def test_import_is_light():
+    out = python(
+        "import sys, time, torch; t = time.perf_counter(); import fastunlearn; "
+        "print(time.perf_counter() - t); print(*sorted({m.split('.')[0] for m in sys.modules}))"
+    )
+    seconds, modules = out.splitlines()
+    assert float(seconds) < 1.5
+    assert not {"transformers", "diffusers", "peft", "datasets", "triton"} & set(modules.split())
+
+
+def test_kernels_live_at_the_root():
+    link = PACKAGE / "kernels"
+    assert link.is_symlink()
+    assert os.readlink(link) == "../kernels"
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+    # A package named `kernels` that someone has installed wins over the folder, which has no __init__.py.
+    shadow = "import sys, types; sys.modules.pop('kernels', None); import importlib.util as u; s = u.find_spec('kernels'); print(s is None or s.origin)"
+    assert python(shadow) in {"None", "True"} or "site-packages" in python(shadow)
+
+
+def test_top_level_holds_what_the_design_says():
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode != 0:
+        pytest.skip("not a git checkout")
+    top = {name.split("/")[0] for name in listed.stdout.splitlines()}
+    folders = {"csrc", "kernels", "fastunlearn", "benchmarks", "tests", ".github", ".ci"}
+    files = {"pyproject.toml", "setup.py", "README.md", "LICENSE", "CHANGELOG.md", "CONTRIBUTING.md", "Makefile"}
+    files |= {"constraints.txt", ".pre-commit-config.yaml", ".gitignore", ".clang-format"}
+    assert top <= folders | files, f"unexpected: {top - folders - files}"
+    assert {"csrc", "kernels", "fastunlearn", "benchmarks", "tests", "README.md"} <= top
+
+
+def test_every_kernel_has_its_reference_and_its_proof():
+    ops = {p.stem for p in (PACKAGE / "ops").glob("*.py") if not p.stem.startswith("_")}
+    native = {p.stem for p in (ROOT / "csrc").glob("*.h")} - {"common", "simt"}
+    triton = {p.stem for p in (ROOT / "kernels").glob("*.py") if not p.stem.startswith("_")}
+    for name in ops:
+        assert (PACKAGE / "reference" / f"{name}.py").exists(), f"ops/{name}.py has no reference"
+        assert (ROOT / "tests" / "ops" / f"test_{name}.py").exists(), f"ops/{name}.py has no proof"
+        assert (ROOT / "benchmarks" / "ops" / f"{name}.py").exists(), f"ops/{name}.py has no price"
+    assert triton <= ops
+    assert {p.stem for p in (ROOT / "csrc").glob("*.cu")} <= ops
+    assert ops & native, "no op has native code"
+
+
+def test_packages_are_all_listed():
+    """A package that setuptools is not told of is missing from the wheel, and only there."""
+    listed = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"])
+    found = {
+        str(p.parent.relative_to(ROOT)).replace(os.sep, ".")
+        for p in PACKAGE.rglob("__init__.py")
+        if "kernels" not in p.parts
+    }
+    assert listed == found | {"fastunlearn.kernels"}
+
+
+def test_public_names_exist_and_are_documented():
+    import fastunlearn
+
+    for module in (fastunlearn, fastunlearn.ops, fastunlearn.optim):
+        for name in module.__all__:
+            assert hasattr(module, name), f"{module.__name__}.{name}"
+            thing = getattr(module, name)
+            if callable(thing):
+                assert thing.__doc__, f"{module.__name__}.{name} has no docstring"
