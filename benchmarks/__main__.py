@@ -1,0 +1,126 @@
+"""Command line: python -m benchmarks run | table | plot | compare (see benchmarks/__init__.py)."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from benchmarks import RESULTS, ROOT
+
+
+def write_json(path: Path, result: dict[str, Any]) -> None:
+    """One row a line, so that a diff shows which rows changed; written whole or not at all."""
+    lines = ["{", f' "meta": {json.dumps(result["meta"], indent=2)},']
+    for key in ("rows", "targets", "left_out"):
+        rows = ",\n".join(f"  {json.dumps(row)}" for row in result.get(key, []))
+        lines.append(f' "{key}": [{chr(10) + rows + chr(10) + " " if rows else ""}]{"," if key != "left_out" else ""}')
+    lines.append("}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text("\n".join(lines) + "\n")
+    temporary.replace(path)
+
+
+def run(args: argparse.Namespace) -> int:
+    import torch
+
+    from benchmarks import harness, machine, ops
+
+    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch finds no CUDA device here")
+    settings = harness.Settings.of(device, args.quick)
+    settings.cases = args.cases or ""
+    if args.seconds is not None:
+        settings.seconds = args.seconds
+    if args.total is not None:
+        settings.total_s = args.total
+    settings.say = lambda line: print(line, flush=True)
+    whole = not (args.ops or args.quick or args.cases)
+    out = Path(args.out) if args.out else (RESULTS if whole else ROOT / "out") / f"{machine.slug(device)}.json"
+    result = harness.run(ops.load(args.ops), device, settings)
+    write_json(out, result)
+    for t in result["targets"]:
+        print(
+            f"{'met   ' if t['met'] else 'MISSED'} {t['op']}, {t['case']}: {t['provider']} {t['kind']} "
+            f"{t['ratio']:.3g}x of {t['over']} ({t['rule']})"
+        )
+    for line in result["left_out"]:
+        print(line)
+    print(f"{len(result['rows'])} rows in {result['meta']['seconds']} s -> {out}")
+    wrong = [row for row in result["rows"] if not row["correct"]]
+    for row in wrong:
+        print(f"wrong: {row['op']}, {row['case']}: {row['provider']}", file=sys.stderr)
+    return 1 if any(row["provider"].startswith("fastunlearn") for row in wrong) else 0
+
+
+def table(args: argparse.Namespace) -> int:
+    from benchmarks import tables
+
+    stale = tables.update(Path(args.readme), Path(args.results), write=not args.check)
+    if args.check and stale:
+        print(f"{args.readme} is out of date: run `python -m benchmarks table` ({', '.join(stale)})", file=sys.stderr)
+        return 1
+    print(f"{args.readme}: {', '.join(stale) + ' written' if stale else 'tables are up to date'}")
+    return 0
+
+
+def plot(args: argparse.Namespace) -> int:
+    from benchmarks import plots
+
+    for path in plots.draw(Path(args.results), Path(args.out)):
+        print(path)
+    return 0
+
+
+def compare(args: argparse.Namespace) -> int:
+    from benchmarks import tables
+
+    lines, worse = tables.compare(
+        json.loads(Path(args.old).read_text()), json.loads(Path(args.new).read_text()), args.by
+    )
+    print("\n".join(lines))
+    return 1 if worse else 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks", description="Every op beside its peers and its limit."
+    )
+    commands = parser.add_subparsers(required=True)
+    p = commands.add_parser("run", help="measure; writes one JSON")
+    p.add_argument("--ops", nargs="+", help="default: all")
+    p.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+    p.add_argument("--out", help="default: benchmarks/results/<device>.json; out/<device>.json for a part of the run")
+    p.add_argument("--quick", action="store_true", help="few cases, little time")
+    p.add_argument("--cases", help="only cases whose name contains this")
+    p.add_argument("--seconds", type=float, help="time of one provider in one case")
+    p.add_argument("--total", type=float, help="start no new case after so many seconds")
+    p.set_defaults(do=run)
+    p = commands.add_parser("table", help="write the tables into README.md")
+    p.add_argument("--check", action="store_true", help="write nothing; fail when README.md is out of date")
+    p.add_argument("--readme", default=str(ROOT / "README.md"))
+    p.add_argument("--results", default=str(RESULTS))
+    p.set_defaults(do=table)
+    p = commands.add_parser("plot", help="time against limit, and memory, one picture an op")
+    p.add_argument("--results", default=str(RESULTS))
+    p.add_argument("--out", default=str(RESULTS / "plots"))
+    p.set_defaults(do=plot)
+    p = commands.add_parser("compare", help="two results of one device: what became slower")
+    p.add_argument("old")
+    p.add_argument("new")
+    p.add_argument("--by", type=float, default=1.1, help="slower by this factor fails (default 1.1)")
+    p.set_defaults(do=compare)
+    args = parser.parse_args(argv)
+    try:
+        return args.do(args)
+    except (ValueError, FileNotFoundError) as error:
+        parser.exit(2, f"python -m benchmarks: {error}\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,306 @@
+"""Runs an op's cases: gate, memory, then times, providers interleaved.
+
+Order of a case: inputs; what the definition gives; for each provider (1) build and run once against the check: a wrong one
+is recorded with correct=false and never timed, (2) once more, counting memory; then rounds in which every provider runs
+once, the first one rotating, until each has used up its budget of seconds.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+import fastunlearn
+from benchmarks import machine
+from benchmarks.spec import Case, Inputs, Limit, Op, Provider, Target
+
+#: Below this limit (ms) a ratio says little; then the target is to be within SMALL_SLACK ms of the best peer.
+SMALL_LIMIT_MS = 0.05
+SMALL_SLACK_MS = 0.015
+
+
+@dataclass
+class Settings:
+    """How much time and which cases.
+
+    Attributes:
+        seconds: time of one provider in one case (times its `budget`).
+        min_runs, max_runs: runs of one provider, whatever the budget; a provider whose run takes longer than `slow_s` runs once.
+        total_s: no new case is started after so many seconds; what was left out is said in the result.
+    """
+
+    seconds: float = 2.0
+    min_runs: int = 5
+    max_runs: int = 100
+    slow_s: float = 4.0
+    total_s: float = 1500.0
+    quick: bool = False
+    cases: str = ""
+    say: Callable[[str], None] = print
+
+    @staticmethod
+    def of(device: torch.device, quick: bool = False) -> Settings:
+        if device.type == "cuda":
+            return Settings(seconds=0.25 if quick else 0.6, total_s=450, quick=quick)
+        return Settings(seconds=0.5 if quick else 2.0, min_runs=3 if quick else 5, total_s=1200, quick=quick)
+
+
+@dataclass
+class _Runner:
+    provider: Provider
+    call: Callable[[], Any] | None = None
+    warm_ms: float = 0.0
+    peak_mib: float | None = None
+    wrong: str | None = None
+    ran: str = ""
+    ms: list[float] = field(default_factory=list)
+
+    def may_run(self, settings: Settings) -> bool:
+        runs, spent = len(self.ms), sum(self.ms)
+        if runs >= min(settings.max_runs, self.provider.max_runs or settings.max_runs):
+            return False
+        if runs and min(self.ms) > settings.slow_s * 1e3:
+            return False
+        return runs < settings.min_runs or spent < settings.seconds * self.provider.budget * 1e3
+
+
+@contextmanager
+def _backend(name: str | None) -> Any:
+    with ExitStack() as stack:
+        if name is not None:
+            stack.enter_context(fastunlearn.backend(name))  # type: ignore[arg-type]
+        yield
+
+
+def _sync(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+class _Restore:
+    """Puts back the inputs that a run changes."""
+
+    def __init__(self, tensors: Sequence[torch.Tensor]):
+        self.tensors = list(tensors)
+        self.saved = [t.detach().clone() for t in self.tensors]
+
+    @torch.no_grad()
+    def __call__(self) -> None:
+        for tensor, saved in zip(self.tensors, self.saved):
+            tensor.copy_(saved)
+
+
+def _gate(op: Op, runner: _Runner, inputs: Inputs, expected: Any, restore: _Restore, settings: Settings) -> str | None:
+    """Builds, checks, measures memory; None, or why the provider takes no part in this case."""
+    provider, device = runner.provider, inputs.device
+
+    def build_and_run() -> tuple[Any, Any]:
+        call = provider.build(inputs)
+        if call is None:
+            return None, None
+        start = time.perf_counter()
+        out = call()
+        _sync(device)
+        runner.warm_ms = (time.perf_counter() - start) * 1e3
+        return call, out
+
+    restore()
+    with _backend(provider.backend):
+        (call, out), runner.peak_mib = machine.peak_memory(build_and_run, inputs, device)
+        if call is None:
+            return ""
+        with torch.no_grad():
+            runner.wrong = (provider.check or op.check)(inputs, out, expected)
+        del out
+        if runner.wrong is None and (provider.compiles or runner.warm_ms < settings.slow_s * 1e3):
+            # Again, when everything is loaded and compiled: this one counts for memory, and warms up.
+            call = None
+            restore()
+            (call, out), runner.peak_mib = machine.peak_memory(build_and_run, inputs, device)
+            del out
+    runner.call = call
+    return None
+
+
+def run_case(
+    op: Op,
+    case: Case,
+    device: torch.device,
+    settings: Settings,
+    bandwidth: machine.Bandwidth,
+    flush: Callable[[], None],
+) -> tuple[list[_Runner], Limit, list[str]]:
+    """Runners (gate passed or refused) of one case, its limit, and who was left out and why."""
+    inputs = op.make(case, device)
+    inputs.case, inputs.device = case, device
+    limit = op.limit(inputs, machine.line_bytes(device))
+    restore = _Restore(op.mutated(inputs))
+    expected = op.expected(inputs)
+    runners, left_out = [], []
+    for provider in op.providers:
+        if device.type not in provider.devices:
+            continue
+        runner = _Runner(provider)
+        try:
+            reason = _gate(op, runner, inputs, expected, restore, settings)
+        except (fastunlearn.BackendError, torch.OutOfMemoryError, MemoryError, ImportError) as error:
+            reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        if reason is None:
+            runners.append(runner)
+            if runner.wrong is not None:
+                settings.say(f"  WRONG {provider.name}: {runner.wrong}")
+                runner.call = None
+        elif reason:
+            left_out.append(f"{op.name}, {case.name}: {provider.name} left out: {reason}")
+            settings.say(f"  {left_out[-1]}")
+        gc.collect()
+    del expected, restore
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    bandwidth.sample()
+    interleave([r for r in runners if r.call is not None], device, settings, flush)
+    bandwidth.sample()
+    return runners, limit, left_out
+
+
+def interleave(runners: Sequence[_Runner], device: torch.device, settings: Settings, flush: Callable[[], None]) -> None:
+    """Rounds: every provider once, each round starting with the next one, until all have spent their budget."""
+    gc.disable()
+    try:
+        for turn in range(settings.max_runs):
+            due = [r for r in runners if r.may_run(settings)]
+            if not due:
+                break
+            for i in range(len(due)):
+                runner = due[(i + turn) % len(due)]
+                assert runner.call is not None
+                with _backend(runner.provider.backend):
+                    runner.ms.append(machine.timed(runner.call, device, flush))
+    finally:
+        gc.enable()
+
+
+def _row(op: Op, case: Case, runner: _Runner, limit_ms: float, kind: str) -> dict[str, Any]:
+    p20, p50, p80 = (round(machine.percentile(runner.ms, q), 5) if runner.ms else None for q in (20, 50, 80))
+    return {
+        "op": op.name,
+        "case": case.name,
+        "dtype": case.dtype_name,
+        "provider": runner.provider.name,
+        "ms_p20": p20,
+        "ms_p50": p50,
+        "ms_p80": p80,
+        "peak_mib": None if runner.peak_mib is None else round(runner.peak_mib, 2),
+        "limit_ms": round(limit_ms, 5),
+        "limit_kind": kind,
+        "correct": runner.wrong is None,
+    }
+
+
+def judge(op: Op, target: Target, case: Case, rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """Measured ratio of one target in one case and whether it is met; None when its rows are not there."""
+    by_name = {row["provider"]: row for row in rows}
+    mine = by_name.get(target.provider)
+    if mine is None or mine["ms_p50"] is None:
+        return None
+    rule = f"<= {target.ratio:g}"
+    small = target.kind == "time" and mine["limit_ms"] < SMALL_LIMIT_MS
+    if target.kind == "workspace":
+        if mine["peak_mib"] is None:
+            return None
+        over, name = case.numel * case.dtype.itemsize / machine.MIB, "the inputs' bytes"
+        ratio = mine["peak_mib"] / over
+    elif target.over == "limit":
+        name = "the limit"
+        ratio = mine["ms_p50"] / mine["limit_ms"]
+    else:
+        peer = by_name.get(target.over)
+        field_ = "ms_p50" if target.kind == "time" else "peak_mib"
+        if peer is None or not peer[field_] or mine[field_] is None:
+            return None
+        name, ratio = target.over, mine[field_] / peer[field_]
+    met = ratio <= target.ratio
+    if small:
+        peers = [r["ms_p50"] for r in rows if r["ms_p50"] is not None and not r["provider"].startswith("fastunlearn")]
+        best = min(peers, default=mine["limit_ms"])
+        met, rule = mine["ms_p50"] <= best + SMALL_SLACK_MS, f"within {SMALL_SLACK_MS * 1e3:g} us of the best peer"
+    return {
+        "op": op.name,
+        "case": case.name,
+        "provider": target.provider,
+        "kind": target.kind,
+        "over": name,
+        "ratio": round(ratio, 5),
+        "target": target.ratio,
+        "rule": rule,
+        "met": met,
+    }
+
+
+def run(ops: Sequence[Op], device: torch.device, settings: Settings) -> dict[str, Any]:
+    """All cases of all ops on one device -> {"meta", "rows", "targets", "left_out"}."""
+    start = time.perf_counter()
+    facts = machine.meta(device)
+    bandwidth, flush = machine.Bandwidth(device), machine.Flusher(device)
+    facts["matmul_tflops"] = round(machine.matmul_tflops(device), 4)
+    facts["empty_launch_us"] = round(machine.empty_launch_us(device), 3)
+    facts["quick"] = settings.quick
+    done: list[tuple[Op, Case, list[_Runner], Limit]] = []
+    left_out: list[str] = []
+    for op in ops:
+        for case in op.cases:
+            if (
+                device.type not in case.devices
+                or (settings.quick and not case.quick)
+                or settings.cases not in case.name
+            ):
+                continue
+            if time.perf_counter() - start > settings.total_s:
+                left_out.append(f"{op.name}, {case.name}: left out: the run's {settings.total_s:g} s were over")
+                continue
+            free = machine.free_bytes(device)
+            if free < case.gib * 2**30:
+                left_out.append(
+                    f"{op.name}, {case.name}: left out: wants {case.gib:.1f} GiB, {free / 2**30:.1f} are free"
+                )
+                settings.say(left_out[-1])
+                continue
+            settings.say(f"{op.name}, {case.name}, {case.dtype_name}")
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", fastunlearn.FallbackWarning)
+                try:
+                    runners, limit, missing = run_case(op, case, device, settings, bandwidth, flush)
+                except (torch.OutOfMemoryError, MemoryError) as error:
+                    runners, limit = [], Limit("bytes", 0)
+                    missing = [f"{op.name}, {case.name}: left out: {str(error).splitlines()[0]}"]
+                    settings.say(missing[0])
+            left_out += missing
+            done.append((op, case, runners, limit))
+            for r in runners:
+                if r.ms:
+                    settings.say(f"  {machine.median(r.ms):10.3f} ms  x{len(r.ms):<4} {r.provider.name}")
+                r.call = None
+            torch.compiler.reset()
+            gc.collect()
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+    facts["copy_gbps"] = round(bandwidth.gbps(), 3) if bandwidth.samples else None
+    facts["seconds"] = round(time.perf_counter() - start, 1)
+    rows, targets = [], []
+    for op, case, runners, limit in done:
+        rate = (facts["copy_gbps"] or 1) * 1e6 if limit.kind == "bytes" else facts["matmul_tflops"] * 1e9
+        mine = [_row(op, case, r, limit.amount / rate, limit.kind) for r in runners]
+        rows += mine
+        for target in op.targets:
+            if target.device == device.type and target.case in case.name:
+                judged = judge(op, target, case, mine)
+                targets += [judged] if judged else []
+    return {"meta": facts, "rows": rows, "targets": targets, "left_out": left_out}

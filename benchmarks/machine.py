@@ -1,0 +1,310 @@
+"""What the machine can do: name, copy bandwidth, matmul rate, empty launch, caches, and the peak memory of a call.
+
+Peak memory on a CPU is the high-water mark of the resident set (Linux counts it; writing 5 to /proc/self/clear_refs
+resets it), so scratch of C++ code counts like torch's own tensors. Freed pages are handed back first (malloc_trim), or
+scratch that lands in memory which the allocator had kept would not be seen. On a GPU it is torch's allocator statistics;
+the kernels' workspace comes from torch.empty and is therefore in it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import datetime
+import os
+import platform
+import re
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+MIB = 2**20
+
+
+def _cpuinfo(field: str) -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            name, _, value = line.partition(":")
+            if name.strip() == field:
+                return value.strip()
+    except OSError:
+        pass
+    return ""
+
+
+def cpu_model() -> str:
+    return _cpuinfo("model name") or platform.processor() or platform.machine()
+
+
+def cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def device_name(device: torch.device) -> str:
+    """What the device calls itself; a CPU whose model carries no number gets its family, which tells the generation."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    model = re.sub(r"\((R|TM|r|tm)\)|\bProcessor\b|\bCPU\b|@.*$|\b\d+-Core\b", " ", cpu_model())
+    model = " ".join(model.split())
+    family = _cpuinfo("cpu family")
+    if family and not re.search(r"\d", model):
+        model += f" family {family}"
+    return f"{model}, {cores()} cores"
+
+
+def slug(device: torch.device) -> str:
+    """The device's name as a file name: amd-epyc-family26-2c, nvidia-h200."""
+    name = re.sub(r", (\d+) cores$", r" \1c", device_name(device)).replace("family ", "family")
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def last_cache_bytes() -> int:
+    """Bytes of the CPU's last-level cache; 32 MiB where the system does not say."""
+    sizes = []
+    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        match = re.match(r"(\d+)([KMG]?)", path.read_text().strip())
+        if match:
+            sizes.append(int(match[1]) * {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}[match[2]])
+    return max(sizes, default=32 * MIB)
+
+
+def line_bytes(device: torch.device) -> int:
+    """Unit of scattered access: a 32-byte sector on a GPU, a 64-byte line on a CPU."""
+    return 32 if device.type == "cuda" else 64
+
+
+class Flusher:
+    """Puts something else into the last-level cache: between two timed runs nothing of an input is left in it."""
+
+    def __init__(self, device: torch.device):
+        size = torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else last_cache_bytes()
+        self.device = device
+        self.buffer = torch.zeros(2 * max(size, 4 * MIB) // 4, dtype=torch.int32, device=device)
+
+    def __call__(self) -> None:
+        # Read on a CPU (dirty lines would be written back inside the next timed run), written on a GPU.
+        if self.device.type == "cuda":
+            self.buffer.zero_()
+        else:
+            self.buffer.sum(dtype=torch.int32)
+
+
+def timed(call: Callable[[], Any], device: torch.device, flush: Callable[[], None] | None = None) -> float:
+    """Milliseconds of one call; its result is freed after the clock has stopped."""
+    if flush is not None:
+        flush()
+    if device.type != "cuda":
+        start = time.perf_counter()
+        kept = call()
+        ms = (time.perf_counter() - start) * 1e3
+        del kept
+        return ms
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    begin.record()
+    kept = call()
+    end.record()
+    end.synchronize()
+    del kept
+    return begin.elapsed_time(end)
+
+
+class Bandwidth:
+    """Copy bandwidth, measured anew beside every case: one interference then shifts the limit as little as the times."""
+
+    def __init__(self, device: torch.device, nbytes: int | None = None):
+        self.device = device
+        nbytes = nbytes or (2**30 if device.type == "cuda" else 2**28)
+        self.source = torch.ones(nbytes // 4, device=device)
+        self.target = torch.zeros_like(self.source)
+        self.samples: list[float] = []
+
+    def sample(self, times: int = 7) -> None:
+        """GB/s, read and written bytes counted."""
+        both = 2 * self.source.numel() * 4
+        timed(self._copy, self.device)
+        self.samples += [both / timed(self._copy, self.device) / 1e6 for _ in range(times)]
+
+    def _copy(self) -> None:
+        self.target.copy_(self.source)
+
+    def gbps(self) -> float:
+        return median(self.samples)
+
+
+def median(values: list[float]) -> float:
+    return percentile(values, 50)
+
+
+def percentile(values: list[float], q: float) -> float:
+    """Linear between neighbours."""
+    ordered = sorted(values)
+    at = (len(ordered) - 1) * q / 100
+    low = int(at)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (ordered[high] - ordered[low]) * (at - low)
+
+
+def matmul_tflops(device: torch.device) -> float:
+    """Rate of a square product: bf16 on a GPU, fp32 on a CPU."""
+    n, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (2048, torch.float32)
+    a, b = torch.randn(n, n, device=device, dtype=dtype), torch.randn(n, n, device=device, dtype=dtype)
+    for _ in range(2):
+        timed(lambda: a @ b, device)
+    return 2 * n**3 / median([timed(lambda: a @ b, device) for _ in range(7)]) / 1e9
+
+
+def empty_launch_us(device: torch.device) -> float:
+    """Microseconds of an operation on one element: the floor under every time."""
+    one = torch.zeros(1, device=device)
+    for _ in range(10):
+        timed(one.zero_, device)
+    return median([timed(one.zero_, device) for _ in range(100)]) * 1e3
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that a case may still take."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return 2**62
+
+
+def tensors(value: Any, grads: bool = False) -> Iterator[Tensor]:
+    """Every tensor in nested lists, dicts, namespaces, BitMasks and N:M tensors; with `grads` also the tensors' gradients."""
+    if isinstance(value, Tensor):
+        yield value
+        if grads and value.is_leaf and value.grad is not None:
+            yield value.grad
+    elif isinstance(value, SimpleNamespace):
+        yield from tensors(vars(value), grads)
+    elif isinstance(value, dict):
+        for v in value.values():
+            yield from tensors(v, grads)
+    elif isinstance(value, (list, tuple)):
+        for v in value:
+            yield from tensors(v, grads)
+    else:
+        for name in ("bits", "values", "mask"):
+            part = getattr(value, name, None)
+            if isinstance(part, Tensor) or hasattr(part, "bits"):
+                yield from tensors(part, grads)
+
+
+def _storages(value: Any) -> dict[int, int]:
+    found = {}
+    for t in tensors(value, grads=True):
+        if t.layout == torch.strided and t.device.type != "meta":
+            storage = t.untyped_storage()
+            found[storage.data_ptr()] = storage.nbytes()
+    return found
+
+
+def _status(field: str) -> int | None:
+    try:
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith(field + ":"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return None
+
+
+def _trim() -> None:
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
+def _reset_high_water() -> bool:
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def peak_memory(
+    run: Callable[[], tuple[Any, Any]], inputs: Any, device: torch.device
+) -> tuple[tuple[Any, Any], float | None]:
+    """Runs `run() -> (what must stay alive, output)`; also the peak in MiB above the inputs and the output's new tensors.
+
+    None where the system does not count it.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        result = run()
+        torch.cuda.synchronize(device)
+        peak: int | None = torch.cuda.max_memory_allocated(device)
+    else:
+        _trim()
+        counted = _reset_high_water()
+        before = _status("VmRSS") or 0
+        result = run()
+        peak = _status("VmHWM") if counted else None
+    if peak is None:
+        return result, None
+    mine = _storages(inputs)
+    fresh = sum(size for at, size in _storages(result[1]).items() if at not in mine)
+    return result, max(0.0, (peak - before - fresh) / MIB)
+
+
+def _git(*args: str) -> str:
+    try:
+        root = Path(__file__).resolve().parent.parent
+        return subprocess.run(["git", *args], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
+def meta(device: torch.device) -> dict[str, Any]:
+    """Facts of the run; the rates are added by the harness, which measures them beside the cases."""
+    import fastunlearn
+
+    driver = ""
+    if device.type == "cuda":
+        try:
+            driver = subprocess.run(
+                ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
+                capture_output=True,
+                text=True,
+                check=True,
+            ).stdout.split()[0]
+        except (OSError, subprocess.CalledProcessError, IndexError):
+            driver = "unknown"
+    try:
+        import triton
+
+        triton_version = triton.__version__
+    except ImportError:
+        triton_version = ""
+    commit = _git("rev-parse", "--short=12", "HEAD")
+    if commit and _git("status", "--porcelain", "--untracked-files=no"):
+        commit += "+changes"
+    return {
+        "device": device_name(device),
+        "device_type": device.type,
+        "driver": driver,
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda or "",
+        "triton": triton_version,
+        "fastunlearn": fastunlearn.__version__,
+        "python": platform.python_version(),
+        "commit": commit or os.environ.get("FASTUNLEARN_COMMIT", ""),
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "cpu": cpu_model(),
+        "cores": cores(),
+        "threads": torch.get_num_threads(),
+    }
