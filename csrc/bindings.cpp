@@ -11,6 +11,7 @@
 
 #include "common.h"
 #include "mask.h"
+#include "nm.h"
 
 #if defined(FU_WITH_CUDA) && !defined(FU_HOST_SIMT)
 #include <cuda_runtime.h>
@@ -88,6 +89,25 @@ void bind_mask(py::module_& m) {
 #endif
 }
 
+void bind_nm(py::module_& m) {
+  m.def(
+      "nm_mask_cpu",
+      [](Address scores, int dtype, int64_t rows, int64_t cols, int n, int group, Address bits) {
+        return FU_CALL(nm_mask, at<const void>(scores), dtype, rows, cols, n, group, at<uint8_t>(bits)) != 0;
+      },
+      no_gil);
+#if defined(FU_WITH_CUDA)
+  m.def(
+      "nm_mask_cuda",
+      [](Address scores, int dtype, int64_t rows, int64_t cols, int n, int group, Address bits,
+         Address nan_seen, int device, Address stream) {
+        fu::cuda::nm_mask(at<const void>(scores), dtype, rows, cols, n, group, at<uint8_t>(bits),
+                          at<int>(nan_seen), device, stream);
+      },
+      no_gil);
+#endif
+}
+
 py::dict build_info() {
   py::dict d;
   d["isa"] = fu::isa_level() >= 4 ? "x86-64-v4" : fu::isa_level() == 3 ? "x86-64-v3" : "baseline";
@@ -134,4 +154,5 @@ PYBIND11_MODULE(FU_MODULE, m) {
   m.def("cuda_devices", &cuda_devices);
   m.def("set_isa_level", &fu::set_isa_level);
   bind_mask(m);
+  bind_nm(m);
 }

@@ -1,5 +1,6 @@
 """The ops: drop-in functions on tensors and lists of tensors. They import no transformers and no diffusers."""
 
 from fastunlearn.ops.mask import BitMask, load_masks, save_masks
+from fastunlearn.ops.nm import nm_mask
 
-__all__ = ["BitMask", "load_masks", "save_masks"]
+__all__ = ["BitMask", "load_masks", "nm_mask", "save_masks"]

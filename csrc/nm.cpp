@@ -1,0 +1,303 @@
+#include "nm.h"
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#if defined(__GNUC__) && !defined(__clang__)
+// GCC 12 takes the deliberately undefined operand inside its own AVX-512 intrinsics for a mistake.
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
+#endif
+
+namespace fu::FU_ISA {
+namespace {
+
+using nm::kMaxGroup;
+using nm::kNanKey;
+
+// A rotation by r pairs lane i of a group with column (i + r) % M; the partner comes before i in a tie when
+// its column is lower, i.e. when i + r >= M. Adding `lower` (-1 there) to the own key makes both cases one
+// "greater than".
+template <class Int, int Lanes, int M>
+struct Tables {
+  alignas(64) Int index[M][Lanes];
+  alignas(64) Int lower[M][Lanes];
+  constexpr Tables() : index{}, lower{} {
+    for (int r = 0; r < M; ++r)
+      for (int i = 0; i < Lanes; ++i) {
+        index[r][i] = Int(i / M * M + (i % M + r) % M);
+        lower[r][i] = Int(i % M + r >= M ? -1 : 0);
+      }
+  }
+};
+
+#if defined(__AVX512BW__)
+
+struct Wide32 {
+  static constexpr int kLanes = 16;
+  using Reg = __m512i;
+  template <int M>
+  static constexpr Tables<int32_t, kLanes, M> tables{};
+
+  template <class T>
+  static Reg keys(const T* p, bool& nan) {
+    Reg x = _mm512_loadu_si512(p);
+    const __mmask16 bad = _mm512_cmp_ps_mask(_mm512_castsi512_ps(x), _mm512_castsi512_ps(x), _CMP_UNORD_Q);
+    const Reg rest = _mm512_set1_epi32(0x7fffffff);
+    x = _mm512_maskz_mov_epi32(_mm512_test_epi32_mask(x, rest), x);
+    x = _mm512_ternarylogic_epi32(x, _mm512_srai_epi32(x, 31), rest, 0x78);  // x ^ (sign & rest)
+    nan |= bad != 0;
+    return _mm512_mask_mov_epi32(x, bad, _mm512_set1_epi32(kNanKey));
+  }
+  template <int M>
+  static uint64_t keep(Reg key, int n) {
+    Reg rank = _mm512_setzero_si512();
+#pragma GCC unroll 8
+    for (int r = 1; r < M; ++r) {
+      const Reg partner = _mm512_permutexvar_epi32(_mm512_load_si512(tables<M>.index[r]), key);
+      const Reg own = _mm512_add_epi32(key, _mm512_load_si512(tables<M>.lower[r]));
+      const __mmask16 before = _mm512_cmpgt_epi32_mask(partner, own);
+      rank = _mm512_mask_sub_epi32(rank, before, rank, _mm512_set1_epi32(-1));
+    }
+    return _mm512_cmplt_epi32_mask(rank, _mm512_set1_epi32(n));
+  }
+};
+
+struct Wide16 {
+  static constexpr int kLanes = 32;
+  using Reg = __m512i;
+  template <int M>
+  static constexpr Tables<int16_t, kLanes, M> tables{};
+
+  static Reg keys16(const void* p, int16_t infinity, bool& nan) {
+    Reg x = _mm512_loadu_si512(p);
+    const Reg rest = _mm512_set1_epi16(0x7fff);
+    const __mmask32 bad = _mm512_cmpgt_epi16_mask(_mm512_and_si512(x, rest), _mm512_set1_epi16(infinity));
+    x = _mm512_maskz_mov_epi16(_mm512_test_epi16_mask(x, rest), x);
+    x = _mm512_ternarylogic_epi32(x, _mm512_srai_epi16(x, 15), rest, 0x78);
+    nan |= bad != 0;
+    return _mm512_mask_mov_epi16(x, bad, _mm512_set1_epi16(-0x7fff));
+  }
+  static Reg keys(const f16* p, bool& nan) { return keys16(p, 0x7c00, nan); }
+  static Reg keys(const bf16* p, bool& nan) { return keys16(p, 0x7f80, nan); }
+  template <int M>
+  static uint64_t keep(Reg key, int n) {
+    Reg rank = _mm512_setzero_si512();
+#pragma GCC unroll 8
+    for (int r = 1; r < M; ++r) {
+      const Reg partner = _mm512_permutexvar_epi16(_mm512_load_si512(tables<M>.index[r]), key);
+      const Reg own = _mm512_add_epi16(key, _mm512_load_si512(tables<M>.lower[r]));
+      const __mmask32 before = _mm512_cmpgt_epi16_mask(partner, own);
+      rank = _mm512_mask_sub_epi16(rank, before, rank, _mm512_set1_epi16(-1));
+    }
+    return _mm512_cmplt_epi16_mask(rank, _mm512_set1_epi16(int16_t(n)));
+  }
+};
+
+#elif defined(__AVX2__)
+
+inline __m256i load256(const void* p) {
+  return _mm256_loadu_si256(static_cast<const __m256i*>(p));
+}
+
+struct Wide32 {
+  static constexpr int kLanes = 8;
+  using Reg = __m256i;
+  template <int M>
+  static constexpr Tables<int32_t, kLanes, M> tables{};
+
+  template <class T>
+  static Reg keys(const T* p, bool& nan) {
+    Reg x = load256(p);
+    const __m256 v = _mm256_castsi256_ps(x);
+    const __m256 bad = _mm256_cmp_ps(v, v, _CMP_UNORD_Q);
+    x = _mm256_andnot_si256(_mm256_cmpeq_epi32(_mm256_slli_epi32(x, 1), _mm256_setzero_si256()), x);
+    x = _mm256_xor_si256(x, _mm256_srli_epi32(_mm256_srai_epi32(x, 31), 1));
+    nan |= _mm256_movemask_ps(bad) != 0;
+    return _mm256_blendv_epi8(x, _mm256_set1_epi32(kNanKey), _mm256_castps_si256(bad));
+  }
+  template <int M>
+  static uint64_t keep(Reg key, int n) {
+    Reg rank = _mm256_setzero_si256();
+#pragma GCC unroll 8
+    for (int r = 1; r < M; ++r) {
+      const Reg partner = _mm256_permutevar8x32_epi32(key, load256(tables<M>.index[r]));
+      const Reg own = _mm256_add_epi32(key, load256(tables<M>.lower[r]));
+      rank = _mm256_sub_epi32(rank, _mm256_cmpgt_epi32(partner, own));
+    }
+    return uint64_t(
+        uint32_t(_mm256_movemask_ps(_mm256_castsi256_ps(_mm256_cmpgt_epi32(_mm256_set1_epi32(n), rank)))));
+  }
+};
+
+struct Wide16 {
+  static constexpr int kLanes = 16;
+  using Reg = __m256i;
+  template <int M>
+  static constexpr Tables<int16_t, kLanes, M> tables{};
+
+  static Reg keys16(const void* p, int16_t infinity, bool& nan) {
+    Reg x = load256(p);
+    const Reg bad =
+        _mm256_cmpgt_epi16(_mm256_and_si256(x, _mm256_set1_epi16(0x7fff)), _mm256_set1_epi16(infinity));
+    x = _mm256_andnot_si256(_mm256_cmpeq_epi16(_mm256_slli_epi16(x, 1), _mm256_setzero_si256()), x);
+    x = _mm256_xor_si256(x, _mm256_srli_epi16(_mm256_srai_epi16(x, 15), 1));
+    nan |= _mm256_movemask_epi8(bad) != 0;
+    return _mm256_blendv_epi8(x, _mm256_set1_epi16(-0x7fff), bad);
+  }
+  static Reg keys(const f16* p, bool& nan) { return keys16(p, 0x7c00, nan); }
+  static Reg keys(const bf16* p, bool& nan) { return keys16(p, 0x7f80, nan); }
+  template <int M>
+  static uint64_t keep(Reg key, int n) {
+    // Groups of four and eight 16-bit keys never cross a 128-bit lane: a byte shuffle does it.
+    Reg rank = _mm256_setzero_si256();
+#pragma GCC unroll 8
+    for (int r = 1; r < M; ++r) {
+      const Reg at = load256(tables<M>.index[r]);  // i -> bytes 2i, 2i + 1
+      const Reg bytes =
+          _mm256_add_epi16(_mm256_mullo_epi16(at, _mm256_set1_epi16(0x0202)), _mm256_set1_epi16(0x0100));
+      const Reg partner = _mm256_shuffle_epi8(key, _mm256_and_si256(bytes, _mm256_set1_epi8(15)));
+      const Reg own = _mm256_add_epi16(key, load256(tables<M>.lower[r]));
+      rank = _mm256_sub_epi16(rank, _mm256_cmpgt_epi16(partner, own));
+    }
+    const Reg kept = _mm256_cmpgt_epi16(_mm256_set1_epi16(int16_t(n)), rank);
+    return uint64_t(uint32_t(
+        _mm_movemask_epi8(_mm_packs_epi16(_mm256_castsi256_si128(kept), _mm256_extracti128_si256(kept, 1)))));
+  }
+};
+
+#endif
+
+template <class T>
+inline void load_keys(const T* p, int n, int32_t* key, bool& nan) {
+  for (int i = 0; i < n; ++i) {
+    key[i] = nm::key_of(to_float(p[i]));
+    nan |= key[i] == kNanKey;
+  }
+}
+
+#if defined(__AVX2__)
+template <class T>
+struct WideOf {
+  using type = Wide16;
+};
+template <>
+struct WideOf<float> {
+  using type = Wide32;
+};
+#endif
+
+// `count` columns, a multiple of M, from a byte of the mask on.
+template <int M, class T>
+bool run_fixed(const T* p, int64_t count, int n, uint8_t* out) {
+  bool nan = false;
+  int64_t i = 0;
+#if defined(__AVX2__)
+  if constexpr (M == 4 || M == 8) {
+    using V = typename WideOf<T>::type;
+    for (; i + 64 <= count; i += 64) {
+      uint64_t word = 0;
+#pragma GCC unroll 8
+      for (int at = 0; at < 64; at += V::kLanes)
+        word |= V::template keep<M>(V::keys(p + i + at, nan), n) << at;
+      memcpy(out + i / 8, &word, 8);
+    }
+  }
+#endif
+  int32_t key[8];
+  for (; i + 8 <= count; i += 8) {
+    load_keys(p + i, 8, key, nan);
+    out[i / 8] = uint8_t(nm::byte_of<M>(key, n));
+  }
+  if (i < count) {
+    for (int j = 0; j < 8; ++j) key[j] = 0;
+    load_keys(p + i, int(count - i), key, nan);
+    out[i / 8] = uint8_t(nm::byte_of<M>(key, n) & ((1u << (count - i)) - 1u));
+  }
+  return nan;
+}
+
+// Any m up to kMaxGroup: the bits of a group are appended to a word that is written when it is full.
+template <class T>
+bool run_any(const T* p, int64_t count, int n, int m, uint8_t* out) {
+  bool nan = false;
+  uint64_t word = 0;
+  int filled = 0;
+  int32_t key[kMaxGroup], rank[kMaxGroup];
+  for (int64_t g = 0; g < count; g += m) {
+    load_keys(p + g, m, key, nan);
+    for (int i = 0; i < m; ++i) rank[i] = i;
+    for (int i = 1; i < m; ++i) {
+      // Column i against the lower ones: whoever is greater, or lower and equal, comes first.
+      const int32_t own = key[i];
+      int32_t passed = 0;
+      for (int j = 0; j < i; ++j) {
+        const int32_t before = own > key[j];
+        rank[j] += before;
+        passed += before;
+      }
+      rank[i] -= passed;
+    }
+    uint64_t bits = 0;
+    for (int i = 0; i < m; ++i) bits |= uint64_t(rank[i] < n) << i;
+    word |= bits << filled;
+    if (filled + m >= 64) {
+      memcpy(out, &word, 8);
+      out += 8;
+      const int used = 64 - filled;
+      word = used < 64 ? bits >> used : 0;
+      filled = m - used;
+    } else {
+      filled += m;
+    }
+  }
+  for (int at = 0; at < filled; at += 8) *out++ = uint8_t(word >> at);
+  return nan;
+}
+
+template <class T>
+bool run(const T* p, int64_t count, int n, int m, uint8_t* out) {
+  switch (m) {
+    case 2:
+      return run_fixed<2>(p, count, n, out);
+    case 4:
+      return run_fixed<4>(p, count, n, out);
+    case 8:
+      return run_fixed<8>(p, count, n, out);
+    default:
+      return run_any(p, count, n, m, out);
+  }
+}
+
+template <class T>
+int mask_of(const T* scores, int64_t rows, int64_t cols, int n, int m, uint8_t* bits) {
+  if (rows == 0 || cols == 0) return 0;
+  if (cols % 8 == 0) {  // rows of whole bytes are one long row
+    cols *= rows;
+    rows = 1;
+  }
+  const int64_t piece = int64_t(8) * m * (8192 / m);  // whole groups, whole bytes
+  const int64_t per_row = (cols + piece - 1) / piece, width = (cols + 7) / 8, pieces = rows * per_row;
+  int nan = 0;
+#pragma omp parallel for schedule(static) reduction(| : nan) if (rows * cols > piece)
+  for (int64_t i = 0; i < pieces; ++i) {
+    const int64_t row = i / per_row, at = i % per_row * piece;
+    const int64_t count = cols - at < piece ? cols - at : piece;
+    nan |= run(scores + row * cols + at, count, n, m, bits + row * width + at / 8);
+  }
+  return nan;
+}
+
+}  // namespace
+
+int nm_mask(const void* scores, int dtype, int64_t rows, int64_t cols, int n, int m, uint8_t* bits) {
+  switch (dtype) {
+    case kF32:
+      return mask_of(static_cast<const float*>(scores), rows, cols, n, m, bits);
+    case kF16:
+      return mask_of(static_cast<const f16*>(scores), rows, cols, n, m, bits);
+    default:
+      return mask_of(static_cast<const bf16*>(scores), rows, cols, n, m, bits);
+  }
+}
+
+}  // namespace fu::FU_ISA
