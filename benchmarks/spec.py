@@ -16,6 +16,8 @@ from torch import Tensor
 from benchmarks.shapes import Shapes, numel
 
 Device = Literal["cpu", "cuda"]
+#: Names of providers that do less than the op (one read, one copy): a yardstick, never "the best peer".
+FLOOR = "floor: "
 BOTH: tuple[str, ...] = ("cpu", "cuda")
 
 

@@ -1,0 +1,67 @@
+"""One picture an op and device: times of all providers against the limit, and peak memory, drawn from the result files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from benchmarks import tables
+from benchmarks.spec import FLOOR
+
+OURS, PEER, FLOORS, LIMIT = "#0b7a75", "#9aa0a6", "#d9c27a", "#c0392b"
+
+
+def _colour(provider: str) -> str:
+    if tables.is_ours(provider):
+        return OURS
+    return FLOORS if provider.startswith(FLOOR) else PEER
+
+
+def _draw(meta: dict[str, Any], op: str, cases: dict[tuple[str, str, str], list[dict[str, Any]]], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    matplotlib.rcParams["svg.hashsalt"] = "fastunlearn"  # the same rows give the same file
+    heights = [len(rows) + 1.2 for rows in cases.values()]
+    figure, axes = plt.subplots(
+        len(cases),
+        2,
+        figsize=(11, 0.28 * sum(heights) + 0.6),
+        height_ratios=heights,
+        squeeze=False,
+        layout="constrained",
+    )
+    for (left, right), ((_, case, dtype), rows) in zip(axes, cases.items()):
+        rows = [r for r in rows if r["ms_p50"] is not None][::-1]
+        names, colours = [r["provider"] for r in rows], [_colour(r["provider"]) for r in rows]
+        values = [r["ms_p50"] for r in rows]
+        spread = [[r["ms_p50"] - r["ms_p20"] for r in rows], [r["ms_p80"] - r["ms_p50"] for r in rows]]
+        left.barh(names, values, color=colours, xerr=spread, error_kw={"lw": 0.8})
+        left.set_xscale("log")
+        if rows:
+            left.axvline(rows[0]["limit_ms"], color=LIMIT, lw=1.2)
+        left.set_title(f"{case}, {dtype}: ms (line: limit)", fontsize=8, loc="left")
+        right.barh(names, [r["peak_mib"] or 0 for r in rows], color=colours)
+        right.set_title("peak MiB above inputs and output", fontsize=8, loc="left")
+        right.set_yticks([])
+        for axis in (left, right):
+            axis.tick_params(labelsize=7)
+            axis.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(f"{op} - {meta['device']}, commit {meta['commit']}", fontsize=9)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, metadata={"Date": None})
+    plt.close(figure)
+
+
+def draw(results: Path, out: Path) -> list[Path]:
+    """Writes <device>-<op>.svg for every result file; the paths."""
+    paths = []
+    for slug, result in tables.load(results).items():
+        cases = tables.groups(result)
+        for op in dict.fromkeys(row["op"] for row in result["rows"]):
+            path = out / f"{slug}-{op}.svg"
+            _draw(result["meta"], op, {key: rows for key, rows in cases.items() if key[0] == op}, path)
+            paths.append(path)
+    return paths

@@ -1,0 +1,197 @@
+"""The tables of README.md, generated from benchmarks/results/*.json between markers, and the comparison of two results.
+
+Markers: `<!-- benchmarks:begin NAME -->` ... `<!-- benchmarks:end -->`, NAME one of ops-cpu, ops-cuda, targets-cpu, targets-cuda;
+or ops-SLUG, targets-SLUG for one device among several of a kind (SLUG: the result file's name without .json).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.spec import FLOOR
+
+MARKERS = re.compile(r"(<!-- benchmarks:begin ([\w.-]+) -->\n)(.*?)(<!-- benchmarks:end -->)", re.DOTALL)
+NOT_MEASURED = "Not measured yet.\n"
+
+
+def load(results: Path) -> dict[str, dict[str, Any]]:
+    """slug -> result, of whole runs (quick ones are not published)."""
+    found = {path.stem: json.loads(path.read_text()) for path in sorted(results.glob("*.json"))}
+    return {slug: result for slug, result in found.items() if not result["meta"].get("quick")}
+
+
+def _pick(results: dict[str, dict[str, Any]], which: str) -> dict[str, Any] | None:
+    if which in results:
+        return results[which]
+    kind = [r for r in results.values() if r["meta"]["device_type"] == which]
+    return max(kind, key=lambda r: r["meta"]["date"], default=None)
+
+
+def ms(value: float | None) -> str:
+    """Three digits."""
+    if value is None:
+        return "-"
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _mib(value: float | None) -> str:
+    return "-" if value is None else f"{value:.0f}" if value >= 10 else f"{value:.1f}"
+
+
+def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    ruler = ["---" if i == 0 else "--:" for i in range(len(head))]
+    return ["| " + " | ".join(line) + " |" for line in (head, ruler, *rows)]
+
+
+def groups(result: dict[str, Any]) -> dict[tuple[str, str, str], list[dict[str, Any]]]:
+    """(op, case, dtype) -> rows."""
+    out: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    for row in result["rows"]:
+        out.setdefault((row["op"], row["case"], row["dtype"]), []).append(row)
+    return out
+
+
+def is_ours(provider: str) -> bool:
+    return provider == "fastunlearn" or provider.startswith("fastunlearn-")
+
+
+def best_peer(rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """The fastest provider that does the same work and is not ours."""
+    peers = [
+        r
+        for r in rows
+        if r["ms_p50"] is not None and not is_ours(r["provider"]) and not r["provider"].startswith(FLOOR)
+    ]
+    return min(peers, key=lambda r: r["ms_p50"], default=None)
+
+
+def heading(meta: dict[str, Any]) -> str:
+    """One line: which machine, which versions, which rates."""
+    rates = f"copy {meta['copy_gbps']:.4g} GB/s, matmul {meta['matmul_tflops']:.3g} TFLOP/s"
+    threads = f", {meta['threads']} threads" if meta["device_type"] == "cpu" else f", driver {meta['driver']}"
+    versions = f"torch {meta['torch']}" + (f", triton {meta['triton']}" if meta["device_type"] == "cuda" else "")
+    return f"{meta['device']}{threads}; {versions}; {rates}, measured in the same run; commit {meta['commit']}, {meta['date']}."
+
+
+def ops_block(result: dict[str, Any] | None) -> str:
+    """One line a case: ours, the share of the hardware limit, the best peer; every row in a fold below."""
+    if result is None:
+        return NOT_MEASURED
+    short, full = [], []
+    for (op, case, dtype), rows in groups(result).items():
+        mine = next((r for r in rows if r["provider"] == "fastunlearn"), None)
+        peer = best_peer(rows)
+        if mine and mine["ms_p50"] is not None:
+            short.append(
+                [
+                    f"{op}: {case}, {dtype}",
+                    f"**{ms(mine['ms_p50'])}**",
+                    f"{mine['limit_ms'] / mine['ms_p50']:.0%}",
+                    f"{peer['provider']}: {ms(peer['ms_p50'])}" if peer else "-",
+                    f"{peer['ms_p50'] / mine['ms_p50']:.2g}x" if peer else "-",
+                    f"{_mib(mine['peak_mib'])} / {_mib(peer['peak_mib']) if peer else '-'}",
+                ]
+            )
+        for r in rows:
+            spread = f"{ms(r['ms_p20'])} - {ms(r['ms_p80'])}" if r["correct"] else "wrong result, not timed"
+            full.append(
+                [
+                    f"{op}: {case}, {dtype}",
+                    r["provider"],
+                    ms(r["ms_p50"]),
+                    spread,
+                    _mib(r["peak_mib"]),
+                    ms(r["limit_ms"]),
+                ]
+            )
+    lines = [heading(result["meta"]), ""]
+    lines += _markdown(
+        ["op: case, dtype", "fastunlearn, ms", "of the limit", "best peer, ms", "speed-up", "peak MiB, ours / peer"],
+        short,
+    )
+    lines += ["", "<details><summary>Every provider</summary>", ""]
+    lines += _markdown(["op: case, dtype", "provider", "median ms", "p20 - p80", "peak MiB", "limit, ms"], full)
+    lines += ["", "</details>"]
+    return "\n".join(lines) + "\n"
+
+
+def targets_block(result: dict[str, Any] | None) -> str:
+    """Measured ratio, target, and met or missed."""
+    if result is None:
+        return NOT_MEASURED
+    what = {"time": "time", "peak": "peak memory", "workspace": "workspace"}
+    rows = []
+    for t in result["targets"]:
+        # A ratio far below one reads better as "so many times faster".
+        many = t["kind"] == "time" and t["target"] <= 0.15 and t["rule"].startswith("<=")
+        measured = f"{1 / t['ratio']:.3g}x faster" if many else f"{t['ratio']:.3g}x"
+        rule = f">= {1 / t['target']:.3g}x faster" if many else t["rule"] + ("x" if t["rule"].startswith("<=") else "")
+        name = "" if t["provider"] == "fastunlearn" else f" ({t['provider']})"
+        rows.append(
+            [
+                f"{t['op']}: {t['case']}{name}",
+                f"{what[t['kind']]} over {t['over']}",
+                measured,
+                rule,
+                "met" if t["met"] else "**missed**",
+            ]
+        )
+    if not rows:
+        return "No targets.\n"
+    return "\n".join(_markdown(["op: case", "ratio", "measured", "target", ""], rows)) + "\n"
+
+
+def block(name: str, results: dict[str, dict[str, Any]]) -> str:
+    """Text of one marked block.
+
+    Raises:
+        ValueError: no block of that name.
+    """
+    kind, _, which = name.partition("-")
+    make = {"ops": ops_block, "targets": targets_block}.get(kind)
+    if make is None or not which:
+        raise ValueError(f"marker {name!r}: want ops-<cpu|cuda|slug> or targets-<cpu|cuda|slug>")
+    return make(_pick(results, which))
+
+
+def update(readme: Path, results: Path, write: bool = True) -> list[str]:
+    """Brings the marked blocks of a file up to date; the names of those that were not."""
+    text, loaded, stale = readme.read_text(), load(results), []
+
+    def replace(match: re.Match[str]) -> str:
+        new = block(match[2], loaded)
+        if new != match[3]:
+            stale.append(match[2])
+        return match[1] + new + match[4]
+
+    fresh = MARKERS.sub(replace, text)
+    if text.count("<!-- benchmarks:begin") != len(MARKERS.findall(text)):
+        raise ValueError(f"{readme}: a benchmarks:begin marker without its benchmarks:end")
+    if write and stale:
+        readme.write_text(fresh)
+    return stale
+
+
+def compare(old: dict[str, Any], new: dict[str, Any], by: float) -> tuple[list[str], bool]:
+    """Lines of old and new medians, and whether one of ours became slower by more than the factor `by`."""
+
+    def keyed(result: dict[str, Any]) -> dict[tuple[str, ...], float]:
+        names = ("op", "case", "dtype", "provider")
+        return {tuple(r[n] for n in names): r["ms_p50"] for r in result["rows"] if r["ms_p50"]}
+
+    before, after = keyed(old), keyed(new)
+    lines, worse = [], False
+    for key in sorted(before.keys() & after.keys()):
+        ratio = after[key] / before[key]
+        slower = ratio > by and is_ours(key[-1])
+        worse |= slower
+        lines.append(
+            f"{'SLOWER' if slower else '      '} {ratio:6.2f}x  {ms(before[key])} -> {ms(after[key])} ms  {', '.join(key)}"
+        )
+    gone = sorted(before.keys() - after.keys())
+    lines += [f"only in the old result: {', '.join(key)}" for key in gone]
+    return lines, worse
