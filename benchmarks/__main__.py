@@ -41,7 +41,9 @@ def run(args: argparse.Namespace) -> int:
         settings.total_s = args.total
     settings.say = lambda line: print(line, flush=True)
     whole = not (args.ops or args.quick or args.cases)
-    out = Path(args.out) if args.out else (RESULTS if whole else ROOT / "out") / f"{machine.slug(device)}.json"
+    out = Path(args.out) if args.out else RESULTS if whole else ROOT / "out"
+    if out.suffix != ".json":
+        out = out / f"{machine.slug(device)}.json"
     result = harness.run(ops.load(args.ops), device, settings)
     write_json(out, result)
     for t in result["targets"]:
@@ -95,7 +97,9 @@ def main(argv: list[str] | None = None) -> int:
     p = commands.add_parser("run", help="measure; writes one JSON")
     p.add_argument("--ops", nargs="+", help="default: all")
     p.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
-    p.add_argument("--out", help="default: benchmarks/results/<device>.json; out/<device>.json for a part of the run")
+    p.add_argument(
+        "--out", help="file, or folder for <device>.json; default benchmarks/results, or out/ for a part of a run"
+    )
     p.add_argument("--quick", action="store_true", help="few cases, little time")
     p.add_argument("--cases", help="only cases whose name contains this")
     p.add_argument("--seconds", type=float, help="time of one provider in one case")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import datetime
+import gc
 import os
 import platform
 import re
@@ -241,6 +242,7 @@ def peak_memory(
 
     None where the system does not count it.
     """
+    gc.collect()  # what is freed between the two readings below would be counted as the call's
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)

@@ -1,7 +1,8 @@
-"""The tables of README.md, generated from benchmarks/results/*.json between markers, and the comparison of two results.
+"""The tables of README.md, generated from benchmarks/results/ between markers, and the comparison of two results.
 
-Markers: `<!-- benchmarks:begin NAME -->` ... `<!-- benchmarks:end -->`, NAME one of ops-cpu, ops-cuda, targets-cpu, targets-cuda;
-or ops-SLUG, targets-SLUG for one device among several of a kind (SLUG: the result file's name without .json).
+Markers: `<!-- benchmarks:begin NAME -->` ... `<!-- benchmarks:end -->`. NAME is ops-cpu, ops-cuda (the newest result of that
+kind of device) or ops-<slug> (benchmarks/results/<slug>.json): times, targets, every row in a fold; or quality-<study>, for
+short demo: the rows of benchmarks/results/quality/<study>.json.
 """
 
 from __future__ import annotations
@@ -77,8 +78,45 @@ def heading(meta: dict[str, Any]) -> str:
     return f"{meta['device']}{threads}; {versions}; {rates}, measured in the same run; commit {meta['commit']}, {meta['date']}."
 
 
+def _targets(result: dict[str, Any]) -> list[str]:
+    """Measured ratio, target, and met or missed."""
+    what = {"time": "time", "peak": "peak memory", "workspace": "workspace"}
+    rows = []
+    for t in result["targets"]:
+        # A ratio far below one reads better as "so many times faster".
+        many = t["kind"] == "time" and t["target"] <= 0.15 and t["rule"].startswith("<=")
+        measured = f"{1 / t['ratio']:.3g}x faster" if many else f"{t['ratio']:.3g}x"
+        rule = f">= {1 / t['target']:.3g}x faster" if many else t["rule"] + ("x" if t["rule"].startswith("<=") else "")
+        name = "" if t["provider"] == "fastunlearn" else f" ({t['provider']})"
+        rows.append(
+            [
+                f"{t['op']}: {t['case']}{name}",
+                f"{what[t['kind']]} over {t['over']}",
+                measured,
+                rule,
+                "met" if t["met"] else "**missed**",
+            ]
+        )
+    return _markdown(["op: case", "ratio", "measured", "target", ""], rows) if rows else []
+
+
+def quality_block(path: Path) -> str:
+    """Rows of one study: method, target, seed and the metrics by name."""
+    if not path.is_file():
+        return NOT_MEASURED
+    result = json.loads(path.read_text())
+    names = list(dict.fromkeys(name for row in result["rows"] for name in row))
+
+    def cell(value: Any) -> str:
+        return "-" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+
+    lines = _markdown(names, [[cell(row.get(name)) for name in names] for row in result["rows"]])
+    about = ", ".join(f"{k}: {v}" for k, v in result.get("meta", {}).items() if isinstance(v, (str, int, float)))
+    return "\n".join([*lines, *(["", about + "."] if about else [])]) + "\n"
+
+
 def ops_block(result: dict[str, Any] | None) -> str:
-    """One line a case: ours, the share of the hardware limit, the best peer; every row in a fold below."""
+    """One line a case: ours, the share of the hardware limit, the best peer; then the targets; every row in a fold."""
     if result is None:
         return NOT_MEASURED
     short, full = [], []
@@ -113,57 +151,34 @@ def ops_block(result: dict[str, Any] | None) -> str:
         ["op: case, dtype", "fastunlearn, ms", "of the limit", "best peer, ms", "speed-up", "peak MiB, ours / peer"],
         short,
     )
+    targets = _targets(result)
+    lines += ["", *targets] if targets else []
     lines += ["", "<details><summary>Every provider</summary>", ""]
     lines += _markdown(["op: case, dtype", "provider", "median ms", "p20 - p80", "peak MiB", "limit, ms"], full)
     lines += ["", "</details>"]
     return "\n".join(lines) + "\n"
 
 
-def targets_block(result: dict[str, Any] | None) -> str:
-    """Measured ratio, target, and met or missed."""
-    if result is None:
-        return NOT_MEASURED
-    what = {"time": "time", "peak": "peak memory", "workspace": "workspace"}
-    rows = []
-    for t in result["targets"]:
-        # A ratio far below one reads better as "so many times faster".
-        many = t["kind"] == "time" and t["target"] <= 0.15 and t["rule"].startswith("<=")
-        measured = f"{1 / t['ratio']:.3g}x faster" if many else f"{t['ratio']:.3g}x"
-        rule = f">= {1 / t['target']:.3g}x faster" if many else t["rule"] + ("x" if t["rule"].startswith("<=") else "")
-        name = "" if t["provider"] == "fastunlearn" else f" ({t['provider']})"
-        rows.append(
-            [
-                f"{t['op']}: {t['case']}{name}",
-                f"{what[t['kind']]} over {t['over']}",
-                measured,
-                rule,
-                "met" if t["met"] else "**missed**",
-            ]
-        )
-    if not rows:
-        return "No targets.\n"
-    return "\n".join(_markdown(["op: case", "ratio", "measured", "target", ""], rows)) + "\n"
-
-
-def block(name: str, results: dict[str, dict[str, Any]]) -> str:
+def block(name: str, folder: Path) -> str:
     """Text of one marked block.
 
     Raises:
         ValueError: no block of that name.
     """
     kind, _, which = name.partition("-")
-    make = {"ops": ops_block, "targets": targets_block}.get(kind)
-    if make is None or not which:
-        raise ValueError(f"marker {name!r}: want ops-<cpu|cuda|slug> or targets-<cpu|cuda|slug>")
-    return make(_pick(results, which))
+    if kind == "ops" and which:
+        return ops_block(_pick(load(folder), which))
+    if name == "demo" or (kind == "quality" and which):
+        return quality_block(folder / "quality" / f"{which or name}.json")
+    raise ValueError(f"marker {name!r}: want ops-cpu, ops-cuda, ops-<slug>, quality-<study> or demo")
 
 
 def update(readme: Path, results: Path, write: bool = True) -> list[str]:
     """Brings the marked blocks of a file up to date; the names of those that were not."""
-    text, loaded, stale = readme.read_text(), load(results), []
+    text, stale = readme.read_text(), []
 
     def replace(match: re.Match[str]) -> str:
-        new = block(match[2], loaded)
+        new = block(match[2], results)
         if new != match[3]:
             stale.append(match[2])
         return match[1] + new + match[4]

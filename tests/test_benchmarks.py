@@ -1,0 +1,354 @@
+"""The harness on a tiny op, the tables it feeds, and the totals of the real shapes."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import __main__ as cli
+from benchmarks import harness, machine, ops, plots, shapes, spec, tables
+from benchmarks.spec import FLOOR, Case, Inputs, Limit, Op, Provider, Target
+from fastunlearn import BitMask
+
+CPU = torch.device("cpu")
+ROWS = {
+    "op",
+    "case",
+    "dtype",
+    "provider",
+    "ms_p20",
+    "ms_p50",
+    "ms_p80",
+    "peak_mib",
+    "limit_ms",
+    "limit_kind",
+    "correct",
+}
+
+
+def tiny(log: list[str] | None = None, **changes: object) -> Op:
+    """out = 2 x, with a right peer, a wrong one, one that cannot serve and a floor; the runs are noted in `log`."""
+    log = [] if log is None else log
+
+    def provider(name: str, factor: float, **options: object) -> Provider:
+        def build(x: Inputs):
+            def call():
+                log.append(name)
+                return [x.a * factor]
+
+            return call
+
+        return Provider(name, build, **options)  # type: ignore[arg-type]
+
+    def make(case: Case, device: torch.device) -> Inputs:
+        return Inputs(a=torch.arange(64, dtype=torch.float32, device=device))
+
+    fields = {
+        "name": "tiny",
+        "cases": [Case("small", [("a", (8, 8))], quick=True), Case("gpu only", [("a", (8, 8))], devices=("cuda",))],
+        "make": make,
+        "expected": lambda x: [x.a * 2],
+        "check": spec.equal,
+        "limit": lambda x, line: Limit("bytes", 8 * 64),
+        "providers": [
+            provider("fastunlearn", 2, backend="auto"),
+            provider("right", 2),
+            provider("wrong", 3),
+            Provider("absent", lambda x: None),
+            provider(FLOOR + "less", 1, check=lambda x, out, want: None),
+        ],
+        "targets": [
+            Target("right", 1e9, "cpu"),
+            Target("right", 0.5, "cuda"),
+            Target("", -1.0, "cpu", kind="workspace"),
+        ],
+    }
+    return Op(**(fields | changes))  # type: ignore[arg-type]
+
+
+def settings(**changes: object) -> harness.Settings:
+    return harness.Settings(**({"seconds": 0.0, "min_runs": 6, "say": lambda _: None} | changes))  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def result() -> dict:
+    return harness.run([tiny()], CPU, settings())
+
+
+@pytest.mark.serial
+def test_rows_have_the_fixed_fields(result: dict):
+    assert [r["provider"] for r in result["rows"]] == ["fastunlearn", "right", "wrong", FLOOR + "less"]
+    for row in result["rows"]:
+        assert set(row) == ROWS
+        assert (row["op"], row["case"], row["dtype"], row["limit_kind"]) == ("tiny", "small", "fp32", "bytes")
+    facts = {"device", "driver", "torch", "triton", "commit", "date", "copy_gbps", "matmul_tflops", "empty_launch_us"}
+    assert facts | {"cpu", "cores", "threads", "python"} <= set(result["meta"])
+    limit = 8 * 64 / result["meta"]["copy_gbps"] / 1e6
+    assert result["rows"][0]["limit_ms"] == pytest.approx(limit, abs=1e-5)
+
+
+@pytest.mark.serial
+def test_a_wrong_provider_is_recorded_and_not_timed():
+    log: list[str] = []
+    rows = {r["provider"]: r for r in harness.run([tiny(log)], CPU, settings())["rows"]}
+    assert not rows["wrong"]["correct"]
+    assert rows["wrong"]["ms_p50"] is None
+    assert log.count("wrong") == 1
+    assert rows["right"]["correct"]
+    assert rows["right"]["ms_p20"] <= rows["right"]["ms_p50"] <= rows["right"]["ms_p80"]
+
+
+@pytest.mark.serial
+def test_providers_take_turns():
+    log: list[str] = []
+    harness.run([tiny(log)], CPU, settings())
+    timed = log[-3 * 6 :]  # six rounds of three providers
+    rounds = [timed[i : i + 3] for i in range(0, len(timed), 3)]
+    assert all(set(r) == {"fastunlearn", "right", FLOOR + "less"} for r in rounds)
+    assert {r[0] for r in rounds} == set(rounds[0]), "the first of a round rotates"
+
+
+@pytest.mark.serial
+def test_budgets():
+    limited = tiny(
+        providers=[
+            Provider("fastunlearn", lambda x: lambda: [x.a * 2]),
+            Provider("few", lambda x: lambda: [x.a * 2], max_runs=2),
+        ]
+    )
+    runners, _, _ = harness.run_case(
+        limited, limited.cases[0], CPU, settings(), machine.Bandwidth(CPU, 2**16), machine.Flusher(CPU)
+    )
+    assert [len(r.ms) for r in runners] == [6, 2]
+    slow = harness._Runner(limited.providers[0], ms=[5000.0])
+    assert not slow.may_run(settings(slow_s=4.0))
+    assert harness._Runner(limited.providers[0], ms=[10.0]).may_run(settings(slow_s=4.0))
+
+
+@pytest.mark.serial
+def test_what_a_run_changes_is_put_back_before_each_gate():
+    def inplace(x: Inputs):
+        return lambda: [x.a.mul_(2)]
+
+    op = tiny(
+        mutated=lambda x: [x.a],
+        expected=lambda x: [x.a.mul_(2).clone()],
+        providers=[Provider("fastunlearn", inplace), Provider("peer", inplace)],
+    )
+    assert all(row["correct"] for row in harness.run([op], CPU, settings())["rows"])
+
+
+@pytest.mark.serial
+def test_what_does_not_fit_or_does_not_run_is_said():
+    def broken(x: Inputs):
+        raise ImportError("no such peer")
+
+    op = tiny(
+        cases=[Case("small", [("a", (8, 8))]), Case("huge", [("a", (8, 8))], gib=1e9)],
+        providers=[Provider("fastunlearn", lambda x: lambda: [x.a * 2]), Provider("broken", broken)],
+    )
+    result = harness.run([op], CPU, settings())
+    assert [r["provider"] for r in result["rows"]] == ["fastunlearn"]
+    assert any("broken" in line and "no such peer" in line for line in result["left_out"])
+    assert any("huge" in line and "GiB" in line for line in result["left_out"])
+    over = harness.run([op], CPU, settings(total_s=-1.0))
+    assert not over["rows"]
+    assert len(over["left_out"]) == 2
+
+
+def test_percentiles():
+    assert machine.percentile([4.0, 1.0, 3.0, 2.0, 5.0], 50) == 3
+    assert machine.percentile([1.0, 2.0], 20) == pytest.approx(1.2)
+    assert machine.percentile([7.0], 80) == 7
+
+
+@pytest.mark.serial
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is counted on Linux only")
+def test_peak_memory_sees_scratch_and_not_the_output():
+    def work():
+        scratch = torch.ones(48 * 2**20, dtype=torch.uint8)
+        scratch.add_(1)
+        del scratch
+        return None, torch.ones(32 * 2**20, dtype=torch.uint8)
+
+    work()
+    _, peak = machine.peak_memory(work, [], CPU)
+    assert peak is not None
+    assert 12 < peak < 24  # 48 MiB of scratch, of which the output's 32 hide that much
+    kept = torch.ones(32 * 2**20, dtype=torch.uint8)
+    _, peak = machine.peak_memory(lambda: (None, kept.add_(1)), [kept], CPU)
+    assert peak is not None
+    assert peak < 4
+
+
+def judged(target: Target, **ms: float) -> dict | None:
+    case = Case("c", [("a", (1024, 1024))])
+    rows = [
+        {"provider": name.replace("_", " "), "ms_p50": value, "peak_mib": 1.0, "limit_ms": 1.0 if value > 0.1 else 0.01}
+        for name, value in ms.items()
+    ]
+    return harness.judge(tiny(), target, case, rows)
+
+
+def test_targets():
+    met = judged(Target("peer", 0.5, "cpu"), fastunlearn=4.0, peer=10.0)
+    assert met is not None
+    assert met["met"]
+    assert met["ratio"] == pytest.approx(0.4)
+    missed = judged(Target("limit", 1.25, "cpu"), fastunlearn=4.0, peer=10.0)
+    assert missed is not None
+    assert not missed["met"]
+    assert missed["ratio"] == pytest.approx(4)
+    workspace = judged(Target("", 0.3, "cpu", kind="workspace"), fastunlearn=4.0)
+    assert workspace is not None
+    assert workspace["met"]
+    assert workspace["ratio"] == pytest.approx(0.25)  # 1 MiB beside 4 MiB of scores
+    assert judged(Target("nobody", 0.5, "cpu"), fastunlearn=4.0) is None
+
+
+def test_small_limits_are_judged_by_the_distance_to_the_best_peer():
+    near = judged(Target("peer", 0.1, "cpu"), fastunlearn=0.030, peer=0.020)
+    far = judged(Target("peer", 0.1, "cpu"), fastunlearn=0.040, peer=0.020)
+    assert near is not None
+    assert far is not None
+    assert near["met"]
+    assert not far["met"]
+
+
+def test_slug_is_a_file_name():
+    assert all(c.isalnum() or c == "-" for c in machine.slug(CPU))
+    assert machine.slug(CPU).endswith("c")
+
+
+@pytest.mark.parametrize(("rows", "cols", "itemsize"), [(5, 64, 4), (7, 13, 4), (3, 1, 2), (1, 1000, 2), (70, 9, 8)])
+@pytest.mark.parametrize("line", [32, 64])
+def test_touched_bytes(rows: int, cols: int, itemsize: int, line: int):
+    mask = torch.rand(rows, cols) < 0.1
+    lines = {(i * itemsize) // line for i in mask.flatten().nonzero().flatten().tolist()}
+    assert spec.touched_bytes(BitMask.pack(mask).bits, cols, itemsize, line) == len(lines) * line
+
+
+def test_touched_bytes_without_a_mask():
+    mask = torch.rand(512, 512) < 0.05
+    counted = spec.touched_bytes(BitMask.pack(mask).bits, 512, 4, 64)
+    assert spec.expected_touched_bytes(mask.numel(), 0.05, 4, 64) == pytest.approx(counted, rel=0.03)
+
+
+def test_totals_of_the_real_shapes():
+    totals = [shapes.numel(f()) for f in (shapes.smollm2_135m, shapes.sd14_unet, shapes.sdxl_unet, shapes.llama_31_8b)]
+    assert totals == [134_515_008, 859_520_964, 2_567_463_684, 8_030_261_248]
+    assert shapes.numel(shapes.llama_31_8b_slice(1)) == 218_112_000
+
+
+def test_language_models_are_transformers_own():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3,
+        vocab_size=49152, tie_word_embeddings=True,
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = transformers.LlamaForCausalLM(config)
+    assert shapes.smollm2_135m() == [(name, tuple(p.shape)) for name, p in model.named_parameters()]
+
+
+def test_every_benchmark_is_well_formed():
+    for op in ops.load():
+        assert [p.name for p in op.providers].count("fastunlearn") == 1, op.name
+        names = {p.name for p in op.providers}
+        assert len(names) == len(op.providers), f"{op.name}: two providers of one name"
+        assert len({(c.name, c.dtype) for c in op.cases}) == len(op.cases), f"{op.name}: two cases of one name"
+        assert any(c.quick for c in op.cases), f"{op.name}: nothing for --quick"
+        for target in op.targets:
+            assert target.over in names | {"limit", ""}, f"{op.name}: target over {target.over!r}"
+            assert any(target.case in c.name for c in op.cases), f"{op.name}: no case like {target.case!r}"
+
+
+def test_unknown_op_is_refused():
+    with pytest.raises(ValueError, match="no benchmark named nothing"):
+        ops.load(["nothing"])
+
+
+def publish(folder: Path, result: dict) -> Path:
+    cli.write_json(folder / "results" / "some-cpu.json", result)
+    readme = folder / "README.md"
+    readme.write_text(
+        "# x\n<!-- benchmarks:begin ops-cpu -->\n<!-- benchmarks:end -->\ntext\n"
+        "<!-- benchmarks:begin ops-cuda -->\nold\n<!-- benchmarks:end -->\n"
+    )
+    return readme
+
+
+@pytest.mark.serial
+def test_tables_round_trip(tmp_path: Path, result: dict, capsys: pytest.CaptureFixture[str]):
+    readme = publish(tmp_path, result)
+    where = ["--readme", str(readme), "--results", str(tmp_path / "results")]
+    assert json.loads((tmp_path / "results" / "some-cpu.json").read_text()) == result
+    assert cli.main(["table", "--check", *where]) == 1
+    assert "old" in readme.read_text()
+    assert cli.main(["table", *where]) == 0
+    text = readme.read_text()
+    assert "tiny: small, fp32" in text
+    assert "**missed**" in text
+    assert "wrong result, not timed" in text
+    assert tables.NOT_MEASURED in text
+    assert text.startswith("# x\n")
+    assert "text\n" in text
+    assert cli.main(["table", "--check", *where]) == 0
+    slower = copy.deepcopy(result)
+    slower["rows"][0]["ms_p50"] *= 3
+    cli.write_json(tmp_path / "results" / "some-cpu.json", slower)
+    assert cli.main(["table", "--check", *where]) == 1
+    capsys.readouterr()
+
+
+def test_a_floor_is_never_the_best_peer():
+    rows = [
+        {"provider": p, "ms_p50": v} for p, v in [(FLOOR + "read", 1.0), ("fastunlearn-triton", 2.0), ("peer", 3.0)]
+    ]
+    assert tables.best_peer(rows)["provider"] == "peer"  # type: ignore[index]
+
+
+def test_markers_are_checked(tmp_path: Path):
+    readme = tmp_path / "README.md"
+    readme.write_text("<!-- benchmarks:begin ops-cpu -->\n")
+    with pytest.raises(ValueError, match="without its"):
+        tables.update(readme, tmp_path)
+    readme.write_text("<!-- benchmarks:begin nonsense -->\n<!-- benchmarks:end -->\n")
+    with pytest.raises(ValueError, match="nonsense"):
+        tables.update(readme, tmp_path)
+
+
+def test_quality_tables(tmp_path: Path):
+    (tmp_path / "quality").mkdir()
+    rows = [{"method": "none", "seed": 0, "recall": 1.0}, {"method": "npo", "seed": 0, "recall": 0.0312, "steps": 31}]
+    (tmp_path / "quality" / "demo.json").write_text(json.dumps({"rows": rows, "meta": {"model": "SmolLM2"}}))
+    text = tables.block("demo", tmp_path)
+    assert "| npo | 0 | 0.0312 | 31 |" in text
+    assert "model: SmolLM2" in text
+    assert tables.block("quality-other", tmp_path) == tables.NOT_MEASURED
+
+
+@pytest.mark.serial
+def test_plots(tmp_path: Path, result: dict):
+    pytest.importorskip("matplotlib")
+    publish(tmp_path, result)
+    (path,) = plots.draw(tmp_path / "results", tmp_path / "plots")
+    assert path.name == "some-cpu-tiny.svg"
+    assert path.read_text().lstrip().startswith("<?xml")
+
+
+@pytest.mark.serial
+def test_compare(result: dict):
+    slower = copy.deepcopy(result)
+    slower["rows"][0]["ms_p50"] *= 2
+    assert tables.compare(result, copy.deepcopy(result), 1.1)[1] is False
+    lines, worse = tables.compare(result, slower, 1.1)
+    assert worse
+    assert any(line.startswith("SLOWER") and "fastunlearn" in line for line in lines)
+    peers_only = copy.deepcopy(result)
+    peers_only["rows"][1]["ms_p50"] *= 2
+    assert not tables.compare(result, peers_only, 1.1)[1]
