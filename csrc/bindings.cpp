@@ -7,11 +7,13 @@
 #include <pybind11/stl.h>
 
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "common.h"
 #include "mask.h"
 #include "nm.h"
+#include "saliency.h"
 
 #if defined(FU_WITH_CUDA) && !defined(FU_HOST_SIMT)
 #include <cuda_runtime.h>
@@ -108,6 +110,23 @@ void bind_nm(py::module_& m) {
 #endif
 }
 
+void bind_saliency(py::module_& m) {
+  // Rows of (address of scores, of the gradient, of the weight or 0, entries, dtype of both).
+  using Row = std::tuple<Address, Address, Address, int64_t, int, int>;
+  m.def(
+      "saliency_accumulate_cpu",
+      [](const std::vector<Row>& rows, int kind) {
+        std::vector<fu::SaliencyItem> items;
+        items.reserve(rows.size());
+        for (const auto& [score, grad, weight, numel, grad_dtype, weight_dtype] : rows)
+          items.push_back({at<float>(score), at<const void>(grad), at<const void>(weight), numel, grad_dtype,
+                           weight_dtype});
+        std::vector<int64_t> first_piece(rows.size() + 1);
+        FU_CALL(saliency_accumulate, items.data(), int64_t(items.size()), kind, first_piece.data());
+      },
+      no_gil);
+}
+
 py::dict build_info() {
   py::dict d;
   d["isa"] = fu::isa_level() >= 4 ? "x86-64-v4" : fu::isa_level() == 3 ? "x86-64-v3" : "baseline";
@@ -155,4 +174,5 @@ PYBIND11_MODULE(FU_MODULE, m) {
   m.def("set_isa_level", &fu::set_isa_level);
   bind_mask(m);
   bind_nm(m);
+  bind_saliency(m);
 }
