@@ -14,6 +14,7 @@
 #include "mask.h"
 #include "nm.h"
 #include "saliency.h"
+#include "topk.h"
 
 #if defined(FU_WITH_CUDA) && !defined(FU_HOST_SIMT)
 #include <cuda_runtime.h>
@@ -127,6 +128,42 @@ void bind_saliency(py::module_& m) {
       no_gil);
 }
 
+void bind_topk(py::module_& m) {
+  m.def(
+      "topk_select_cpu",
+      [](Address tensors, int64_t n, int dtype, bool absolute, int64_t counts, Address ks, Address bits) {
+        int64_t nan = 0;
+        FU_CALL(topk_select, at<const fu::TopkTensor>(tensors), n, dtype, absolute, counts,
+                at<const int64_t>(ks), at<const uint64_t>(bits), &nan);
+        return nan;
+      },
+      no_gil);
+  m.def(
+      "topk_rows_cpu",
+      [](Address tensors, int64_t n, int dtype, bool absolute, int64_t counts, Address ks, Address bits) {
+        int64_t nan = 0;
+        FU_CALL(topk_rows, at<const fu::TopkTensor>(tensors), n, dtype, absolute, counts,
+                at<const int64_t>(ks), at<const uint64_t>(bits), &nan);
+        return nan;
+      },
+      no_gil);
+  m.def(
+      "topk_histogram_cpu",
+      [](Address tensors, int64_t n, int dtype, bool absolute, Address lo, Address shift, int64_t bins,
+         Address out) {
+        FU_CALL(topk_histogram, at<const fu::TopkTensor>(tensors), n, dtype, absolute, at<const int64_t>(lo),
+                at<const int64_t>(shift), bins, at<int64_t>(out));
+      },
+      no_gil);
+  m.def(
+      "topk_write_cpu",
+      [](Address tensors, int64_t n, int dtype, bool absolute, Address key, Address take, Address bits) {
+        FU_CALL(topk_write, at<const fu::TopkTensor>(tensors), n, dtype, absolute, at<const int64_t>(key),
+                at<const int64_t>(take), at<const uint64_t>(bits));
+      },
+      no_gil);
+}
+
 py::dict build_info() {
   py::dict d;
   d["isa"] = fu::isa_level() >= 4 ? "x86-64-v4" : fu::isa_level() == 3 ? "x86-64-v3" : "baseline";
@@ -175,4 +212,5 @@ PYBIND11_MODULE(FU_MODULE, m) {
   bind_mask(m);
   bind_nm(m);
   bind_saliency(m);
+  bind_topk(m);
 }

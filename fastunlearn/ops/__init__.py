@@ -3,5 +3,6 @@
 from fastunlearn.ops.mask import BitMask, load_masks, save_masks
 from fastunlearn.ops.nm import nm_mask
 from fastunlearn.ops.saliency import saliency_accumulate_
+from fastunlearn.ops.topk import topk_mask
 
-__all__ = ["BitMask", "load_masks", "nm_mask", "saliency_accumulate_", "save_masks"]
+__all__ = ["BitMask", "load_masks", "nm_mask", "saliency_accumulate_", "save_masks", "topk_mask"]

@@ -1,0 +1,62 @@
+// topk_mask: exact selection of the k largest entries over lists of tensors, written as bits.
+//
+// Every value has a 32-bit key whose order is the order of the values: -0.0 and 0.0 share a key, NaN has key
+// 0 and is never selected. Among equal keys the entry that comes first (order of the list, then row-major)
+// wins.
+#pragma once
+
+#include "common.h"
+
+namespace fu {
+
+// One contiguous tensor of scores as a mask sees it. Four int64 in Python's table: address, rows, cols, 0.
+struct TopkTensor {
+  uint64_t scores;
+  int64_t rows, cols, unused;
+};
+
+constexpr int kTopkBins = 2048;
+
+// Keys of -inf and inf: the least and the largest that a value can have.
+FU_HD uint32_t topk_key_min(bool absolute) {
+  return absolute ? 1u : 0x007fffffu;
+}
+FU_HD uint32_t topk_key_max(bool absolute) {
+  return absolute ? 0x7f800001u : 0xff800000u;
+}
+
+// `u`: bits of an fp32 value (16-bit values are widened first: exact, and the order stays).
+FU_HD uint32_t topk_key(uint32_t u, bool absolute) {
+  const uint32_t magnitude = u & 0x7fffffffu;
+  if (magnitude > 0x7f800000u) return 0;
+  if (absolute) return magnitude + 1u;
+  if (magnitude == 0) return 0x80000000u;
+  return u == magnitude ? u | 0x80000000u : ~u;
+}
+
+// The value of a key that some value has.
+FU_HD float topk_unkey(uint32_t key, bool absolute) {
+  if (absolute) return bits_float(key - 1u);
+  return bits_float(key & 0x80000000u ? key & 0x7fffffffu : ~key);
+}
+
+}  // namespace fu
+
+// bits[d * n + i]: address of the bits of tensor i at the d-th count ks[d], at most the number of entries.
+// Writes all bits; *nan = entries that are NaN.
+FU_DECLARE(void, topk_select,
+           (const fu::TopkTensor* tensors, int64_t n, int dtype, bool absolute, int64_t counts,
+            const int64_t* ks, const uint64_t* bits, int64_t* nan))
+// The same with every row of every tensor on its own; ks[d * n + i]: entries to keep in each row of tensor i.
+FU_DECLARE(void, topk_rows,
+           (const fu::TopkTensor* tensors, int64_t n, int dtype, bool absolute, int64_t counts,
+            const int64_t* ks, const uint64_t* bits, int64_t* nan))
+// out[i * bins + b] = entries of tensor i that are no NaN and have (key - lo[i]) >> shift[i] == b, for b <
+// bins.
+FU_DECLARE(void, topk_histogram,
+           (const fu::TopkTensor* tensors, int64_t n, int dtype, bool absolute, const int64_t* lo,
+            const int64_t* shift, int64_t bins, int64_t* out))
+// bits[i]: entries of tensor i with a key above key[i], and the first take[i] whose key is key[i].
+FU_DECLARE(void, topk_write,
+           (const fu::TopkTensor* tensors, int64_t n, int dtype, bool absolute, const int64_t* key,
+            const int64_t* take, const uint64_t* bits))

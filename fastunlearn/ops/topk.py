@@ -1,0 +1,283 @@
+"""topk_mask: the k largest scores of a list of tensors as bit masks, exactly, without concatenating or sorting them.
+
+On a CPU and a GPU: a sample brackets the k-th value, one pass over the scores writes the bits that the bracket decides and
+gathers the few entries inside it, an exact selection among those completes the bits (csrc/topk.cpp, csrc/topk.cu).
+"""
+
+from __future__ import annotations
+
+import numbers
+import operator
+import sys
+import warnings
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal, overload
+
+import torch
+from torch import Tensor
+
+from fastunlearn import _backend, _native
+from fastunlearn.ops.mask import BitMask, rows_cols
+from fastunlearn.reference import topk as reference
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+Scope = Literal["global", "tensor", "row"]
+Key = Literal["value", "abs"]
+
+_OP = _backend.register("topk_mask", native=("cpu",))
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def floor_count(density: float, n: int) -> int:
+    """floor(density * n), by the largest k with k / n <= density in double precision.
+
+    The product itself rounds: 0.29 * 100 is 28.999999999999996. The quotient k / n of two integers is correctly rounded, so
+    29 / 100 is the very number that 0.29 is: a density that was written or computed as k / n gives k.
+    """
+    k = min(n, int(density * n))
+    while k < n and (k + 1) / n <= density:
+        k += 1
+    while k > 0 and k / n > density:
+        k -= 1
+    return k
+
+
+def counts_of(density: float | None, k: int | None, scope: Scope, shapes: Sequence[tuple[int, int]]) -> list[int]:
+    """Entries to keep: [one number] in the global scope, else one for each tensor (in it, or in each of its rows)."""
+    sizes = [rows * cols for rows, cols in shapes]
+    spans = {"global": [sum(sizes)], "tensor": sizes, "row": [cols for _, cols in shapes]}[scope]
+    if density is not None:
+        return [floor_count(density, n) for n in spans]
+    assert k is not None
+    for i, n in enumerate(spans):
+        if k > n:
+            where = {"global": "all scores together", "tensor": f"scores[{i}]", "row": f"a row of scores[{i}]"}[scope]
+            raise ValueError(f"k: want at most the number of entries, got k={k} for {n} in {where}")
+    return [k] * len(spans)
+
+
+def _check_scores(scores: Any) -> list[Tensor]:
+    if isinstance(scores, Tensor):
+        raise TypeError("scores: want a list of tensors, got one tensor; wrap it: topk_mask([scores], ...)[0]")
+    if not isinstance(scores, list | tuple):
+        raise TypeError(f"scores: want a list of tensors, got {type(scores).__name__}")
+    if not scores:
+        raise ValueError("scores: want at least one tensor, got an empty list")
+    sharded: Any = ()
+    if "torch.distributed.tensor" in sys.modules:
+        sharded = sys.modules["torch.distributed.tensor"].DTensor
+    out = []
+    for i, t in enumerate(scores):
+        if not isinstance(t, Tensor):
+            raise TypeError(f"scores[{i}]: want a tensor, got {type(t).__name__}")
+        if t.dtype not in _DTYPES:
+            raise TypeError(
+                f"scores[{i}]: want float32, float16, bfloat16 or float64, got {t.dtype} (convert it: scores.float())"
+            )
+        if t.device != scores[0].device:
+            raise ValueError(f"scores[{i}] is on {t.device}, scores[0] on {scores[0].device}: want one device")
+        out.append((t.to_local() if isinstance(t, sharded) else t).detach())
+    return out
+
+
+def _check_density(density: Any) -> float:
+    if isinstance(density, bool) or not isinstance(density, numbers.Real):
+        raise TypeError(f"density: want a number in [0, 1] or a list of them, got {type(density).__name__}")
+    if not 0 <= density <= 1:
+        raise ValueError(f"density: want a share in [0, 1], got {density}")
+    return float(density)
+
+
+def _check_amount(density: Any, k: Any) -> tuple[list[float] | None, int | None]:
+    if (density is None) == (k is None):
+        raise ValueError(f"density, k: want exactly one of the two, got density={density} and k={k}")
+    if density is not None:
+        several = density if isinstance(density, list | tuple) else [density]
+        if not several:
+            raise ValueError("density: want a number or a list with at least one, got an empty list")
+        return [_check_density(d) for d in several], None
+    if isinstance(k, bool):
+        raise TypeError("k: want an int, got bool")
+    try:
+        k = operator.index(k)
+    except TypeError:
+        raise TypeError(f"k: want an int, got {type(k).__name__}") from None
+    if k < 0:
+        raise ValueError(f"k: want at least 0, got {k}")
+    return None, k
+
+
+def uniform(scores: Sequence[Tensor]) -> list[Tensor]:
+    """The scores as contiguous [rows, cols] of one dtype: the widest that is there, float32 for a mixture of 16 bits."""
+    dtypes = {t.dtype for t in scores}
+    dtype = dtypes.pop() if len(dtypes) == 1 else torch.float64 if torch.float64 in dtypes else torch.float32
+    return [t.reshape(rows_cols(t.shape)).to(dtype).contiguous() for t in scores]
+
+
+def native_limits(scores: Sequence[Tensor]) -> dict[str, str]:
+    """Backend -> why these scores are beyond it."""
+    if scores[0].dtype == torch.float64:
+        return {"native": "float64 scores have no 32-bit keys; float32 scores have a kernel"}
+    return {}
+
+
+def table(scores: Sequence[Tensor]) -> Tensor:
+    """int64 [tensors, 4]: address, rows, cols, 0 (csrc/topk.h: TopkTensor)."""
+    return torch.tensor([[t.data_ptr(), t.shape[0], t.shape[1], 0] for t in scores], dtype=torch.int64)
+
+
+def empty_bits(scores: Sequence[Tensor]) -> list[Tensor]:
+    return [t.new_empty(t.shape[0], (t.shape[1] + 7) // 8, dtype=torch.uint8) for t in scores]
+
+
+def addresses(bits: Sequence[Sequence[Tensor]]) -> Tensor:
+    return torch.tensor([[b.data_ptr() for b in row] for row in bits], dtype=torch.int64)
+
+
+def warn_nan(nan: int, entries: int, wanted: int) -> None:
+    """`wanted`: entries asked for, at most; 0 where that is not known for all scopes together."""
+    if not nan:
+        return
+    short = f"; only {entries - nan} of the {wanted} entries asked for are there to select" * (wanted > entries - nan)
+    warnings.warn(f"topk_mask: {nan} of {entries} scores are NaN and never selected{short}", UserWarning, stacklevel=5)
+
+
+def _select(
+    scores: Sequence[Tensor], densities: Sequence[float] | None, k: int | None, scope: Scope, key: Key
+) -> list[list[Tensor]]:
+    """Bits for every density and tensor."""
+    shapes = [rows_cols(t.shape) for t in scores]
+    counts = [counts_of(d, k, scope, shapes) for d in (densities if densities is not None else [None])]
+    device, absolute = scores[0].device, key == "abs"
+    flat = uniform(scores)
+    if _backend.resolve(_OP, device, native_limits(flat)) == "reference":
+        bits, nan = reference.topk_mask(flat, counts, scope, absolute)
+        found = int(nan)
+    else:
+        bits = [empty_bits(flat) for _ in counts]
+        found = _select_cpu(flat, counts, scope, absolute, bits)
+    per_scope = shapes if scope == "row" else [(1, 1)] * len(shapes)
+    wanted = max(sum(c * rows for c, (rows, _) in zip(row, per_scope)) for row in counts)
+    warn_nan(found, sum(rows * cols for rows, cols in shapes), wanted)
+    return bits
+
+
+def _select_cpu(
+    flat: list[Tensor], counts: list[list[int]], scope: Scope, absolute: bool, bits: list[list[Tensor]]
+) -> int:
+    """Fills `bits`; returns the number of NaN."""
+    library, dtype = _native.library(), _native.DTYPES[flat[0].dtype]
+    tensors, ks, out = table(flat), torch.tensor(counts, dtype=torch.int64), addresses(bits)
+    call = library.topk_rows_cpu if scope == "row" else library.topk_select_cpu
+    if scope != "tensor":
+        return call(tensors.data_ptr(), len(flat), dtype, absolute, len(counts), ks.data_ptr(), out.data_ptr())
+    nan = 0
+    ks, out = ks.t().contiguous(), out.t().contiguous()
+    for i in range(len(flat)):
+        args = (tensors[i].data_ptr(), 1, dtype, absolute, len(counts), ks[i].data_ptr(), out[i].data_ptr())
+        nan += call(*args)
+    return nan
+
+
+# What torch.compile sees; bits of all tensors for the first density, then for the next one.
+@torch.library.custom_op("fastunlearn::topk_mask", mutates_args=())
+def _topk_mask(
+    scores: Sequence[Tensor], densities: Sequence[float] | None, k: int | None, scope: str, key: str
+) -> list[Tensor]:
+    return [b for bits in _select(scores, densities, k, scope, key) for b in bits]  # type: ignore[arg-type]
+
+
+@_topk_mask.register_fake
+def _(
+    scores: Sequence[Tensor], densities: Sequence[float] | None, k: int | None, scope: str, key: str
+) -> list[Tensor]:
+    out = []
+    for _ in densities if densities is not None else [None]:
+        for t in scores:
+            rows, cols = rows_cols(t.shape)
+            out.append(t.new_empty(rows, (cols + 7) // 8, dtype=torch.uint8))
+    return out
+
+
+@overload
+def topk_mask(
+    scores: Sequence[Tensor],
+    density: float | None = None,
+    k: int | None = None,
+    *,
+    scope: Scope = "global",
+    key: Key = "value",
+    process_group: ProcessGroup | None = None,
+) -> list[BitMask]: ...
+
+
+@overload
+def topk_mask(
+    scores: Sequence[Tensor],
+    density: list[float] | tuple[float, ...],
+    k: None = None,
+    *,
+    scope: Scope = "global",
+    key: Key = "value",
+    process_group: ProcessGroup | None = None,
+) -> list[list[BitMask]]: ...
+
+
+def topk_mask(
+    scores: Sequence[Tensor],
+    density: float | list[float] | tuple[float, ...] | None = None,
+    k: int | None = None,
+    *,
+    scope: Scope = "global",
+    key: Key = "value",
+    process_group: ProcessGroup | None = None,
+) -> list[BitMask] | list[list[BitMask]]:
+    """Masks of the k largest scores: exactly k, whatever their values.
+
+    Among equal scores the first wins, in the order of the list, then row-major; -0.0 equals 0.0; NaN is never selected (a
+    warning says how many there are; where k exceeds the other entries, all of those are selected). The entries selected at
+    one density are among those at any larger one.
+
+    Args:
+        scores: tensors of any shapes on one device; float32, float16, bfloat16 or float64 (plain PyTorch). Tensors of
+            different dtypes are widened to the largest. Tensors that are not contiguous are copied.
+        density: share of the entries of a scope to select, in [0, 1], or a list of shares, which gives a list of results
+            from one pass over the scores. k = floor(density * entries), free of rounding: 0.29 of 100 is 29.
+        k: the number itself, instead of a density.
+        scope: "global": k among all tensors together; "tensor": k in each tensor; "row": k in each row as `BitMask` has
+            rows (a tensor of one dimension is one row, a convolution has a row for each output channel).
+        key: what is compared: "value" or "abs" (magnitude).
+        process_group: rank r holds the r-th run of rows of every tensor (shards may differ in size or be empty; DTensors
+            are taken as their local shards) and receives the masks of its rows: together exactly those of one process that
+            holds everything. Only counts and histograms of keys travel. With scope "row" nothing travels: a rank's rows are
+            complete.
+
+    Returns:
+        A `BitMask` for each tensor; for a list of densities a list of those. On a GPU nothing waits for the device, so the
+        warning of NaN comes with a later call or from `fastunlearn.ops.topk.check_nan()`.
+
+    Raises:
+        TypeError: scores are not a list of floating-point tensors; density or k is not a number.
+        ValueError: empty list, mixed devices, density outside [0, 1], k below 0 or beyond the entries of a scope, both or
+            neither of density and k, unknown scope or key.
+    """
+    tensors = _check_scores(scores)
+    densities, count = _check_amount(density, k)
+    if scope not in ("global", "tensor", "row"):
+        raise ValueError(f"scope: want 'global', 'tensor' or 'row', got {scope!r}")
+    if key not in ("value", "abs"):
+        raise ValueError(f"key: want 'value' or 'abs', got {key!r}")
+    if process_group is not None and scope != "row":
+        from fastunlearn.ops import topk_distributed
+
+        by_density = topk_distributed.select(tensors, densities, count, scope, key, process_group)
+    elif torch.compiler.is_compiling():
+        counts_of(None, count, scope, [rows_cols(t.shape) for t in tensors]) if count is not None else None
+        out = _topk_mask(tensors, densities, count, scope, key)
+        by_density = [out[i : i + len(tensors)] for i in range(0, len(out), len(tensors))]
+    else:
+        by_density = _select(tensors, densities, count, scope, key)
+    masks = [[BitMask(b, t.shape) for b, t in zip(bits, tensors)] for bits in by_density]
+    return masks if isinstance(density, list | tuple) else masks[0]
