@@ -85,9 +85,10 @@ def _check_scores(scores: Any) -> list[Tensor]:
 def _check_density(density: Any) -> float:
     if isinstance(density, bool) or not isinstance(density, numbers.Real):
         raise TypeError(f"density: want a number in [0, 1] or a list of them, got {type(density).__name__}")
-    if not 0 <= density <= 1:
+    share = float(density)
+    if not 0 <= share <= 1:
         raise ValueError(f"density: want a share in [0, 1], got {density}")
-    return float(density)
+    return share
 
 
 def _check_amount(density: Any, k: Any) -> tuple[list[float] | None, int | None]:
@@ -190,9 +191,7 @@ def _topk_mask(
 
 
 @_topk_mask.register_fake
-def _(
-    scores: Sequence[Tensor], densities: Sequence[float] | None, k: int | None, scope: str, key: str
-) -> list[Tensor]:
+def _(scores: Sequence[Tensor], densities: Sequence[float] | None, k: int | None, scope: str, key: str) -> list[Tensor]:
     out = []
     for _ in densities if densities is not None else [None]:
         for t in scores:

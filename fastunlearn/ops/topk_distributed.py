@@ -17,7 +17,6 @@ from torch import Tensor
 
 from fastunlearn import _backend, _native
 from fastunlearn.ops import topk
-from fastunlearn.ops.mask import rows_cols
 from fastunlearn.reference import topk as reference
 
 if TYPE_CHECKING:
@@ -39,7 +38,7 @@ def traffic(tensors: int, densities: int, world: int, scope: str = "global", bit
     """Most bytes that one rank hands to collectives or receives as their result in one call."""
     scopes = 1 if scope == "global" else tensors
     histograms = sum(scopes * densities * bins * 8 for _, bins in digits(scopes, bits))
-    return 2 * histograms + (world + 1) * (tensors + densities * tensors) * 8
+    return 2 * histograms + (world + 1) * (2 + tensors + densities * tensors) * 8
 
 
 def _gather(values: Tensor, group: ProcessGroup) -> Tensor:
@@ -134,8 +133,7 @@ def select(
     # After the last digit `lo` is the key itself and `ties` counts this rank's entries that have it.
     everyone = _gather(ties.to(device), group).cpu()
     out = [
-        shard.write([row[o] for o in owner], _share(everyone[:, d], left[d], owner, rank))
-        for d, row in enumerate(lo)
+        shard.write([row[o] for o in owner], _share(everyone[:, d], left[d], owner, rank)) for d, row in enumerate(lo)
     ]
     entries = sum(sizes)
     topk.warn_nan(entries - sum(valid), entries, max(sum(row) for row in counts))
@@ -164,5 +162,3 @@ def _share(ties: Tensor, take: list[int], owner: list[int], rank: int) -> list[i
             if r == rank:
                 out.append(taken)
     return out
-
-
