@@ -1,0 +1,140 @@
+"""Accumulates saliency scores of a whole list of tensors in one launch.
+
+The list is one flat run of blocks: program i takes block i, finds its tensor by bisection of the first block of every
+tensor, and reads the addresses from a table. Whole blocks are read without a mask, so that loads stay 16 bytes wide.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+BLOCK = 4096
+WARPS = 8
+MIXED = -1  # the tensors of the list differ in their element type: it stands in the table
+_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+
+
+@triton.jit
+def _load(address, places, mask, code, CODE: tl.constexpr, ALIGNED: tl.constexpr, WHOLE: tl.constexpr):
+    """Entries of one tensor as fp32; `code` is its element type when the list mixes them (CODE = -1)."""
+    if CODE == 0:
+        x = _load_as(address, places, mask, tl.float32, ALIGNED, WHOLE)
+    elif CODE == 1:
+        x = _load_as(address, places, mask, tl.float16, ALIGNED, WHOLE)
+    elif CODE == 2:
+        x = _load_as(address, places, mask, tl.bfloat16, ALIGNED, WHOLE)
+    else:
+        if code == 0:
+            x = _load_as(address, places, mask, tl.float32, ALIGNED, WHOLE)
+        elif code == 1:
+            x = _load_as(address, places, mask, tl.float16, ALIGNED, WHOLE)
+        else:
+            x = _load_as(address, places, mask, tl.bfloat16, ALIGNED, WHOLE)
+    return x
+
+
+@triton.jit
+def _load_as(address, places, mask, TYPE: tl.constexpr, ALIGNED: tl.constexpr, WHOLE: tl.constexpr):
+    pointer = address.to(tl.pointer_type(TYPE))
+    if ALIGNED:
+        pointer = tl.multiple_of(pointer, 16)
+    if WHOLE:
+        x = tl.load(pointer + places)
+    else:
+        x = tl.load(pointer + places, mask=mask, other=0.0)
+    return x.to(tl.float32)
+
+
+@triton.jit
+def _block(
+    table, tensor, count, places, mask, KIND: tl.constexpr, GRAD: tl.constexpr, WEIGHT: tl.constexpr,
+    ALIGNED: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """One block: KIND 0 abs, 1 square, 2 signed, 3 weight_grad (fastunlearn/ops/saliency.py: KINDS)."""
+    codes = tl.load(table + 4 * count + tensor)
+    term = _load(tl.load(table + count + tensor), places, mask, codes % 4, GRAD, ALIGNED, WHOLE)
+    if KIND == 0:
+        term = tl.abs(term)
+    elif KIND == 1:
+        term = term * term
+    elif KIND == 3:
+        term = tl.abs(
+            _load(tl.load(table + 2 * count + tensor), places, mask, codes // 4, WEIGHT, ALIGNED, WHOLE) * term
+        )
+    scores = tl.load(table + tensor).to(tl.pointer_type(tl.float32))
+    if ALIGNED:
+        scores = tl.multiple_of(scores, 16)
+    if WHOLE:
+        tl.store(scores + places, tl.load(scores + places) + term)
+    else:
+        tl.store(scores + places, tl.load(scores + places, mask=mask, other=0.0) + term, mask=mask)
+
+
+@triton.jit(do_not_specialize=["count"])
+def _kernel(
+    table, count, STEPS: tl.constexpr, KIND: tl.constexpr, GRAD: tl.constexpr, WEIGHT: tl.constexpr,
+    ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """`table` int64 [6, count]: addresses of scores, gradients, weights; entries; element types (gradient + 4 * weight);
+    first block of the tensor. STEPS bisections find the last tensor that starts at or before this program's block.
+    """
+    block = tl.program_id(0).to(tl.int64)
+    tensor = block * 0
+    high = tensor + count
+    for _ in tl.static_range(STEPS):
+        middle = (tensor + high) // 2
+        here = tl.load(table + 5 * count + middle) <= block
+        tensor = tl.where(here, middle, tensor)
+        high = tl.where(here, high, middle)
+    start = (block - tl.load(table + 5 * count + tensor)) * BLOCK
+    numel = tl.load(table + 3 * count + tensor)
+    places = start + tl.arange(0, BLOCK)
+    mask = places < numel
+    if start + BLOCK <= numel:
+        _block(table, tensor, count, places, mask, KIND, GRAD, WEIGHT, ALIGNED, True)
+    else:
+        _block(table, tensor, count, places, mask, KIND, GRAD, WEIGHT, ALIGNED, False)
+
+
+def _one_code(tensors: Sequence[Tensor]) -> int:
+    codes = {_CODES[t.dtype] for t in tensors}
+    return codes.pop() if len(codes) == 1 else MIXED
+
+
+def saliency_accumulate_(
+    scores: Sequence[Tensor], grads: Sequence[Tensor], weights: Sequence[Tensor], kind: int, block: int = BLOCK
+) -> None:
+    """All tensors contiguous and on one device; `weights` is empty but for kind 3."""
+    keep = [i for i, s in enumerate(scores) if s.numel()]
+    if not keep:
+        return
+    scores, grads = [scores[i] for i in keep], [grads[i] for i in keep]
+    weights = [weights[i] for i in keep] if weights else []
+    first = [0]
+    for s in scores:
+        first.append(first[-1] + -(-s.numel() // block))
+    blocks = first.pop()
+    addresses = [
+        [s.data_ptr() for s in scores],
+        [g.data_ptr() for g in grads],
+        [w.data_ptr() for w in weights] or [0] * len(scores),
+    ]
+    codes = [_CODES[g.dtype] for g in grads]
+    if weights:
+        codes = [c + 4 * _CODES[w.dtype] for c, w in zip(codes, weights)]
+    table = torch.tensor([*addresses, [s.numel() for s in scores], codes, first], dtype=torch.int64)
+    device = scores[0].device
+    if device.type == "cuda":
+        # From pinned memory the copy is queued and the host does not wait for the device.
+        table = table.pin_memory().to(device, non_blocking=True)
+    aligned = all(a % 16 == 0 for row in addresses for a in row)
+    with torch.cuda.device_of(scores[0]):
+        _kernel[(blocks,)](
+            table, len(scores), (len(scores) - 1).bit_length(), kind,
+            _one_code(grads), _one_code(weights) if weights else 0, aligned, block, num_warps=WARPS,
+        )  # fmt: skip
