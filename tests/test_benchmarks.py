@@ -79,6 +79,13 @@ def result() -> dict:
     return harness.run([tiny()], CPU, settings())
 
 
+@pytest.fixture
+def quick_rates(monkeypatch: pytest.MonkeyPatch):
+    """What a run measures beside the op, small."""
+    monkeypatch.setattr(machine, "matmul_tflops", lambda device: 1.0)
+    monkeypatch.setattr(machine, "Bandwidth", lambda device, make=machine.Bandwidth: make(device, 2**16))
+
+
 @pytest.mark.serial
 def test_rows_have_the_fixed_fields(result: dict):
     assert [r["provider"] for r in result["rows"]] == ["fastunlearn", "right", "wrong", FLOOR + "less"]
@@ -92,6 +99,7 @@ def test_rows_have_the_fixed_fields(result: dict):
 
 
 @pytest.mark.serial
+@pytest.mark.usefixtures("quick_rates")
 def test_a_wrong_provider_is_recorded_and_not_timed():
     log: list[str] = []
     rows = {r["provider"]: r for r in harness.run([tiny(log)], CPU, settings())["rows"]}
@@ -103,6 +111,7 @@ def test_a_wrong_provider_is_recorded_and_not_timed():
 
 
 @pytest.mark.serial
+@pytest.mark.usefixtures("quick_rates")
 def test_providers_take_turns():
     log: list[str] = []
     harness.run([tiny(log)], CPU, settings())
@@ -130,6 +139,7 @@ def test_budgets():
 
 
 @pytest.mark.serial
+@pytest.mark.usefixtures("quick_rates")
 def test_what_a_run_changes_is_put_back_before_each_gate():
     def inplace(x: Inputs):
         return lambda: [x.a.mul_(2)]
@@ -143,6 +153,7 @@ def test_what_a_run_changes_is_put_back_before_each_gate():
 
 
 @pytest.mark.serial
+@pytest.mark.usefixtures("quick_rates")
 def test_what_does_not_fit_or_does_not_run_is_said():
     def broken(x: Inputs):
         raise ImportError("no such peer")
