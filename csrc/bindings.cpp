@@ -10,6 +10,7 @@
 #include <tuple>
 #include <vector>
 
+#include "adamw.h"
 #include "common.h"
 #include "mask.h"
 #include "nm.h"
@@ -90,6 +91,37 @@ void bind_mask(py::module_& m) {
       },
       no_gil);
 #endif
+}
+
+fu::masked::Work masked_work(Address table, Address hyper, Address keys, Address unit_tensor,
+                             Address first_unit, int64_t units, Address grad_scale) {
+  return {at<const int64_t>(table),       at<const float>(hyper),        at<const uint32_t>(keys),
+          at<const int32_t>(unit_tensor), at<const int64_t>(first_unit), units,
+          at<const float>(grad_scale)};
+}
+
+void bind_adamw(py::module_& m) {
+  m.def(
+      "masked_adamw_cpu",
+      [](Address table, Address hyper, Address keys, Address unit_tensor, Address first_unit, int64_t units,
+         Address grad_scale) {
+        FU_CALL(masked_adamw, masked_work(table, hyper, keys, unit_tensor, first_unit, units, grad_scale));
+      },
+      no_gil);
+  m.def(
+      "masked_sgd_cpu",
+      [](Address table, Address hyper, Address keys, Address unit_tensor, Address first_unit, int64_t units,
+         Address grad_scale) {
+        FU_CALL(masked_sgd, masked_work(table, hyper, keys, unit_tensor, first_unit, units, grad_scale));
+      },
+      no_gil);
+  m.def(
+      "masked_sumsq_cpu",
+      [](Address table, Address unit_tensor, Address first_unit, int64_t units, Address partial) {
+        FU_CALL(masked_sumsq, masked_work(table, 0, 0, unit_tensor, first_unit, units, 0),
+                at<double>(partial));
+      },
+      no_gil);
 }
 
 void bind_nm(py::module_& m) {
@@ -210,6 +242,7 @@ PYBIND11_MODULE(FU_MODULE, m) {
   m.def("cuda_devices", &cuda_devices);
   m.def("set_isa_level", &fu::set_isa_level);
   bind_mask(m);
+  bind_adamw(m);
   bind_nm(m);
   bind_saliency(m);
   bind_topk(m);

@@ -1,8 +1,19 @@
 """The ops: drop-in functions on tensors and lists of tensors. They import no transformers and no diffusers."""
 
+from fastunlearn.ops.adamw import masked_adamw_, masked_grad_norm, masked_sgd_
 from fastunlearn.ops.mask import BitMask, load_masks, save_masks
 from fastunlearn.ops.nm import nm_mask
 from fastunlearn.ops.saliency import saliency_accumulate_
 from fastunlearn.ops.topk import topk_mask
 
-__all__ = ["BitMask", "load_masks", "nm_mask", "saliency_accumulate_", "save_masks", "topk_mask"]
+__all__ = [
+    "BitMask",
+    "load_masks",
+    "masked_adamw_",
+    "masked_grad_norm",
+    "masked_sgd_",
+    "nm_mask",
+    "saliency_accumulate_",
+    "save_masks",
+    "topk_mask",
+]

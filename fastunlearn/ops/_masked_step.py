@@ -1,0 +1,230 @@
+"""One step of masked AdamW or SGD on a batch of tensors, and its norm: tables, numbers, choice of backend.
+
+Nothing is checked here: fastunlearn/ops/adamw.py (the public ops) and fastunlearn/optim come in through it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastunlearn import _backend, _native
+from fastunlearn.ops._slots import Batch, units
+from fastunlearn.reference import adamw as reference
+from fastunlearn.reference.stochastic import rounding_keys
+
+_ADAMW = _backend.register("masked_adamw_", native=("cpu",), triton=("cuda",))
+_SGD = _backend.register("masked_sgd_", native=("cpu",), triton=("cuda",))
+_NORM = _backend.register("masked_grad_norm", native=("cpu",), triton=("cuda",))
+
+#: entries of a unit of work of the C++ code (csrc/adamw.h: kUnit)
+_CPU_UNIT = 32 * 1024
+
+
+class Tables:
+    """The tables of addresses of a list, kept as long as nothing moves in memory."""
+
+    def __init__(self) -> None:
+        self.key: bytes | None = None
+        self.rows: np.ndarray | None = None
+        self.unit_tensor: np.ndarray | None = None
+        self.first_unit: np.ndarray | None = None
+        self.launches: Any = None  # kernels/adamw.py keeps its device copies here
+
+    def update(self, batch: Batch, stochastic: Sequence[bool] | None = None) -> Tables:
+        rows = batch.addresses(stochastic)
+        key = rows.tobytes()
+        if key != self.key:
+            self.key, self.rows, self.launches = key, rows, None
+            self.unit_tensor, self.first_unit = units([slot.numel for slot in batch.slots], _CPU_UNIT)
+        return self
+
+
+@dataclass(slots=True, kw_only=True)
+class Options:
+    """Numbers of one tensor in one step of AdamW or SGD."""
+
+    lr: float
+    weight_decay: float
+    maximize: bool
+    step: int  #: number of this step, from 1
+    index: int  #: number of the tensor, for the random numbers of rounding
+    seed: int
+    stochastic: bool  #: rounding of bfloat16 parameters
+    beta1: float = 0.0
+    beta2: float = 0.0
+    eps: float = 0.0
+    momentum: float = 0.0
+    dampening: float = 0.0
+    nesterov: bool = False
+    first: bool = False  #: the momentum buffer holds nothing yet
+
+
+def _keys(options: Sequence[Options]) -> np.ndarray:
+    return rounding_keys([o.seed for o in options], [o.step for o in options], [o.index for o in options])
+
+
+def _adamw_numbers(options: Sequence[Options]) -> np.ndarray:
+    """float32 [tensors, 8]: csrc/adamw.h, kHyper."""
+    columns = np.array(
+        [(o.lr, o.beta1, o.beta2, o.eps, o.weight_decay, o.step, o.maximize) for o in options], np.float64
+    )
+    lr, beta1, beta2, eps, decay, step, maximize = columns.T
+    out = [
+        1 - beta1,
+        beta2,
+        1 - beta2,
+        eps,
+        lr * decay,
+        lr / (1 - beta1**step),
+        np.sqrt(1 - beta2**step),
+        1 - 2 * maximize,
+    ]
+    return np.ascontiguousarray(np.stack(out, axis=1), dtype=np.float32)
+
+
+def _sgd_numbers(options: Sequence[Options]) -> np.ndarray:
+    rows = [
+        (o.momentum, 1 - o.dampening, o.weight_decay, o.lr, o.nesterov, o.first, 0.0, -1.0 if o.maximize else 1.0)
+        for o in options
+    ]
+    return np.array(rows, dtype=np.float32)
+
+
+def _rounds(batch: Batch, options: Sequence[Options]) -> list[bool]:
+    return [
+        o.stochastic and param.dtype == torch.bfloat16 and master is None
+        for o, param, master in zip(options, batch.params, batch.masters)
+    ]
+
+
+def _launch(
+    name: str,
+    batch: Batch,
+    options: Sequence[Options],
+    numbers: np.ndarray,
+    grad_scale: Tensor | None,
+    tables: Tables | None,
+) -> str | None:
+    """Runs a step by a kernel; "reference" where none can."""
+    op = _ADAMW if name == "masked_adamw" else _SGD
+    backend = _backend.resolve(op, batch.device)
+    if backend == "reference":
+        return backend
+    rounds = _rounds(batch, options)
+    tables = (tables or Tables()).update(batch, rounds)
+    keys = _keys(options) if any(rounds) else np.zeros((len(batch), 2), dtype=np.uint32)
+    if backend == "triton":
+        from fastunlearn.kernels import adamw as kernels
+
+        kernels.step(name, batch, tables, numbers, keys, grad_scale)
+        return backend
+    assert tables.rows is not None
+    assert tables.unit_tensor is not None
+    assert tables.first_unit is not None
+    getattr(_native.library(), f"{name}_cpu")(
+        tables.rows.ctypes.data,
+        numbers.ctypes.data,
+        keys.ctypes.data,
+        tables.unit_tensor.ctypes.data,
+        tables.first_unit.ctypes.data,
+        len(tables.unit_tensor),
+        0 if grad_scale is None else grad_scale.data_ptr(),
+    )
+    return backend
+
+
+def _reference_extras(batch: Batch, options: Sequence[Options], grad_scale: Tensor | None) -> list[dict[str, Any]]:
+    keys = _keys(options)
+    rounds = _rounds(batch, options)
+    return [
+        {
+            "factor": (-1.0 if o.maximize else 1.0) * (1.0 if grad_scale is None else grad_scale),
+            "scale": batch.scales[i],
+            "master": batch.masters[i],
+            "key": keys[i].tolist() if rounds[i] else None,
+        }
+        for i, o in enumerate(options)
+    ]
+
+
+def adamw_batch(
+    batch: Batch, options: Sequence[Options], grad_scale: Tensor | None = None, tables: Tables | None = None
+) -> None:
+    """One AdamW step of tensors on one device (the optimiser's way in: nothing is checked here)."""
+    if not len(batch):
+        return
+    if _launch("masked_adamw", batch, options, _adamw_numbers(options), grad_scale, tables) != "reference":
+        return
+    for i, extras in enumerate(_reference_extras(batch, options, grad_scale)):
+        o, first, second = options[i], batch.first[i], batch.second[i]
+        assert first is not None
+        assert second is not None
+        reference.masked_adamw_(
+            batch.params[i],
+            batch.grads[i],
+            batch.slots[i].may(),
+            first,
+            second,
+            o.step,
+            lr=o.lr,
+            beta1=o.beta1,
+            beta2=o.beta2,
+            eps=o.eps,
+            weight_decay=o.weight_decay,
+            **extras,
+        )
+
+
+def sgd_batch(
+    batch: Batch, options: Sequence[Options], grad_scale: Tensor | None = None, tables: Tables | None = None
+) -> None:
+    """One SGD step of tensors on one device (the optimiser's way in: nothing is checked here)."""
+    if not len(batch):
+        return
+    if _launch("masked_sgd", batch, options, _sgd_numbers(options), grad_scale, tables) != "reference":
+        return
+    for i, extras in enumerate(_reference_extras(batch, options, grad_scale)):
+        o = options[i]
+        reference.masked_sgd_(
+            batch.params[i],
+            batch.grads[i],
+            batch.slots[i].may(),
+            batch.first[i],
+            o.first,
+            lr=o.lr,
+            momentum=o.momentum,
+            dampening=o.dampening,
+            weight_decay=o.weight_decay,
+            nesterov=o.nesterov,
+            **extras,
+        )
+
+
+def sumsq_batch(batch: Batch, tables: Tables | None = None) -> Tensor:
+    """Sum of squares of the gradients that may move, of tensors on one device: float64 scalar there, no synchronisation."""
+    backend = _backend.resolve(_NORM, batch.device)
+    if backend == "reference":
+        return torch.stack([reference.masked_sumsq(g, s.may()) for g, s in zip(batch.grads, batch.slots)]).sum()
+    tables = (tables or Tables()).update(batch)
+    if backend == "triton":
+        from fastunlearn.kernels import adamw as kernels
+
+        return kernels.sumsq(batch, tables)
+    assert tables.rows is not None
+    assert tables.unit_tensor is not None
+    assert tables.first_unit is not None
+    partial = torch.empty(len(tables.unit_tensor), dtype=torch.float64)
+    _native.library().masked_sumsq_cpu(
+        tables.rows.ctypes.data,
+        tables.unit_tensor.ctypes.data,
+        tables.first_unit.ctypes.data,
+        len(tables.unit_tensor),
+        partial.data_ptr(),
+    )
+    return partial.sum()

@@ -1,0 +1,254 @@
+"""Where the entries of a tensor that may move have their state: the compact layout of the masked optimisers.
+
+Entry number c among the set bits of a mask, counted in the order in which the entries lie in memory, has its state at
+place c of a 1-D tensor. Lists of tensors go to one call of a kernel as a table of addresses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastunlearn import _native
+from fastunlearn.ops.mask import BitMask
+
+#: entries between two prefix counts (csrc/adamw.h: kBlock)
+BLOCK = 1024
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The shard of a DTensor that this process holds; any other tensor itself."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def memory_order(tensor: Tensor) -> tuple[int, ...] | None:
+    """The dimensions from the slowest to the fastest in memory; None where entries overlap or leave gaps."""
+    if tensor.is_contiguous():
+        return tuple(range(tensor.dim()))
+    order = tuple(sorted(range(tensor.dim()), key=lambda d: (tensor.stride()[d], tensor.shape[d]), reverse=True))
+    return order if tensor.permute(order).is_contiguous() else None
+
+
+class Slot:
+    """The compact layout of one tensor.
+
+    Attributes:
+        count: entries that may move. bits, prefix: one row of bits over the tensor as it lies in memory and the set bits
+            before every BLOCK-th entry (see `BitMask.prefix_counts`); both None where every entry may move.
+    """
+
+    __slots__ = ("bits", "count", "numel", "order", "prefix", "shape")
+
+    def __init__(self, mask: BitMask | Tensor | None, like: Tensor, what: str = "mask"):
+        """Of a mask for the (local, strided) tensor `like`. Synchronises with the device once.
+
+        Raises:
+            TypeError, ValueError: `mask` is no mask for `like`; the layout of `like` in memory has gaps or overlaps.
+        """
+        order = memory_order(like)
+        if order is None:
+            raise ValueError(
+                f"{what}: the tensor of shape {tuple(like.shape)} and strides {like.stride()} overlaps itself or leaves gaps in "
+                "memory; want a tensor that is contiguous in some order of its dimensions (tensor.contiguous())"
+            )
+        self.order: tuple[int, ...] = order
+        self.shape = like.shape
+        self.numel: int = like.numel()
+        self.count: int = self.numel
+        self.bits: Tensor | None = None
+        self.prefix: Tensor | None = None
+        if mask is None:
+            return
+        if isinstance(mask, Tensor):
+            mask = BitMask.pack(mask)
+        if not isinstance(mask, BitMask):
+            raise TypeError(f"{what}: want a BitMask, a torch.bool tensor or None, got {type(mask).__name__}")
+        if mask.shape != like.shape:
+            raise ValueError(f"{what}: has shape {tuple(mask.shape)}, its tensor {tuple(like.shape)}")
+        if mask.device != like.device:
+            raise ValueError(
+                f"{what}: is on {mask.device}, its tensor on {like.device} (mask.to({str(like.device)!r}))"
+            )
+        if order != tuple(range(like.dim())) or mask.cols % 8:
+            mask = BitMask.pack(mask.unpack().permute(order).reshape(-1))
+        flat = BitMask(mask.bits.contiguous().view(1, -1), (self.numel,))
+        prefix = flat.prefix_counts(BLOCK // 8)
+        self.count = int(prefix[-1])
+        if self.count < self.numel:
+            self.bits, self.prefix = flat.bits, prefix
+
+    def flat(self, tensor: Tensor) -> Tensor:
+        """`tensor` (of the slot's shape and layout) as a 1-D view in the order of memory."""
+        return tensor.permute(self.order).view(-1)
+
+    def ordered(self, tensor: Tensor) -> Tensor:
+        """Any tensor of the slot's shape as 1-D in the order of the slot's tensor; a copy where it must be."""
+        return tensor.permute(self.order).reshape(-1)
+
+    def may(self) -> Tensor | None:
+        """bool [numel] in the order of memory; None: all."""
+        return None if self.bits is None else BitMask(self.bits, (self.numel,)).unpack()
+
+    def compress(self, full: Tensor) -> Tensor:
+        """The entries of `full` (the slot's shape) that may move: fp32 [count], a new tensor."""
+        flat, may = self.ordered(full.detach()), self.may()
+        return flat.to(torch.float32, copy=True) if may is None else flat[may].to(torch.float32)
+
+    def expand(self, compact: Tensor, others: Tensor | None = None) -> Tensor:
+        """The inverse of `compress`: a tensor of the slot's shape, with 0 (or the entries of `others`) elsewhere."""
+        may = self.may()
+        if others is None:
+            flat = torch.zeros(self.numel, dtype=compact.dtype, device=compact.device)
+        else:
+            flat = self.ordered(others.detach()).to(compact.dtype, copy=True)
+        if may is None:
+            flat.copy_(compact)
+        else:
+            flat[may] = compact
+        sizes = [self.shape[d] for d in self.order]
+        inverse = sorted(range(len(self.order)), key=self.order.__getitem__)
+        return flat.view(sizes).permute(inverse)
+
+    def compact(self, values: Tensor, what: str) -> Tensor:
+        """Values for entries that may move, given compact ([count], row-major order) or in the slot's shape -> fp32 [count].
+
+        Raises:
+            ValueError: neither of the two. TypeError: not of a floating type.
+        """
+        if not values.is_floating_point():
+            raise TypeError(f"{what}: want a floating type, got {values.dtype}")
+        if values.shape == self.shape:
+            return self.compress(values)
+        if tuple(values.shape) != (self.count,):
+            raise ValueError(
+                f"{what}: want shape {tuple(self.shape)} or ({self.count},) (one for each entry that may move), "
+                f"got {tuple(values.shape)}"
+            )
+        if self.order == tuple(range(len(self.shape))):
+            return values.detach().to(torch.float32).contiguous()
+        may = self.may()
+        rows = torch.ones(self.numel, dtype=torch.bool, device=values.device) if may is None else may
+        sizes = [self.shape[d] for d in self.order]
+        inverse = sorted(range(len(self.order)), key=self.order.__getitem__)
+        full = torch.zeros(self.shape, dtype=torch.float32, device=values.device)
+        full[rows.view(sizes).permute(inverse)] = values.detach().float()
+        return self.compress(full)
+
+
+class Batch:
+    """The tensors of one call, flat and in the order of memory; entries of `masters` and `scales` may be None."""
+
+    def __init__(self) -> None:
+        self.slots: list[Slot] = []
+        self.params: list[Tensor] = []
+        self.grads: list[Tensor] = []
+        self.first: list[Tensor | None] = []
+        self.second: list[Tensor | None] = []
+        self.masters: list[Tensor | None] = []
+        self.scales: list[Tensor | None] = []
+
+    def add(
+        self,
+        slot: Slot,
+        param: Tensor,
+        grad: Tensor,
+        first: Tensor | None = None,
+        second: Tensor | None = None,
+        master: Tensor | None = None,
+        scale: Tensor | None = None,
+        what: str = "grads",
+    ) -> bool:
+        """Takes a tensor in; False (and nothing taken) where no entry may move.
+
+        Raises:
+            TypeError, ValueError: a gradient that is sparse, complex, or of another shape, device or element type.
+        """
+        check_grad(param, grad, what)
+        if slot.bits is not None and slot.bits.device != param.device:
+            raise ValueError(f"{what}: the parameter is on {param.device}, its mask was made for {slot.bits.device}")
+        if slot.count == 0:
+            return False
+        if grad.stride() != param.stride():
+            grad = torch.empty_strided(param.shape, param.stride(), dtype=grad.dtype, device=grad.device).copy_(grad)
+        self.slots.append(slot)
+        self.params.append(slot.flat(param.detach()))
+        self.grads.append(slot.flat(grad.detach()))
+        self.first.append(first)
+        self.second.append(second)
+        self.masters.append(master)
+        self.scales.append(scale)
+        return True
+
+    def __len__(self) -> int:
+        return len(self.slots)
+
+    @property
+    def device(self) -> torch.device:
+        return self.params[0].device
+
+    def addresses(self, stochastic: Sequence[bool] | None = None) -> np.ndarray:
+        """int64 [tensors, fields]: the table of csrc/adamw.h."""
+
+        def at(tensor: Tensor | None) -> int:
+            return 0 if tensor is None else tensor.data_ptr()
+
+        rows = [
+            (
+                at(param),
+                at(grad),
+                at(slot.bits),
+                at(slot.prefix),
+                at(first),
+                at(second),
+                at(master),
+                at(scale),
+                slot.numel,
+                _native.DTYPES[param.dtype],
+                _native.DTYPES[grad.dtype],
+                int(stochastic[i]) if stochastic is not None else 0,
+            )
+            for i, (slot, param, grad, first, second, master, scale) in enumerate(
+                zip(self.slots, self.params, self.grads, self.first, self.second, self.masters, self.scales)
+            )
+        ]
+        return np.array(rows, dtype=np.int64)
+
+
+def units(numels: Sequence[int], size: int) -> tuple[np.ndarray, np.ndarray]:
+    """(int32 [units]: the tensor of each piece of `size` entries, int64 [tensors]: the number of its first piece)."""
+    counts = np.array([-(-n // size) for n in numels], dtype=np.int64)
+    first = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(counts)[:-1]]).astype(np.int64)
+    return np.repeat(np.arange(len(numels), dtype=np.int32), counts), first
+
+
+def check_grad(param: Tensor, grad: Tensor, what: str) -> None:
+    """
+    Raises:
+        TypeError, ValueError: `grad` is not a gradient of `param` that the masked ops take.
+    """
+    if grad.layout != torch.strided:
+        raise TypeError(f"{what}: sparse gradients are not supported; got layout {grad.layout} (grad.to_dense())")
+    if grad.dtype not in DTYPES:
+        raise TypeError(f"{what}: want float32, float16 or bfloat16, got {grad.dtype}")
+    if grad.shape != param.shape:
+        raise ValueError(f"{what}: has shape {tuple(grad.shape)}, its parameter {tuple(param.shape)}")
+    if grad.device != param.device:
+        raise ValueError(f"{what}: is on {grad.device}, its parameter on {param.device}")
+
+
+def check_param(param: Any, what: str) -> None:
+    """
+    Raises:
+        TypeError: `param` is not a tensor that the masked ops can update.
+    """
+    if not isinstance(param, Tensor):
+        raise TypeError(f"{what}: want a tensor, got {type(param).__name__}")
+    if param.layout != torch.strided:
+        raise TypeError(f"{what}: want a strided tensor, got layout {param.layout}")
+    if param.dtype not in DTYPES:
+        raise TypeError(f"{what}: want float32, float16 or bfloat16, got {param.dtype}")

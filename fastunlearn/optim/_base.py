@@ -1,0 +1,386 @@
+"""What the masked optimisers share: masks to parameters, compact state, checkpoints, the step over all groups at once.
+
+State is held compact (only for entries that may move), in fp32, and saved expanded to the parameter's shape: a checkpoint
+loads into torch.optim's optimiser of the same name, and under another mask (see `MaskedOptimizer.load_state_dict`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from fastunlearn.ops import _masked_step as engine
+from fastunlearn.ops._slots import Batch, Slot, check_param, local
+from fastunlearn.ops.mask import BitMask
+from fastunlearn.optim.clip import clip_coefficient, sum_over_shards
+from fastunlearn.optim.masks import local_mask
+
+_MISSING = object()
+
+
+class _Saved:
+    """Carries an expanded state tensor past `Optimizer.load_state_dict`, which would cast it to the parameter's type."""
+
+    def __init__(self, value: Tensor):
+        self.value = value
+
+
+class _Entry:
+    """What the optimiser knows of one parameter beside its state."""
+
+    __slots__ = ("index", "scale", "slot")
+
+    def __init__(self, slot: Slot, index: int, scale: Tensor | None):
+        self.slot, self.index, self.scale = slot, index, scale
+
+
+def _label(position: int, name: str | None) -> str:
+    return f"params[{position}]" if name is None else f"parameter {name!r}"
+
+
+def assign(
+    values: Any, params: Sequence[Tensor], names: Sequence[str] | None, what: str, *, partial: bool = False
+) -> list[Any]:
+    """`values` (None, a sequence aligned with params, or a mapping by name or tensor) as a list aligned with params.
+
+    Args:
+        partial: a mapping need not have an entry for every parameter.
+
+    Raises:
+        TypeError, ValueError: naming `what`.
+    """
+    if values is None:
+        return [None] * len(params)
+    if isinstance(values, Mapping):
+        if any(isinstance(key, str) for key in values):
+            if names is None:
+                raise ValueError(
+                    f"{what}: a mapping by name needs named parameters: pass model.named_parameters() as params"
+                )
+            keys: Sequence[Any] = names
+        else:
+            keys = params
+        known = {key if isinstance(key, str) else id(key) for key in keys}
+        unknown = [k for k in values if (k if isinstance(k, str) else id(k)) not in known]
+        if unknown:
+            shown = ", ".join(repr(k) if isinstance(k, str) else f"a {type(k).__name__}" for k in unknown[:3])
+            raise ValueError(f"{what}: {len(unknown)} entries belong to no parameter: {shown}")
+        by_key = {k if isinstance(k, str) else id(k): v for k, v in values.items()}
+        found = [by_key.get(key if isinstance(key, str) else id(key), _MISSING) for key in keys]
+        missing = [_label(i, names[i] if names else None) for i, value in enumerate(found) if value is _MISSING]
+        if missing and not partial:
+            raise ValueError(
+                f"{what}: no entry for {len(missing)} parameters, the first is {missing[0]} "
+                "(None: every entry may move; to freeze a parameter leave it out of params)"
+            )
+        return [None if value is _MISSING else value for value in found]
+    if isinstance(values, (Tensor, BitMask, str)) or not isinstance(values, Iterable):
+        raise TypeError(f"{what}: want a sequence or a mapping, got {type(values).__name__}")
+    listed = list(values)
+    if len(listed) != len(params):
+        raise ValueError(f"{what}: want {len(params)} entries, one for each parameter, got {len(listed)}")
+    return listed
+
+
+def _split(group: Mapping[str, Any]) -> tuple[list[Tensor], list[str] | None]:
+    """(tensors, names or None) of a parameter group."""
+    params = group["params"]
+    listed: list[Any] = [params] if isinstance(params, Tensor) else list(params)
+    if listed and all(isinstance(entry, tuple) for entry in listed):
+        return [entry[1] for entry in listed], [entry[0] for entry in listed]
+    return listed, None
+
+
+class MaskedOptimizer(Optimizer):
+    """Base of the masked optimisers; see `MaskedAdamW`."""
+
+    #: state that is compact, fp32, one entry for each that may move
+    _compact: tuple[str, ...] = ()
+
+    def __init__(
+        self,
+        params: Any,
+        masks: Any,
+        defaults: dict[str, Any],
+        *,
+        lr_scale: Any = None,
+        max_grad_norm: float | None = None,
+    ):
+        if max_grad_norm is not None and not max_grad_norm > 0:
+            raise ValueError(f"max_grad_norm: want a number > 0 or None, got {max_grad_norm}")
+        self.max_grad_norm = max_grad_norm
+        #: norm of the gradient over entries that may move in the last step (fp32 scalar), where max_grad_norm is given
+        self.grad_norm: Tensor | None = None
+        self._entries: dict[Tensor, _Entry] = {}
+        self._tables: dict[Any, engine.Tables] = {}
+        if isinstance(params, Tensor):
+            raise TypeError("params: want an iterable of tensors or of groups, got a tensor")
+        groups = list(params)
+        if not groups:
+            raise ValueError("params: empty")
+        if not isinstance(groups[0], dict):
+            groups = [{"params": groups}]
+        groups = [dict(group, params=list(_listed_params(group))) for group in groups]
+        own = [group for group in groups if "masks" in group]
+        if own and masks is not None:
+            raise ValueError("masks: given for the optimiser and in a group; give them in one of the two places")
+        tensors, names = _joined(groups)
+        self._hand_out("masks", assign(masks, tensors, names, "masks"), groups)
+        if lr_scale is not None:
+            if any("lr_scale" in group for group in groups):
+                raise ValueError("lr_scale: given for the optimiser and in a group; give it in one of the two places")
+            self._hand_out("lr_scale", assign(lr_scale, tensors, names, "lr_scale", partial=True), groups)
+        super().__init__(groups, defaults)
+
+    @staticmethod
+    def _hand_out(key: str, values: list[Any], groups: list[dict[str, Any]]) -> None:
+        at = 0
+        for group in groups:
+            n = len(group["params"])
+            group.setdefault(key, values[at : at + n])
+            at += n
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As in torch.optim; the group may carry `masks` and `lr_scale` of its own (None: every entry may move).
+
+        Raises:
+            TypeError, ValueError: as the constructor.
+        """
+        if not isinstance(param_group, dict):
+            raise TypeError(f"param_group: want a dict, got {type(param_group).__name__}")
+        group = dict(param_group)
+        masks, scales = group.pop("masks", None), group.pop("lr_scale", None)
+        group["params"] = list(_listed_params(group))
+        tensors, names = _split(group)
+        for i, param in enumerate(tensors):
+            check_param(param, _label(i, names[i] if names else None))
+        masks = assign(masks, tensors, names, "masks")
+        scales = assign(scales, tensors, names, "lr_scale", partial=True)
+        self._check_group({**self.defaults, **group})
+        entries: dict[Tensor, _Entry] = {}
+        for i, (param, mask, scale) in enumerate(zip(tensors, masks, scales)):
+            label = _label(i, names[i] if names else None)
+            here = local(param.detach())
+            if isinstance(mask, Tensor):
+                if mask.dtype != torch.bool:
+                    raise TypeError(f"mask of {label}: want a BitMask, a torch.bool tensor or None, got {mask.dtype}")
+                mask = BitMask.pack(local(mask))
+            if isinstance(mask, BitMask):
+                mask = local_mask(mask, param)
+            slot = Slot(mask, here, f"mask of {label}")
+            if scale is not None:
+                scale = slot.compact(local(scale).to(here.device), f"lr_scale of {label}")
+            entries[param] = _Entry(slot, len(self._entries) + len(entries), scale)
+        super().add_param_group(group)
+        self._entries.update(entries)
+
+    def _check_group(self, group: Mapping[str, Any]) -> None:
+        """
+        Raises:
+            ValueError: an option is out of its range.
+        """
+        lr = group["lr"]
+        if isinstance(lr, Tensor) and lr.numel() != 1:
+            raise ValueError(f"lr: want one number, got a tensor of shape {tuple(lr.shape)}")
+        if not float(lr) >= 0 or math.isinf(float(lr)):
+            raise ValueError(f"lr: want a finite number >= 0, got {float(lr)}")
+        if not group["weight_decay"] >= 0:
+            raise ValueError(f"weight_decay: want a number >= 0, got {group['weight_decay']}")
+
+    # ---- the step -----------------------------------------------------------------------------------------------------
+
+    def _new_state(self, state: dict[str, Any], entry: _Entry, param: Tensor, group: Mapping[str, Any]) -> None:
+        """Fills in what a parameter's state lacks."""
+        if "step" not in state:
+            state["step"] = torch.zeros((), dtype=torch.float32)
+        if group["master_weights"] and param.dtype != torch.float32 and "master" not in state:
+            state["master"] = entry.slot.compress(param)
+
+    def _options(self, state: dict[str, Any], entry: _Entry, group: Mapping[str, Any]) -> engine.Options:
+        raise TypeError("MaskedOptimizer is a base class")  # pragma: no cover
+
+    def _run(
+        self, batch: Batch, options: list[engine.Options], grad_scale: Tensor | None, tables: engine.Tables
+    ) -> None:
+        raise TypeError("MaskedOptimizer is a base class")  # pragma: no cover
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step; `closure` as in torch.optim. Returns the closure's value.
+
+        Raises:
+            TypeError, ValueError: a gradient is sparse, complex, or of another shape or device than its parameter.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        moving: list[tuple[Tensor, dict[str, Any]]] = []
+        for group in self.param_groups:
+            moving += [(param, group) for param in group["params"] if param.grad is not None]
+        devices: dict[torch.device, tuple[Batch, list[tuple[Tensor, dict[str, Any], _Entry]]]] = {}
+        for param, group in moving:
+            entry, here = self._entries[param], local(param.detach())
+            state = self.state[param]
+            self._new_state(state, entry, here, group)
+            batch, members = devices.setdefault(here.device, (Batch(), []))
+            first, second = (*(state.get(key) for key in self._compact), None, None)[:2]
+            taken = batch.add(
+                entry.slot,
+                here,
+                local(cast(Tensor, param.grad)),
+                first,
+                second,
+                state.get("master") if group["master_weights"] else None,
+                entry.scale,
+                f"gradient of parameter {entry.index}",
+            )
+            if taken:
+                members.append((param, group, entry))
+            else:
+                state["step"] += 1
+                self._options(state, entry, group)
+        scale = self._clip(devices)
+        for device, (batch, members) in devices.items():
+            if not len(batch):
+                continue
+            options = []
+            for param, group, entry in members:
+                state = self.state[param]
+                state["step"] += 1
+                options.append(self._options(state, entry, group))
+            tables = self._tables.setdefault(device, engine.Tables())
+            self._run(batch, options, None if scale is None else scale.to(device, non_blocking=True), tables)
+        return loss
+
+    def _clip(
+        self, devices: Mapping[torch.device, tuple[Batch, list[tuple[Tensor, dict[str, Any], _Entry]]]]
+    ) -> Tensor | None:
+        """The factor that brings the norm over all devices and shards to max_grad_norm at most; None: no clipping."""
+        if self.max_grad_norm is None:
+            return None
+        total = None
+        for device, (batch, members) in devices.items():
+            if not len(batch):
+                continue
+            tables = self._tables.setdefault((device, "norm"), engine.Tables())
+            squares = sum_over_shards(batch, [param for param, _, _ in members], tables)
+            total = squares if total is None else total + squares.to(total.device)
+        if total is None:
+            return None
+        self.grad_norm = total.sqrt().float()
+        return clip_coefficient(self.grad_norm, self.max_grad_norm)
+
+    # ---- checkpoints --------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """As in torch.optim; moments (and masters) fp32, of their parameters' shapes: 0 (the parameter) where frozen."""
+        handle = self.register_state_dict_post_hook(type(self)._expand_state, prepend=True)  # type: ignore[arg-type]
+        try:
+            return super().state_dict()
+        finally:
+            handle.remove()
+
+    def _expand_state(self, saved: dict[str, Any]) -> dict[str, Any]:
+        params = [param for group in self.param_groups for param in group["params"]]
+        expanded = {}
+        for key, state in saved["state"].items():
+            if not isinstance(key, int):
+                expanded[key] = state
+                continue
+            param = params[key]
+            slot, here = self._entries[param].slot, local(param.detach())
+            state = dict(state)
+            for name in (*self._compact, "master"):
+                if isinstance(state.get(name), Tensor):
+                    full = slot.expand(state[name], here if name == "master" else None)
+                    state[name] = _like_shards(full, param)
+            expanded[key] = state
+        return {**saved, "state": expanded}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As in torch.optim, but fp32 state stays fp32, so that a resumed run equals one that was not interrupted.
+
+        Takes the state of `state_dict()` or of torch.optim's optimiser of the same name. Under another mask than the saved
+        one: entries that may move in both keep their state, entries that could not move before start at zero moments.
+
+        Raises:
+            ValueError: groups, parameters or shapes differ.
+        """
+        handle = self.register_load_state_dict_pre_hook(type(self)._wrap_state)  # type: ignore[arg-type]
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
+
+    def _wrap_state(self, saved: dict[str, Any]) -> dict[str, Any]:
+        def wrap(state: Any) -> Any:
+            if not isinstance(state, dict):
+                return state
+            names = (*self._compact, "master")
+            return {k: _Saved(v) if k in names and isinstance(v, Tensor) else v for k, v in state.items()}
+
+        return {**saved, "state": {key: wrap(state) for key, state in saved["state"].items()}}
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = {"_entries": self._entries, "max_grad_norm": self.max_grad_norm, "grad_norm": self.grad_norm}
+        return {**super().__getstate__(), **own}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._tables = {}
+        for group in self.param_groups:
+            for name, value in self.defaults.items():
+                group.setdefault(name, value)
+        for key, values in self.state.items():
+            if isinstance(key, Tensor):
+                self._compress_state(key, values)
+
+    def _compress_state(self, param: Tensor, state: dict[str, Any]) -> None:
+        entry = self._entries[param]
+        for name, saved in list(state.items()):
+            if not isinstance(saved, _Saved):
+                continue
+            value = local(saved.value)
+            if value.shape != entry.slot.shape:
+                raise ValueError(
+                    f"state_dict: {name} of parameter {entry.index} has shape {tuple(value.shape)}, "
+                    f"the parameter {tuple(entry.slot.shape)}"
+                )
+            state[name] = entry.slot.compress(value.to(local(param.detach()).device))
+        if "step" in state:
+            state["step"] = torch.as_tensor(float(state["step"]), dtype=torch.float32)
+
+
+def _listed_params(group: Mapping[str, Any]) -> list[Any]:
+    params = group["params"]
+    if isinstance(params, set):
+        raise TypeError("params: a set has no order; want a list")
+    return [params] if isinstance(params, Tensor) else list(params)
+
+
+def _joined(groups: Sequence[Mapping[str, Any]]) -> tuple[list[Tensor], list[str] | None]:
+    tensors: list[Tensor] = []
+    names: list[str] = []
+    for group in groups:
+        here, labels = _split(group)
+        tensors += here
+        names += labels or []
+    return tensors, names if len(names) == len(tensors) else None
+
+
+def _like_shards(full: Tensor, param: Tensor) -> Tensor:
+    """A shard's expanded state as a DTensor placed like its parameter; anything else as it is."""
+    if not hasattr(param, "to_local"):
+        return full
+    from torch.distributed.tensor import DTensor
+
+    sharded = cast(DTensor, param)
+    return DTensor.from_local(
+        full, sharded.device_mesh, sharded.placements, run_check=False, shape=sharded.shape, stride=sharded.stride()
+    )
