@@ -19,7 +19,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _OP = _backend.register("saliency_accumulate_", native=("cpu",), triton=("cuda",))
 
 
-def _local(tensor: Tensor) -> Tensor:
+def local(tensor: Tensor) -> Tensor:
     """This process's part of a DTensor (whose own data_ptr() is 0); any other tensor as it is."""
     to_local = getattr(tensor, "to_local", None)
     return tensor if to_local is None else to_local()
@@ -149,14 +149,14 @@ def saliency_accumulate_(
             raise TypeError(
                 f"scores[{i}]: want torch.float32, got {score.dtype} (torch.zeros_like(p, dtype=torch.float32) makes one)"
             )
-        score = _local(score)
+        score = local(score)
         grad = grads[i]
         if grad is None:
             continue
         to_scores.append(score)
-        to_grads.append(_checked("grads", _local(grad), i, score))
+        to_grads.append(_checked("grads", local(grad), i, score))
         if weights is not None:
-            to_weights.append(_checked("weights", _local(weights[i]), i, score))
+            to_weights.append(_checked("weights", local(weights[i]), i, score))
         if score.device != to_scores[0].device:
             raise ValueError(
                 f"scores[{i}]: on {score.device}, the first on {to_scores[0].device}; call once for every device"
