@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,11 @@ def run(args: argparse.Namespace) -> int:
     out = Path(args.out) if args.out else RESULTS if whole else ROOT / "out"
     if out.suffix != ".json":
         out = out / f"{machine.slug(device)}.json"
+
+    def terminate(*_: object) -> None:
+        raise harness.Terminated
+
+    signal.signal(signal.SIGTERM, terminate)
     result = harness.run(ops.load(args.ops), device, settings)
     write_json(out, result)
     for t in result["targets"]:

@@ -27,6 +27,10 @@ SMALL_LIMIT_MS = 0.05
 SMALL_SLACK_MS = 0.015
 
 
+class Terminated(BaseException):
+    """SIGTERM (a time limit from outside): what was measured is still written."""
+
+
 @dataclass
 class Settings:
     """How much time and which cases.
@@ -246,16 +250,17 @@ def judge(op: Op, target: Target, case: Case, rows: Sequence[dict[str, Any]]) ->
     }
 
 
-def run(ops: Sequence[Op], device: torch.device, settings: Settings) -> dict[str, Any]:
-    """All cases of all ops on one device -> {"meta", "rows", "targets", "left_out"}."""
-    start = time.perf_counter()
-    facts = machine.meta(device)
-    bandwidth, flush = machine.Bandwidth(device), machine.Flusher(device)
-    facts["matmul_tflops"] = round(machine.matmul_tflops(device), 4)
-    facts["empty_launch_us"] = round(machine.empty_launch_us(device), 3)
-    facts["quick"] = settings.quick
-    done: list[tuple[Op, Case, list[_Runner], Limit]] = []
-    left_out: list[str] = []
+def _run_cases(
+    ops: Sequence[Op],
+    device: torch.device,
+    settings: Settings,
+    bandwidth: machine.Bandwidth,
+    flush: Callable[[], None],
+    start: float,
+    done: list[tuple[Op, Case, list[_Runner], Limit]],
+    left_out: list[str],
+) -> None:
+    """Appends to `done` and `left_out`, so that an interrupted run keeps what it has."""
     for op in ops:
         for case in op.cases:
             if (
@@ -289,10 +294,28 @@ def run(ops: Sequence[Op], device: torch.device, settings: Settings) -> dict[str
                 if r.ms:
                     settings.say(f"  {machine.median(r.ms):10.3f} ms  x{len(r.ms):<4} {r.provider.name}")
                 r.call = None
-            torch.compiler.reset()
+            if any(r.provider.compiles for r in runners):
+                torch.compiler.reset()
             gc.collect()
             if device.type == "cuda":
                 torch.cuda.empty_cache()
+
+
+def run(ops: Sequence[Op], device: torch.device, settings: Settings) -> dict[str, Any]:
+    """All cases of all ops on one device -> {"meta", "rows", "targets", "left_out"}."""
+    start = time.perf_counter()
+    facts = machine.meta(device)
+    bandwidth, flush = machine.Bandwidth(device), machine.Flusher(device)
+    facts["matmul_tflops"] = round(machine.matmul_tflops(device), 4)
+    facts["empty_launch_us"] = round(machine.empty_launch_us(device), 3)
+    facts["quick"] = settings.quick
+    done: list[tuple[Op, Case, list[_Runner], Limit]] = []
+    left_out: list[str] = []
+    try:
+        _run_cases(ops, device, settings, bandwidth, flush, start, done, left_out)
+    except (KeyboardInterrupt, Terminated):
+        left_out.append("the run was interrupted: the cases after the last one here are missing")
+        settings.say(left_out[-1])
     facts["copy_gbps"] = round(bandwidth.gbps(), 3) if bandwidth.samples else None
     facts["seconds"] = round(time.perf_counter() - start, 1)
     rows, targets = [], []

@@ -171,6 +171,19 @@ def test_what_does_not_fit_or_does_not_run_is_said():
     assert len(over["left_out"]) == 2
 
 
+@pytest.mark.serial
+@pytest.mark.usefixtures("quick_rates")
+def test_an_interrupted_run_keeps_what_it_has():
+    def interrupted(x: Inputs):
+        raise harness.Terminated
+
+    op = tiny(cases=[Case("first", [("a", (8, 8))]), Case("second", [("a", (8, 8))])])
+    stop = tiny(name="stop", providers=[Provider("fastunlearn", interrupted)])
+    result = harness.run([op, stop], CPU, settings())
+    assert {r["case"] for r in result["rows"]} == {"first", "second"}
+    assert "interrupted" in result["left_out"][-1]
+
+
 def test_percentiles():
     assert machine.percentile([4.0, 1.0, 3.0, 2.0, 5.0], 50) == 3
     assert machine.percentile([1.0, 2.0], 20) == pytest.approx(1.2)

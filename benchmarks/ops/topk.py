@@ -55,7 +55,7 @@ def k_of(x: Inputs) -> int:
     return int(x.density * x.case.numel)
 
 
-def whole(x: Inputs, device: str | None = None) -> bool:
+def whole(x: Inputs) -> bool:
     """Peers select globally at one density; on a CPU only where they end within a minute."""
     few = x.device.type == "cuda" or x.case.numel < 2e8
     return x.scope == "global" and isinstance(x.density, float) and few
@@ -168,7 +168,6 @@ def check(x: Inputs, output: Any, _: Any, exact: bool = True) -> str | None:
             if wrong:
                 return wrong
         else:
-            # The few rows of a slice of every tensor, each by itself; counts of all rows.
             for s, m in zip(x.scores, masks):
                 rows = s.view(s.shape[0] if s.dim() > 1 else 1, -1)
                 chosen = m.view(rows.shape)
