@@ -163,6 +163,19 @@ uint32_t kth_largest(const uint32_t* keys, int64_t n, int64_t r) {
   }
 }
 
+// Ascending; `other` has room for n keys.
+void sort_keys(uint32_t* keys, int64_t n, uint32_t* other) {
+  for (int shift = 0; shift < 32; shift += 8) {
+    int64_t place[257] = {};
+    for (int64_t i = 0; i < n; ++i) ++place[(keys[i] >> shift & 255u) + 1];
+    for (int b = 0; b < 256; ++b) place[b + 1] += place[b];
+    for (int64_t i = 0; i < n; ++i) other[place[keys[i] >> shift & 255u]++] = keys[i];
+    uint32_t* swap = keys;
+    keys = other;
+    other = swap;
+  }
+}
+
 inline uint32_t scramble(uint32_t x) {
   x = (x ^ (x >> 16)) * 0x7feb352du;
   x = (x ^ (x >> 15)) * 0x846ca68bu;
@@ -197,7 +210,7 @@ class Selector {
     Array<Bracket> brackets(counts);
     Array<Tally> tallies(counts);
     Array<Record> records(counts * chunks_.n);
-    for (int64_t d = 0; d < counts; ++d) brackets[d] = first_bracket(ks[d]);
+    first_brackets(counts, ks, brackets.p);
     stream(counts, brackets.p, bits, records.p, tallies.p);
     for (int64_t d = 0; d < counts; ++d) {
       const uint64_t* out = bits + d * n_;
@@ -495,101 +508,134 @@ class Selector {
     for (int64_t j = 0; j < waiting; ++j) f(ahead[j]);
   }
 
-  Bracket first_bracket(int64_t k) {
-    if (k <= 0) return make_bracket(~0u, ~0u, Abs);
-    if (k >= total_) return make_bracket(0, 0, Abs);
-    if (total_ < kSmall || units_ * kUnit * 2 < total_) return make_bracket(0, ~0u, Abs);
-    const int64_t units = units_ / 8 < kMostUnits ? units_ / 8 : kMostUnits;
-    const double share = double(k) / double(total_);
+  // What the sample is asked for one count: how many of its entries lie above `hi` and `pivot`, and the keys of
+  // those in [lo, hi].
+  struct Probe {
+    double share = 0;
+    uint32_t lo = 0, hi = ~0u, pivot = 0;
+    int64_t above = 0, sum = 0, squares = 0;
+    Buffer<uint32_t> keys;
+    bool open = false;
+  };
 
-    // A coarse bracket from every 32nd unit of the sample.
-    const int64_t every = units >= 2048 ? 32 : 1;
-    Buffer<uint32_t> coarse;
-    if (!coarse.resize((units / every + 1) * kUnit)) abort();
-    coarse.n = 0;
-    for_units(units, every, 0, units, [&](const T* x) {
-      for (int64_t j = 0; j < kUnit; ++j) coarse.p[coarse.n++] = key_of<T, Abs>(x[j]);
-    });
-    for (double sigmas = 8; sigmas < 200; sigmas *= 4) {
-      const double rank = share * double(coarse.n);
-      const double off = sigmas * sqrt(share * (1 - share) * double(coarse.n)) + 2;
-      const uint32_t hi = rank - off < 1 ? ~0u : kth_largest(coarse.p, coarse.n, int64_t(rank - off));
-      const uint32_t lo =
-          rank + off > double(coarse.n) ? 0 : kth_largest(coarse.p, coarse.n, int64_t(rank + off));
-      const uint32_t pivot = kth_largest(coarse.p, coarse.n, int64_t(rank) < 1 ? 1 : int64_t(rank));
-      Bracket out;
-      if (fine_bracket(share, units, lo, hi, pivot, &out)) return out;
+  void first_brackets(int64_t counts, const int64_t* ks, Bracket* out) {
+    const bool sampled = total_ >= kSmall && units_ * kUnit * 2 >= total_;
+    Array<Probe> probes(counts);
+    bool any = false;
+    for (int64_t d = 0; d < counts; ++d) {
+      out[d] = ks[d] <= 0        ? make_bracket(~0u, ~0u, Abs)
+               : ks[d] >= total_ ? make_bracket(0, 0, Abs)
+                                 : make_bracket(0, ~0u, Abs);
+      probes[d].open = sampled && ks[d] > 0 && ks[d] < total_;
+      probes[d].share = double(ks[d]) / double(total_);
+      any |= probes[d].open;
     }
-    return make_bracket(0, ~0u, Abs);
+    if (!any) return;
+    const int64_t units = units_ / 8 < kMostUnits ? units_ / 8 : kMostUnits;
+    // A coarse bracket from every 32nd unit of the sample.
+    const int64_t every = units >= 2048 ? 32 : 1, most = (units / every + 1) * kUnit;
+    Buffer<uint32_t> coarse;
+    if (!coarse.resize(2 * most)) abort();
+    int64_t n = 0;
+    for_units(units, every, 0, units, [&](const T* x) {
+      for (int64_t j = 0; j < kUnit; ++j) coarse.p[n + j] = key_of<T, Abs>(x[j]);
+      n += kUnit;
+    });
+    sort_keys(coarse.p, n, coarse.p + most);
+    const auto largest = [&](int64_t r) { return coarse.p[n - r]; };
+    for (double sigmas = 8; any && sigmas < 200; sigmas *= 4) {
+      for (int64_t d = 0; d < counts; ++d) {
+        Probe& p = probes[d];
+        const double rank = p.share * double(n);
+        const double off = sigmas * sqrt(p.share * (1 - p.share) * double(n)) + 2;
+        p.hi = rank - off < 1 ? ~0u : largest(int64_t(rank - off));
+        p.lo = rank + off > double(n) ? 0 : largest(int64_t(rank + off));
+        p.pivot = largest(rank < 1 ? 1 : int64_t(rank));
+      }
+      probe(units, counts, probes.p);
+      any = false;
+      for (int64_t d = 0; d < counts; ++d)
+        if (probes[d].open) any |= probes[d].open = !fine_bracket(units, probes[d], out + d);
+    }
   }
 
-  // Order statistics of the whole sample around `share`, found among its keys in [lo, hi]; false when they
-  // lie outside. Entries of a unit resemble each other: the spread of the units' counts gives the margin.
-  bool fine_bracket(double share, int64_t units, uint32_t lo, uint32_t hi, uint32_t pivot, Bracket* out) {
-    Buffer<uint32_t> keys;
-    int64_t above = 0, sum = 0, squares = 0;
+  // One pass over the sample for all counts.
+  void probe(int64_t units, int64_t counts, Probe* probes) {
     const int parts = units >= 2048 ? threads_ : 1;
     bool failed = false;
+    for (int64_t d = 0; d < counts; ++d) {
+      probes[d].above = probes[d].sum = probes[d].squares = 0;
+      probes[d].keys.n = 0;
+    }
 #pragma omp parallel num_threads(parts)
     {
       const int64_t part = thread_index(), piece = (units + parts - 1) / parts;
       const int64_t first = part * piece, last = first + piece < units ? first + piece : units;
-      Buffer<uint32_t> mine;
+      Array<Probe> mine(counts);
       bool ok = true;
-      int64_t a = 0, s = 0, q = 0;
-      for_units(units, 1, first, last, [&](const T* x) {
-        uint32_t unit[kUnit];
-        int32_t larger = 0, over = 0;
-        for (int64_t j = 0; j < kUnit; ++j) {
-          unit[j] = key_of<T, Abs>(x[j]);
-          larger += unit[j] > pivot;
-          over += unit[j] > hi;
-        }
-        a += over;
-        s += larger;
-        q += int64_t(larger) * larger;
-        if (!mine.reserve(mine.n + kUnit + 1)) {
-          ok = false;
-          return;
-        }
-        for (int64_t j = 0; j < kUnit; ++j) {
-          mine.p[mine.n] = unit[j];
-          mine.n += unit[j] >= lo && unit[j] <= hi;
-        }
-      });
+      for (int64_t d = 0; d < counts; ++d) ok &= mine[d].keys.reserve((last - first) / 2 + 2 * kUnit);
+      if (ok)
+        for_units(units, 1, first, last, [&](const T* x) {
+          uint32_t unit[kUnit];
+          for (int64_t j = 0; j < kUnit; ++j) unit[j] = key_of<T, Abs>(x[j]);
+          for (int64_t d = 0; d < counts; ++d) {
+            if (!probes[d].open) continue;
+            const uint32_t lo = probes[d].lo, hi = probes[d].hi, pivot = probes[d].pivot;
+            int32_t larger = 0, over = 0, inside = 0;
+            for (int64_t j = 0; j < kUnit; ++j) {
+              larger += unit[j] > pivot;
+              over += unit[j] > hi;
+              inside += unit[j] >= lo;
+            }
+            mine[d].above += over;
+            mine[d].sum += larger;
+            mine[d].squares += int64_t(larger) * larger;
+            if (inside == over) continue;
+            Buffer<uint32_t>& keys = mine[d].keys;
+            if (!keys.reserve(keys.n + kUnit + 1)) {
+              ok = false;
+              return;
+            }
+            for (int64_t j = 0; j < kUnit; ++j) {
+              keys.p[keys.n] = unit[j];
+              keys.n += unit[j] >= lo && unit[j] <= hi;
+            }
+          }
+        });
 #pragma omp critical(fu_topk)
-      {
-        above += a;
-        sum += s;
-        squares += q;
-        const int64_t at = keys.n;
-        if (ok && keys.resize(at + mine.n)) {
-          if (mine.n) memcpy(keys.p + at, mine.p, size_t(mine.n) * sizeof(uint32_t));
-        } else {
+      for (int64_t d = 0; d < counts; ++d) {
+        Probe& all = probes[d];
+        all.above += mine[d].above;
+        all.sum += mine[d].sum;
+        all.squares += mine[d].squares;
+        const int64_t at = all.keys.n;
+        if (!ok || !all.keys.resize(at + mine[d].keys.n))
           failed = true;
-        }
+        else if (mine[d].keys.n)
+          memcpy(all.keys.p + at, mine[d].keys.p, size_t(mine[d].keys.n) * sizeof(uint32_t));
       }
     }
     if (failed) abort();
-    const double values = double(units * kUnit), mean = double(sum) / double(units);
-    const double clustered = double(squares) - mean * double(sum);
-    const double plain = share * (1 - share) * values;
+  }
+
+  // Order statistics of the whole sample around the share, found among its keys in [lo, hi]; false when they
+  // lie outside. Entries of a unit resemble each other: the spread of the units' counts gives the margin.
+  static bool fine_bracket(int64_t units, const Probe& p, Bracket* out) {
+    const double values = double(units * kUnit), mean = double(p.sum) / double(units);
+    const double clustered = double(p.squares) - mean * double(p.sum);
+    const double plain = p.share * (1 - p.share) * values;
     const double off = kSigmas * sqrt(clustered > plain ? clustered : plain) + 3;
-    const double high = share * values - off, low = share * values + off;
+    const double high = p.share * values - off, low = p.share * values + off;
     uint32_t to = ~0u, from = 0;
     if (high >= 1) {
-      const int64_t r = int64_t(high) - above;
-      if (r < 1 || r > keys.n) return false;
-      to = kth_largest(keys.p, keys.n, r);
+      const int64_t r = int64_t(high) - p.above;
+      if (r < 1 || r > p.keys.n) return false;
+      to = kth_largest(p.keys.p, p.keys.n, r);
     }
     if (low <= values) {
-      const int64_t r = int64_t(low) + 1 - above;
-      if (r < 1) return false;
-      if (r > keys.n) {
-        if (lo != 0) return false;
-      } else {
-        from = kth_largest(keys.p, keys.n, r);
-      }
+      const int64_t r = int64_t(low) + 1 - p.above;
+      if (r < 1 || (r > p.keys.n && p.lo != 0)) return false;
+      if (r <= p.keys.n) from = kth_largest(p.keys.p, p.keys.n, r);
     }
     *out = make_bracket(from, to, Abs);
     return true;

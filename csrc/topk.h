@@ -28,10 +28,10 @@ FU_HD uint32_t topk_key_max(bool absolute) {
 // `u`: bits of an fp32 value (16-bit values are widened first: exact, and the order stays).
 FU_HD uint32_t topk_key(uint32_t u, bool absolute) {
   const uint32_t magnitude = u & 0x7fffffffu;
-  if (magnitude > 0x7f800000u) return 0;
-  if (absolute) return magnitude + 1u;
-  if (magnitude == 0) return 0x80000000u;
-  return u == magnitude ? u | 0x80000000u : ~u;
+  uint32_t key = u ^ (uint32_t(int32_t(u) >> 31) | 0x80000000u);
+  key = magnitude == 0 ? 0x80000000u : key;
+  key = absolute ? magnitude + 1u : key;
+  return magnitude > 0x7f800000u ? 0u : key;
 }
 
 // The value of a key that some value has.
