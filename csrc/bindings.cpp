@@ -194,6 +194,37 @@ void bind_topk(py::module_& m) {
                 at<const int64_t>(take), at<const uint64_t>(bits));
       },
       no_gil);
+#if defined(FU_WITH_CUDA)
+  // Arguments of every call: see TopkCudaCall.
+  const auto call = [](Address tensors, Address bits, Address params, int64_t n, int64_t counts,
+                       int64_t scopes, int64_t total, int64_t tiles, int dtype, bool absolute,
+                       Address workspace, Address nan, int device, Address stream) {
+    return fu::cuda::TopkCudaCall{at<const fu::cuda::TopkCudaTensor>(tensors),
+                                  at<const uint64_t>(bits),
+                                  at<const int64_t>(params),
+                                  n,
+                                  counts,
+                                  scopes,
+                                  total,
+                                  tiles,
+                                  dtype,
+                                  absolute,
+                                  workspace,
+                                  at<int64_t>(nan),
+                                  device,
+                                  stream};
+  };
+  using Call = fu::cuda::TopkCudaCall;
+  py::class_<Call>(m, "TopkCudaCall").def(py::init(call));
+  m.def("topk_tile_bytes", &fu::cuda::topk_tile_bytes);
+  m.def("topk_workspace_cuda", &fu::cuda::topk_workspace);
+  m.def("topk_select_cuda", &fu::cuda::topk_select, no_gil);
+  m.def("topk_rows_cuda", &fu::cuda::topk_rows, no_gil);
+  m.def(
+      "topk_histogram_cuda",
+      [](const Call& c, Address out) { fu::cuda::topk_histogram(c, at<int64_t>(out)); }, no_gil);
+  m.def("topk_write_cuda", &fu::cuda::topk_write, no_gil);
+#endif
 }
 
 py::dict build_info() {

@@ -508,8 +508,8 @@ class Selector {
     for (int64_t j = 0; j < waiting; ++j) f(ahead[j]);
   }
 
-  // What the sample is asked for one count: how many of its entries lie above `hi` and `pivot`, and the keys of
-  // those in [lo, hi].
+  // What the sample is asked for one count: how many of its entries lie above `hi` and `pivot`, and the keys
+  // of those in [lo, hi].
   struct Probe {
     double share = 0;
     uint32_t lo = 0, hi = ~0u, pivot = 0;

@@ -60,3 +60,35 @@ FU_DECLARE(void, topk_histogram,
 FU_DECLARE(void, topk_write,
            (const fu::TopkTensor* tensors, int64_t n, int dtype, bool absolute, const int64_t* key,
             const int64_t* take, const uint64_t* bits))
+
+namespace fu::cuda {
+// Row of Python's table: int64 each. `first_tile`: tiles of topk_tile_bytes() bytes of bits before the
+// tensor's own; for topk_rows the rows before its own.
+struct TopkCudaTensor {
+  uint64_t scores;
+  int64_t rows, cols, first_entry, first_tile;
+};
+
+struct TopkCudaCall {
+  const TopkCudaTensor* tensors;  // [n], on the device like all that follows
+  const uint64_t* bits;           // [counts, n] addresses
+  const int64_t* params;          // [counts, scopes, 4]: k, lo or key, shift, take
+  int64_t n, counts, scopes;      // scopes: 1, or n (a scope for each tensor)
+  int64_t total, tiles;           // entries and tiles (for topk_rows: rows) of all tensors
+  int dtype;
+  bool absolute;
+  uintptr_t workspace;  // topk_workspace() bytes, 256-byte aligned
+  int64_t* nan;         // out: entries that are NaN
+  int device;
+  uintptr_t stream;
+};
+
+int64_t topk_tile_bytes();
+// `pooled`: for topk_select with one scope.
+int64_t topk_workspace(int64_t counts, int64_t scopes, int64_t total, int64_t tiles, int dtype, bool pooled);
+void topk_select(const TopkCudaCall& call);
+void topk_rows(const TopkCudaCall& call);
+// out [n, kTopkBins], counts 1, scopes n: as the function of that name above.
+void topk_histogram(const TopkCudaCall& call, int64_t* out);
+void topk_write(const TopkCudaCall& call);
+}  // namespace fu::cuda

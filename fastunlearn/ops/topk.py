@@ -26,7 +26,9 @@ if TYPE_CHECKING:
 Scope = Literal["global", "tensor", "row"]
 Key = Literal["value", "abs"]
 
-_OP = _backend.register("topk_mask", native=("cpu",))
+_OP = _backend.register("topk_mask", native=("cpu", "cuda"))
+#: Bins of a histogram on a GPU (csrc/topk.h: kTopkBins).
+BINS = 2048
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -155,13 +157,18 @@ def _select(
     flat = uniform(scores)
     if _backend.resolve(_OP, device, native_limits(flat)) == "reference":
         bits, nan = reference.topk_mask(flat, counts, scope, absolute)
-        found = int(nan)
+        found: int | Tensor = int(nan)
     else:
         bits = [empty_bits(flat) for _ in counts]
-        found = _select_cpu(flat, counts, scope, absolute, bits)
+        select = _select_cuda if _native.is_cuda(device) else _select_cpu
+        found = select(flat, counts, scope, absolute, bits)
     per_scope = shapes if scope == "row" else [(1, 1)] * len(shapes)
     wanted = max(sum(c * rows for c, (rows, _) in zip(row, per_scope)) for row in counts)
-    warn_nan(found, sum(rows * cols for rows, cols in shapes), wanted)
+    entries = sum(rows * cols for rows, cols in shapes)
+    if isinstance(found, Tensor):
+        _warn_later(found, entries, wanted)
+    else:
+        warn_nan(found, entries, wanted)
     return bits
 
 
@@ -180,6 +187,101 @@ def _select_cpu(
         args = (tensors[i].data_ptr(), 1, dtype, absolute, len(counts), ks[i].data_ptr(), out[i].data_ptr())
         nan += call(*args)
     return nan
+
+
+class CudaCall:
+    """Uploads the table of a call and keeps what it points to alive until the launches are queued (csrc/topk.h)."""
+
+    def __init__(
+        self,
+        flat: list[Tensor],
+        bits: list[list[Tensor]],
+        params: list[list[list[int]]],
+        absolute: bool,
+        pooled: bool = False,
+        rows: bool = False,
+    ):
+        """params [counts, scopes, 4]; rows: tiles are rows."""
+        library, device = _native.library(), flat[0].device
+        table, entries, tiles, per_tile = [], 0, 0, library.topk_tile_bytes()
+        for t in flat:
+            height, width = t.shape
+            table += [t.data_ptr(), height, width, entries, tiles]
+            entries += height * width
+            if not width:
+                continue
+            tiles += height if rows else -(-height * ((width + 7) // 8) // per_tile)
+        places = [b.data_ptr() for row in bits for b in row]
+        host = torch.tensor(
+            [*table, *places, *(x for row in params for problem in row for x in problem)],
+            dtype=torch.int64,
+            pin_memory=device.type == "cuda",
+        )
+        self.upload = host.to(device, non_blocking=True)
+        scopes, dtype = len(params[0]), _native.DTYPES[flat[0].dtype]
+        size = 0 if rows else library.topk_workspace_cuda(len(params), scopes, entries, tiles, dtype, pooled)
+        self.workspace = torch.empty(size, dtype=torch.uint8, device=device)
+        self.nan = torch.zeros((), dtype=torch.int64, device=device)
+        start = self.upload.data_ptr()
+        self.arguments = library.TopkCudaCall(
+            start,
+            start + 8 * len(table),
+            start + 8 * (len(table) + len(places)),
+            len(flat),
+            len(params),
+            scopes,
+            entries,
+            tiles,
+            dtype,
+            absolute,
+            self.workspace.data_ptr(),
+            self.nan.data_ptr(),
+            *_native.stream(device),
+        )
+
+
+def _select_cuda(
+    flat: list[Tensor], counts: list[list[int]], scope: Scope, absolute: bool, bits: list[list[Tensor]]
+) -> int | Tensor:
+    """Fills `bits` without waiting for the device; returns the number of NaN, on a GPU as a tensor."""
+    params = [[[k, 0, 0, 0] for k in row] for row in counts]
+    call = CudaCall(flat, bits, params, absolute, pooled=len(params[0]) == 1, rows=scope == "row")
+    library = _native.library()
+    (library.topk_rows_cuda if scope == "row" else library.topk_select_cuda)(call.arguments)
+    return call.nan if call.nan.is_cuda else int(call.nan)
+
+
+# Counts of NaN on their way from a GPU: (copied, pinned count, entries, entries asked for).
+_pending: list[tuple[torch.cuda.Event, Tensor, int, int]] = []
+
+
+def _warn_later(nan: Tensor, entries: int, wanted: int) -> None:
+    if torch.cuda.is_current_stream_capturing():
+        return
+    host = torch.empty((), dtype=torch.int64, pin_memory=True)
+    host.copy_(nan, non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record(torch.cuda.current_stream(nan.device))
+    _pending.append((copied, host, entries, wanted))
+    check_nan(wait=False)
+
+
+def check_nan(wait: bool = True) -> None:
+    """Warns of NaN in the scores of earlier calls on a GPU, which wait for nothing and so cannot warn themselves.
+
+    Every later `topk_mask` on a GPU does the same without waiting.
+
+    Args:
+        wait: for the calls that the device has not finished yet.
+    """
+    for entry in list(_pending):
+        copied, nan, entries, wanted = entry
+        if wait:
+            copied.synchronize()
+        elif not copied.query():
+            continue
+        _pending.remove(entry)
+        warn_nan(int(nan), entries, wanted)
 
 
 # What torch.compile sees; bits of all tensors for the first density, then for the next one.

@@ -61,6 +61,12 @@ class _Shard:
         shifts = [shift] * len(self.scores)
         if not self.native:
             return reference.topk_histogram(self.scores, self.absolute, lo, shifts, bins)
+        if _native.is_cuda(self.scores[0].device):
+            counts = self.scores[0].new_empty(len(self.scores), topk.BINS, dtype=torch.int64)
+            params = [[[0, low, shift, 0] for low in lo]]
+            call = topk.CudaCall(self.scores, [], params, self.absolute)
+            _native.library().topk_histogram_cuda(call.arguments, counts.data_ptr())
+            return counts[:, :bins].cpu()
         out = torch.empty(len(self.scores), bins, dtype=torch.int64)
         tensors, low, by = topk.table(self.scores), torch.tensor(lo), torch.tensor(shifts)
         dtype = _native.DTYPES[self.scores[0].dtype]
@@ -73,6 +79,10 @@ class _Shard:
         if not self.native:
             return reference.topk_write(self.scores, self.absolute, key, take)
         bits = topk.empty_bits(self.scores)
+        if _native.is_cuda(self.scores[0].device):
+            params = [[[0, threshold, 0, ties] for threshold, ties in zip(key, take)]]
+            _native.library().topk_write_cuda(topk.CudaCall(self.scores, [bits], params, self.absolute).arguments)
+            return bits
         tensors, keys, ties = topk.table(self.scores), torch.tensor(key), torch.tensor(take)
         out, dtype = topk.addresses([bits]), _native.DTYPES[self.scores[0].dtype]
         head = (tensors.data_ptr(), len(self.scores), dtype, self.absolute)

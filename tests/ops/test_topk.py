@@ -119,6 +119,7 @@ def plain(scores: list[torch.Tensor], density=None, k=None, scope="global", key=
 class TestTopk(OpProof):
     op = "topk_mask"
     backends = ("native",)
+    cuda_bodies = True
     cases = {
         name: (lambda device, s=scores, a=arguments: ([t.to(device) for t in s], a))
         for name, (scores, arguments) in CASES.items()

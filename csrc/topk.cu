@@ -1,0 +1,928 @@
+// topk_mask on a GPU. Global scope: a sample brackets the k-th value; one pass over the scores writes the
+// bits that the bracket decides and puts the few entries inside it in a pool; digits of their keys find the
+// k-th; the pool completes the bits. Where the bracket failed, and in the scope of tensors, digits are
+// counted over the scores themselves. What to do is decided on the device: every kernel is launched, and
+// returns at once where its problem needs nothing. Rows: a block for each row.
+//
+// A problem is one count k in one scope (all tensors, or a tensor). A tile is a run of kTileBytes bytes of
+// the bits of a tensor; a thread works on a byte, 8 entries, at a time.
+#include <cmath>
+
+#include "simt.h"
+#include "topk.h"
+
+namespace fu::cuda {
+namespace {
+
+using u64 = unsigned long long;
+
+constexpr int kThreads = 256;
+constexpr int kPerThread = 4;
+constexpr int kTileBytes = kThreads * kPerThread;
+constexpr int kWide = 1024;
+constexpr double kSigmas = 3.5;
+constexpr int64_t kSmall = 1 << 16;  // entries that the pool takes whole
+
+enum Mode : uint32_t { kPool = 0, kScores = 1 };
+
+struct Problem {
+  u64 k, total;
+  u64 above, within, nan;  // counted by the stream
+  u64 rank;                // of the entry looked for among those with a digit still open
+  u64 take, ties;          // entries equal to `key` to select, and all of them
+  u64 pool;                // entries in the pool, or that did not fit any more
+  uint32_t lo, hi;         // the bracket, then the range whose digits are counted
+  uint32_t shift, bins;
+  uint32_t key;  // the k-th largest
+  uint32_t mode, done;
+};
+
+struct Job {
+  const TopkCudaTensor* tensors;
+  const u64* bits;  // [counts, n]
+  const int64_t* params;
+  int n, counts, scopes;
+  int64_t total, tiles, room, samples;
+  Problem* problems;  // [counts, scopes]
+  u64* histograms;    // [counts, scopes, kTopkBins]
+  u64* before;        // [counts, tiles]: ties of a tile, then those before it
+  uint32_t* start;    // [counts, tiles]: where a tile's entries stand in the pool
+  uint32_t* count;
+  void* values;  // [counts, room]: the pool
+  uint16_t* places;
+  void* sample;
+  u64* nan;
+};
+
+// ---- small things ---------------------------------------------------------------------------------------
+
+__device__ inline u64 warp_sum(u64 v) {
+  for (int d = 16; d > 0; d /= 2) v += __shfl_xor_sync(0xffffffffu, v, d);
+  return v;
+}
+
+// Inclusive scan over the threads of a block; *sum is the total. Starts and ends with a barrier.
+__device__ inline u64 block_scan(u64 v, u64* sum) {
+  __shared__ u64 sums[32];
+  const int lane = threadIdx.x % 32, w = threadIdx.x / 32, warps = blockDim.x / 32;
+  for (int d = 1; d < 32; d *= 2) {
+    const u64 u = __shfl_up_sync(0xffffffffu, v, d);
+    if (lane >= d) v += u;
+  }
+  __syncthreads();
+  if (lane == 31) sums[w] = v;
+  __syncthreads();
+  u64 before = 0, all = 0;
+  for (int i = 0; i < warps; ++i) {
+    if (i < w) before += sums[i];
+    all += sums[i];
+  }
+  *sum = all;
+  __syncthreads();
+  return v + before;
+}
+
+// The bin from the top in which the rank-th entry lies; *higher = entries in the bins above it. All threads
+// get the answer. The counts hold at least `rank` >= 1 entries.
+template <class Count>
+__device__ int pick_bin(const Count* counts, u64 rank, u64* higher) {
+  __shared__ int found;
+  __shared__ u64 over;
+  const int per = kTopkBins / int(blockDim.x), top = kTopkBins - 1 - int(threadIdx.x) * per;
+  u64 mine = 0, all;
+  for (int i = 0; i < per; ++i) mine += counts[top - i];
+  u64 sum = block_scan(mine, &all) - mine;
+  if (sum < rank && rank <= sum + mine) {
+    int i = 0;
+    while (sum + counts[top - i] < rank) sum += counts[top - i++];
+    found = top - i;
+    over = sum;
+  }
+  __syncthreads();
+  const int bin = found;
+  *higher = over;
+  __syncthreads();
+  return bin;
+}
+
+__device__ inline uint32_t shift_for(uint32_t lo, uint32_t hi) {
+  uint32_t shift = 0;
+  while ((hi - lo) >> shift >= uint32_t(kTopkBins)) ++shift;
+  return shift;
+}
+
+template <class T, bool Abs>
+__device__ inline float value_of(T x) {
+  const float v = to_float(x);
+  return Abs ? bits_float(float_bits(v) & 0x7fffffffu) : v;
+}
+
+// The 8 entries of a byte of the bits; past the end of a row they are NaN. Returns how many there are.
+template <class T>
+__device__ inline int load8(const TopkCudaTensor& t, int64_t byte, T* x) {
+  const T* p = reinterpret_cast<const T*>(t.scores);
+  if (t.cols % 8 == 0) {
+    p += byte * 8;
+    if ((t.scores & 15) == 0) {
+      constexpr int kEach = 16 / int(sizeof(T));
+#pragma unroll
+      for (int i = 0; i < 8 / kEach; ++i) {
+        const uint4 raw = reinterpret_cast<const uint4*>(p)[i];
+        memcpy(x + i * kEach, &raw, 16);
+      }
+    } else {
+#pragma unroll
+      for (int j = 0; j < 8; ++j) x[j] = p[j];
+    }
+    return 8;
+  }
+  const int64_t width = (t.cols + 7) / 8, row = byte / width, col = (byte - row * width) * 8;
+  const int have = t.cols - col < 8 ? int(t.cols - col) : 8;
+  p += row * t.cols + col;
+  T nan;
+  const uint32_t raw = 0xffffffffu;
+  memcpy(&nan, &raw, sizeof(T));
+#pragma unroll
+  for (int j = 0; j < 8; ++j) x[j] = j < have ? p[j] : nan;
+  return have;
+}
+
+// Bytes of the bits of the tile at `tile` that thread threadIdx.x works on: first, first + kThreads, ...
+struct Tile {
+  const TopkCudaTensor* tensor;
+  int index;
+  int64_t byte, bytes;  // the tile's first byte, the tensor's bytes
+};
+
+// Walks through the tiles [first, last) of this block.
+struct Walk {
+  int64_t tile, last;
+  int tensor;
+};
+
+// The last tensor that begins at or before the tile (or row).
+__device__ inline int tensor_of(const Job& job, int64_t tile) {
+  int lo = 0, hi = job.n - 1;
+  while (lo < hi) {
+    const int mid = (lo + hi + 1) / 2;
+    if (job.tensors[mid].first_tile <= tile)
+      lo = mid;
+    else
+      hi = mid - 1;
+  }
+  return lo;
+}
+
+__device__ inline Walk walk(const Job& job) {
+  const int64_t first = job.tiles * int64_t(blockIdx.x) / int64_t(gridDim.x);
+  return {first, job.tiles * (int64_t(blockIdx.x) + 1) / int64_t(gridDim.x), tensor_of(job, first)};
+}
+
+__device__ inline Tile at(const Job& job, Walk& w) {
+  while (w.tensor + 1 < job.n && job.tensors[w.tensor + 1].first_tile <= w.tile) ++w.tensor;
+  const TopkCudaTensor* t = job.tensors + w.tensor;
+  return {t, w.tensor, (w.tile - t->first_tile) * kTileBytes, t->rows * ((t->cols + 7) / 8)};
+}
+
+__device__ inline uint8_t* bits_of(const Job& job, int d, int tensor) {
+  return reinterpret_cast<uint8_t*>(job.bits[int64_t(d) * job.n + tensor]);
+}
+
+__device__ inline void set_bracket(Problem& p, uint32_t lo, uint32_t hi, bool absolute) {
+  const uint32_t least = topk_key_min(absolute), most = topk_key_max(absolute);
+  p.lo = lo < least ? least : lo > most ? most : lo;
+  p.hi = hi < least ? least : hi > most ? most : hi;
+}
+
+__device__ inline void settle(Problem& p, uint32_t key, u64 take, u64 ties) {
+  p.key = key;
+  p.take = take;
+  p.ties = ties;
+  p.done = 1;
+}
+
+__device__ inline void count_scores(Problem& p) {
+  p.mode = kScores;
+  p.lo = 0;
+  p.shift = 21;
+  p.bins = kTopkBins;
+}
+
+// ---- the problems ---------------------------------------------------------------------------------------
+
+enum Start { kSelect = 0, kHistogram = 1, kWrite = 2 };
+
+// params [counts * scopes, 4]: k, lo or key, shift, take.
+__global__ void topk_begin(Job job, int what) {
+  const int64_t all = int64_t(job.counts) * job.scopes;
+  const int64_t step = int64_t(gridDim.x) * blockDim.x, me = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+  for (int64_t q = me; q < all; q += step) {
+    const int64_t* from = job.params + 4 * q;
+    const int tensor = int(q % job.scopes);
+    Problem p{};
+    p.k = u64(from[0]);
+    p.total = u64(job.scopes == 1 ? job.total : job.tensors[tensor].rows * job.tensors[tensor].cols);
+    count_scores(p);
+    if (what == kSelect && p.k == 0 && job.scopes == 1) settle(p, 0xffffffffu, 0, 0);
+    if (what == kHistogram) {
+      p.lo = uint32_t(from[1]);
+      p.shift = uint32_t(from[2]);
+    }
+    if (what == kWrite) settle(p, uint32_t(from[1]), u64(from[3]), ~u64(0));
+    job.problems[q] = p;
+  }
+  for (int64_t i = me; i < all * kTopkBins; i += step) job.histograms[i] = 0;
+  if (me == 0 && job.nan) *job.nan = 0;
+}
+
+// ---- global: sample, stream, judge ----------------------------------------------------------------------
+
+__device__ inline uint32_t scramble(uint32_t x) {
+  x = (x ^ (x >> 16)) * 0x7feb352du;
+  x = (x ^ (x >> 15)) * 0x846ca68bu;
+  return x ^ (x >> 16);
+}
+
+// One entry at random from each of `samples` equal stretches of all scores.
+template <class T>
+__global__ void topk_sample(Job job) {
+  const int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (i >= job.samples) return;
+  const double step = double(job.total) / double(job.samples);
+  int64_t entry = int64_t(step * (double(i) + double(scramble(uint32_t(i))) * 0x1p-32));
+  if (entry >= job.total) entry = job.total - 1;
+  int lo = 0, hi = job.n - 1;
+  while (lo < hi) {
+    const int mid = (lo + hi + 1) / 2;
+    if (job.tensors[mid].first_entry <= entry)
+      lo = mid;
+    else
+      hi = mid - 1;
+  }
+  const T* p = reinterpret_cast<const T*>(job.tensors[lo].scores);
+  static_cast<T*>(job.sample)[i] = p[entry - job.tensors[lo].first_entry];
+}
+
+// One block a count: the keys of the sample at both ends of the margin around the rank. Without a sample the
+// bracket holds everything.
+template <class T, bool Abs>
+__global__ void __launch_bounds__(kWide) topk_bracket(Job job) {
+  __shared__ uint32_t counts[2][kTopkBins];
+  Problem& p = job.problems[blockIdx.x];
+  if (p.done) {
+    if (threadIdx.x == 0) set_bracket(p, 0xffffffffu, 0xffffffffu, Abs);
+    return;
+  }
+  const double share = double(p.k) / double(p.total), n = double(job.samples);
+  const double off = kSigmas * sqrt(share * (1 - share) * n) + 2;
+  const double high = share * n - off, low = share * n + off;
+  u64 rank[2] = {high < 1 ? u64(1) : u64(high), low > n ? u64(job.samples) : u64(low)};
+  uint32_t key[2] = {0, 0}, shift = 21, bins = kTopkBins;
+  const T* sample = static_cast<const T*>(job.sample);
+  for (int level = 0; level < 3 && job.samples > 0; ++level) {
+    for (int i = threadIdx.x; i < 2 * kTopkBins; i += blockDim.x) counts[i / kTopkBins][i % kTopkBins] = 0;
+    __syncthreads();
+    for (int64_t i = threadIdx.x; i < job.samples; i += blockDim.x) {
+      const uint32_t x = topk_key(float_bits(to_float(sample[i])), Abs);
+      for (int e = 0; e < 2; ++e)
+        if (x >= key[e] && (x - key[e]) >> shift < bins) atomicAdd(&counts[e][(x - key[e]) >> shift], 1u);
+    }
+    __syncthreads();
+    for (int e = 0; e < 2; ++e) {
+      u64 higher;
+      key[e] += uint32_t(pick_bin(counts[e], rank[e], &higher)) << shift;
+      rank[e] -= higher;
+    }
+    bins = shift == 21 ? 2048u : 1024u;
+    shift = shift == 21 ? 10 : 0;
+  }
+  __syncthreads();
+  if (threadIdx.x != 0) return;
+  if (p.k >= p.total)
+    set_bracket(p, 0, 0, Abs);
+  else
+    set_bracket(p, low > n ? 0u : key[1], high < 1 ? 0xffffffffu : key[0], Abs);
+}
+
+template <class T, bool Abs>
+__global__ void __launch_bounds__(kThreads) topk_stream(Job job) {
+  __shared__ uint32_t found;
+  __shared__ u64 base;
+  const int lane = threadIdx.x % 32;
+  u64 nan = 0;
+  Walk w = walk(job);
+  for (; w.tile < w.last; ++w.tile) {
+    const Tile tile = at(job, w);
+    T x[kPerThread][8];
+    int have[kPerThread];
+#pragma unroll
+    for (int i = 0; i < kPerThread; ++i) {
+      const int64_t byte = tile.byte + i * kThreads + threadIdx.x;
+      have[i] = byte < tile.bytes ? load8(*tile.tensor, byte, x[i]) : 0;
+    }
+#pragma unroll
+    for (int i = 0; i < kPerThread; ++i)
+#pragma unroll
+      for (int j = 0; j < 8; ++j)
+        if (j < have[i]) {
+          const float v = to_float(x[i][j]);
+          nan += v != v;
+        }
+    for (int d = 0; d < job.counts; ++d) {
+      Problem& p = job.problems[d];
+      const float lo = topk_unkey(p.lo, Abs), hi = topk_unkey(p.hi, Abs);
+      uint8_t* bits = bits_of(job, d, tile.index);
+      uint32_t inside = 0, over = 0;
+#pragma unroll
+      for (int i = 0; i < kPerThread; ++i) {
+        if (have[i] == 0) continue;
+        uint32_t above = 0, from = 0;
+#pragma unroll
+        for (int j = 0; j < 8; ++j) {
+          const float v = value_of<T, Abs>(x[i][j]);
+          above |= uint32_t(v > hi) << j;
+          from |= uint32_t(v >= lo) << j;
+        }
+        bits[tile.byte + i * kThreads + threadIdx.x] = uint8_t(above);
+        over += __popc(above);
+        inside |= (from & ~above) << (8 * i);
+      }
+      const uint32_t mine = __popc(inside);
+      if (threadIdx.x == 0) found = 0;
+      __syncthreads();
+      uint32_t place = mine ? atomicAdd(&found, mine) : 0u;
+      const u64 sum = warp_sum(over);
+      if (lane == 0 && sum) atomicAdd(&p.above, sum);
+      __syncthreads();
+      if (threadIdx.x == 0) {
+        const int64_t record = d * job.tiles + w.tile;
+        base = found ? atomicAdd(&p.pool, u64(found)) : 0;
+        const bool fits = base + found <= u64(job.room);
+        job.start[record] = uint32_t(base);
+        job.count[record] = fits ? found : 0;
+        if (!fits) base = ~u64(0);
+      }
+      __syncthreads();
+      if (mine && base != ~u64(0)) {
+        T* values = static_cast<T*>(job.values) + d * job.room + base;
+        uint16_t* places = job.places + d * job.room + base;
+#pragma unroll
+        for (int i = 0; i < kPerThread; ++i)
+#pragma unroll
+          for (int j = 0; j < 8; ++j)
+            if (inside >> (8 * i + j) & 1u) {
+              values[place] = x[i][j];
+              places[place++] = uint16_t((i * kThreads + threadIdx.x) * 8 + j);
+            }
+      }
+    }
+  }
+  nan = warp_sum(nan);
+  if (lane == 0 && nan) atomicAdd(&job.problems[0].nan, nan);
+}
+
+// Is the k-th entry in the pool?
+__global__ void topk_judge(Job job) {
+  if (threadIdx.x == 0) *job.nan = job.problems[0].nan;
+  const u64 nan = job.problems[0].nan;
+  for (int d = threadIdx.x; d < job.counts; d += blockDim.x) {
+    Problem& p = job.problems[d];
+    if (p.done) {
+      p.mode = kPool;
+      continue;
+    }
+    const u64 valid = p.total - nan, k = p.k < valid ? p.k : valid;
+    if (k < p.above || k - p.above > p.pool || p.pool > u64(job.room)) {
+      count_scores(p);
+      continue;
+    }
+    p.mode = kPool;
+    p.rank = k - p.above;
+    p.shift = shift_for(p.lo, p.hi);
+    p.bins = kTopkBins;
+    if (p.rank == 0) settle(p, 0xffffffffu, 0, 0);
+  }
+}
+
+// ---- digits ---------------------------------------------------------------------------------------------
+
+template <class T, bool Abs>
+__global__ void __launch_bounds__(kThreads) topk_digit(Job job) {
+  __shared__ uint32_t counts[kTopkBins];
+  for (int d = 0; d < job.counts; ++d) {
+    int64_t owner = -1;
+    const auto clear = [&] {
+      for (int i = threadIdx.x; i < kTopkBins; i += kThreads) counts[i] = 0;
+      __syncthreads();
+    };
+    const auto flush = [&] {
+      __syncthreads();
+      for (int i = threadIdx.x; i < kTopkBins; i += kThreads)
+        if (counts[i]) atomicAdd(&job.histograms[owner * kTopkBins + i], u64(counts[i]));
+      __syncthreads();
+    };
+    if (job.scopes == 1 && job.problems[d].mode == kPool) {
+      const Problem& p = job.problems[d];
+      if (p.done) continue;
+      owner = d;
+      clear();
+      const T* values = static_cast<const T*>(job.values) + d * job.room;
+      const uint32_t lo = p.lo, shift = p.shift, bins = p.bins;
+      for (int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x; i < int64_t(p.pool);
+           i += int64_t(gridDim.x) * kThreads) {
+        const uint32_t x = topk_key(float_bits(to_float(values[i])), Abs);
+        if (x >= lo && (x - lo) >> shift < bins) atomicAdd(&counts[(x - lo) >> shift], 1u);
+      }
+      flush();
+      continue;
+    }
+    Walk w = walk(job);
+    for (; w.tile < w.last; ++w.tile) {
+      const Tile tile = at(job, w);
+      const int64_t q = int64_t(d) * job.scopes + (job.scopes == 1 ? 0 : tile.index);
+      const Problem& p = job.problems[q];
+      if (p.done) continue;
+      if (q != owner) {
+        if (owner >= 0) flush();
+        owner = q;
+        clear();
+      }
+      const uint32_t lo = p.lo, shift = p.shift, bins = p.bins;
+      for (int i = 0; i < kPerThread; ++i) {
+        const int64_t byte = tile.byte + i * kThreads + threadIdx.x;
+        if (byte >= tile.bytes) break;
+        T v[8];
+        load8(*tile.tensor, byte, v);
+#pragma unroll
+        for (int j = 0; j < 8; ++j) {
+          const uint32_t x = topk_key(float_bits(to_float(v[j])), Abs);
+          if (x != 0 && x >= lo && (x - lo) >> shift < bins) atomicAdd(&counts[(x - lo) >> shift], 1u);
+        }
+      }
+    }
+    if (owner >= 0) flush();
+  }
+}
+
+// A block a problem: narrows the range to the digit that holds the entry looked for.
+__global__ void __launch_bounds__(kThreads) topk_pick(Job job, int level) {
+  Problem& p = job.problems[blockIdx.x];
+  if (p.done) return;
+  u64* counts = job.histograms + int64_t(blockIdx.x) * kTopkBins;
+  if (p.mode == kScores && level == 0) {
+    u64 mine = 0, valid;
+    for (int i = threadIdx.x; i < kTopkBins; i += kThreads) mine += counts[i];
+    block_scan(mine, &valid);
+    if (threadIdx.x == 0) {
+      p.rank = p.k < valid ? p.k : valid;
+      if (p.rank == 0) settle(p, 0xffffffffu, 0, 0);
+      if (job.scopes > 1 && int(blockIdx.x) < job.scopes && valid < p.total)
+        atomicAdd(job.nan, p.total - valid);
+    }
+    __syncthreads();
+    if (p.done) return;
+  }
+  u64 higher;
+  const int bin = pick_bin(counts, p.rank, &higher);
+  if (threadIdx.x == 0) {
+    p.rank -= higher;
+    p.lo += uint32_t(bin) << p.shift;
+    if (p.shift == 0) {
+      settle(p, p.lo, p.rank, counts[bin]);
+    } else {
+      const uint32_t next = p.shift > 11 ? p.shift - 11 : 0;
+      p.bins = 1u << (p.shift - next);
+      p.shift = next;
+    }
+  }
+  __syncthreads();
+  for (int i = threadIdx.x; i < kTopkBins; i += kThreads) counts[i] = 0;
+}
+
+// ---- ties and the last bits -----------------------------------------------------------------------------
+
+__device__ inline bool shares_ties(const Problem& p) {
+  return p.take > 0 && p.take < p.ties;
+}
+
+template <class T, bool Abs>
+__global__ void __launch_bounds__(kThreads) topk_ties(Job job) {
+  __shared__ uint32_t found;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  for (int d = 0; d < job.counts; ++d) {
+    if (job.scopes == 1 && job.problems[d].mode == kPool) {
+      const Problem& p = job.problems[d];
+      if (!shares_ties(p)) continue;
+      const int64_t warps = int64_t(gridDim.x) * (kThreads / 32);
+      for (int64_t tile = int64_t(blockIdx.x) * (kThreads / 32) + warp; tile < job.tiles; tile += warps) {
+        const int64_t record = d * job.tiles + tile;
+        const T* values = static_cast<const T*>(job.values) + d * job.room + job.start[record];
+        u64 ties = 0;
+        for (uint32_t i = lane; i < job.count[record]; i += 32)
+          ties += topk_key(float_bits(to_float(values[i])), Abs) == p.key;
+        ties = warp_sum(ties);
+        if (lane == 0) job.before[record] = ties;
+      }
+      continue;
+    }
+    Walk w = walk(job);
+    for (; w.tile < w.last; ++w.tile) {
+      const Tile tile = at(job, w);
+      const Problem& p = job.problems[int64_t(d) * job.scopes + (job.scopes == 1 ? 0 : tile.index)];
+      if (!shares_ties(p)) continue;
+      if (threadIdx.x == 0) found = 0;
+      __syncthreads();
+      uint32_t ties = 0;
+      for (int i = 0; i < kPerThread; ++i) {
+        const int64_t byte = tile.byte + i * kThreads + threadIdx.x;
+        if (byte >= tile.bytes) break;
+        T v[8];
+        load8(*tile.tensor, byte, v);
+#pragma unroll
+        for (int j = 0; j < 8; ++j) ties += topk_key(float_bits(to_float(v[j])), Abs) == p.key;
+      }
+      if (ties) atomicAdd(&found, ties);
+      __syncthreads();
+      if (threadIdx.x == 0) job.before[d * job.tiles + w.tile] = found;
+      __syncthreads();
+    }
+  }
+}
+
+// A block a problem: from the ties of its tiles to those before each.
+__global__ void __launch_bounds__(kWide) topk_before(Job job) {
+  const Problem& p = job.problems[blockIdx.x];
+  if (!shares_ties(p)) return;
+  const int64_t d = blockIdx.x / job.scopes, scope = blockIdx.x % job.scopes;
+  int64_t first = 0, last = job.tiles;
+  if (job.scopes > 1) {
+    first = job.tensors[scope].first_tile;
+    if (scope + 1 < job.n) last = job.tensors[scope + 1].first_tile;
+  }
+  u64 carry = 0, sum;
+  for (int64_t from = first; from < last; from += kWide) {
+    const int64_t i = from + threadIdx.x;
+    const u64 mine = i < last ? job.before[d * job.tiles + i] : 0;
+    const u64 upto = block_scan(mine, &sum);
+    if (i < last) job.before[d * job.tiles + i] = carry + upto - mine;
+    carry += sum;
+  }
+}
+
+// The lowest `n` set bits of a word.
+__device__ inline uint32_t lowest_bits(uint32_t word, u64 n) {
+  if (n >= 32) return word;
+  uint32_t out = 0;
+  for (; n > 0 && word; --n) {
+    out |= word & (~word + 1u);
+    word &= word - 1u;
+  }
+  return out;
+}
+
+__device__ inline void set_bit(uint8_t* bits, int64_t byte, uint32_t bit) {
+  // The atomic works on the aligned word around the byte: another tile may share it.
+  const uintptr_t address = reinterpret_cast<uintptr_t>(bits + byte);
+  atomicOr(reinterpret_cast<uint32_t*>(address & ~uintptr_t(3)), 1u << (8 * (address & 3) + bit));
+}
+
+template <class T, bool Abs>
+__global__ void __launch_bounds__(kThreads) topk_patch(Job job) {
+  __shared__ uint32_t tie[kTileBytes / 4];
+  const int lane = threadIdx.x % 32;
+  for (int d = 0; d < job.counts; ++d) {
+    if (job.scopes == 1 && job.problems[d].mode == kPool) {
+      // A warp a tile.
+      const Problem& p = job.problems[d];
+      if (p.key == 0xffffffffu) continue;
+      const int64_t warps = int64_t(gridDim.x) * (kThreads / 32);
+      for (int64_t i = int64_t(blockIdx.x) * (kThreads / 32) + threadIdx.x / 32; i < job.tiles; i += warps) {
+        const int64_t record = d * job.tiles + i;
+        const uint32_t n = job.count[record];
+        if (n == 0) continue;
+        const T* values = static_cast<const T*>(job.values) + d * job.room + job.start[record];
+        const uint16_t* places = job.places + d * job.room + job.start[record];
+        // Ties at places below `limit` are taken.
+        uint32_t limit = p.take > 0 ? 8u * kTileBytes : 0;
+        if (shares_ties(p)) {
+          const u64 before = job.before[record], left = before < p.take ? p.take - before : 0;
+          uint32_t low = 0;
+          while (low < limit) {
+            const uint32_t mid = (low + limit) / 2;
+            u64 below = 0;
+            for (uint32_t c = lane; c < n; c += 32)
+              below += places[c] < mid + 1 && topk_key(float_bits(to_float(values[c])), Abs) == p.key;
+            if (warp_sum(below) > left)
+              limit = mid;
+            else
+              low = mid + 1;
+          }
+        }
+        Walk w{i, i + 1, tensor_of(job, i)};
+        const Tile tile = at(job, w);
+        uint8_t* bits = bits_of(job, d, tile.index);
+        for (uint32_t c = lane; c < n; c += 32) {
+          const uint32_t x = topk_key(float_bits(to_float(values[c])), Abs);
+          if (x > p.key || (x == p.key && places[c] < limit))
+            set_bit(bits, tile.byte + places[c] / 8, places[c] % 8);
+        }
+      }
+      continue;
+    }
+    Walk w = walk(job);
+    for (; w.tile < w.last; ++w.tile) {
+      const Tile tile = at(job, w);
+      const Problem& p = job.problems[int64_t(d) * job.scopes + (job.scopes == 1 ? 0 : tile.index)];
+      uint8_t* ties = reinterpret_cast<uint8_t*>(tie);
+      uint8_t above[kPerThread];
+#pragma unroll
+      for (int i = 0; i < kPerThread; ++i) {
+        const int64_t byte = tile.byte + i * kThreads + threadIdx.x;
+        uint32_t over = 0, equal = 0;
+        if (byte < tile.bytes) {
+          T v[8];
+          load8(*tile.tensor, byte, v);
+#pragma unroll
+          for (int j = 0; j < 8; ++j) {
+            const uint32_t x = topk_key(float_bits(to_float(v[j])), Abs);
+            over |= uint32_t(x > p.key) << j;
+            equal |= uint32_t(x == p.key && x != 0) << j;
+          }
+        }
+        above[i] = uint8_t(over);
+        ties[i * kThreads + threadIdx.x] = uint8_t(p.take > 0 ? equal : 0);
+      }
+      __syncthreads();
+      if (shares_ties(p)) {
+        const u64 before = job.before[d * job.tiles + w.tile], left = before < p.take ? p.take - before : 0;
+        const uint32_t word = tie[threadIdx.x];
+        u64 sum;
+        const u64 earlier = block_scan(__popc(word), &sum) - __popc(word);
+        tie[threadIdx.x] = lowest_bits(word, earlier < left ? left - earlier : 0);
+        __syncthreads();
+      }
+      uint8_t* bits = bits_of(job, d, tile.index);
+#pragma unroll
+      for (int i = 0; i < kPerThread; ++i) {
+        const int64_t byte = tile.byte + i * kThreads + threadIdx.x;
+        if (byte < tile.bytes) bits[byte] = uint8_t(above[i] | ties[i * kThreads + threadIdx.x]);
+      }
+      __syncthreads();
+    }
+  }
+}
+
+// ---- rows -----------------------------------------------------------------------------------------------
+
+// A block a row; TopkCudaTensor::first_tile counts rows here.
+template <class T, bool Abs>
+__global__ void __launch_bounds__(kThreads) topk_rows_kernel(Job job) {
+  __shared__ uint32_t counts[kTopkBins];
+  for (int64_t item = blockIdx.x; item < job.tiles; item += gridDim.x) {
+    const int tensor = tensor_of(job, item);
+    const TopkCudaTensor t = job.tensors[tensor];
+    const int64_t width = (t.cols + 7) / 8, first = (item - t.first_tile) * width;
+    for (int d = 0; d < job.counts; ++d) {
+      uint32_t lo = 0, shift = 21, bins = kTopkBins;
+      u64 rank = 0, ties = 0;
+      for (int level = 0; level < 3; ++level) {
+        for (int i = threadIdx.x; i < kTopkBins; i += kThreads) counts[i] = 0;
+        __syncthreads();
+        for (int64_t b = threadIdx.x; b < width; b += kThreads) {
+          T v[8];
+          load8(t, first + b, v);
+#pragma unroll
+          for (int j = 0; j < 8; ++j) {
+            const uint32_t x = topk_key(float_bits(to_float(v[j])), Abs);
+            if (x != 0 && x >= lo && (x - lo) >> shift < bins) atomicAdd(&counts[(x - lo) >> shift], 1u);
+          }
+        }
+        __syncthreads();
+        if (level == 0) {
+          u64 mine = 0, valid;
+          for (int i = threadIdx.x; i < kTopkBins; i += kThreads) mine += counts[i];
+          block_scan(mine, &valid);
+          const u64 k = u64(job.params[4 * (int64_t(d) * job.n + tensor)]);
+          rank = k < valid ? k : valid;
+          if (d == 0 && threadIdx.x == 0 && valid < u64(t.cols)) atomicAdd(job.nan, u64(t.cols) - valid);
+          if (rank == 0) break;
+        }
+        u64 higher;
+        const int bin = pick_bin(counts, rank, &higher);
+        ties = counts[bin];
+        rank -= higher;
+        lo += uint32_t(bin) << shift;
+        bins = shift == 21 ? 2048u : 1024u;
+        shift = shift == 21 ? 10 : 0;
+        __syncthreads();
+      }
+      if (rank == 0) lo = 0xffffffffu;
+      // `rank` ties are taken, in order.
+      uint8_t* bits = bits_of(job, d, tensor);
+      u64 taken = 0;
+      for (int64_t from = 0; from < width; from += kThreads) {
+        const int64_t b = from + threadIdx.x;
+        uint32_t above = 0, equal = 0;
+        if (b < width) {
+          T v[8];
+          load8(t, first + b, v);
+#pragma unroll
+          for (int j = 0; j < 8; ++j) {
+            const uint32_t x = topk_key(float_bits(to_float(v[j])), Abs);
+            above |= uint32_t(x > lo) << j;
+            equal |= uint32_t(x == lo && x != 0) << j;
+          }
+        }
+        if (rank < ties) {
+          u64 sum;
+          const u64 earlier = taken + block_scan(__popc(equal), &sum) - __popc(equal);
+          equal = lowest_bits(equal, earlier < rank ? rank - earlier : 0);
+          taken += sum;
+        }
+        if (b < width) bits[first + b] = uint8_t(above | equal);
+      }
+      __syncthreads();
+    }
+  }
+}
+
+// ---- the host's side ------------------------------------------------------------------------------------
+
+int64_t samples_for(int64_t total) {
+  if (total <= kSmall) return 0;
+  const int64_t want = total / 64;
+  return want < 8192 ? 8192 : want < 262144 ? want : 262144;
+}
+
+// Entries of the pool: together with the sample and the tables 2 % of the scores' bytes.
+int64_t room_for(int64_t total, int64_t item) {
+  const int64_t room = int64_t(double(total) * double(item) * 0.016 / double(item + 2));
+  return room < kSmall ? kSmall : room;
+}
+
+struct Layout {
+  int64_t bytes = 0;
+  int64_t take(int64_t want) {
+    const int64_t at = bytes;
+    bytes += (want + 255) / 256 * 256;
+    return at;
+  }
+};
+
+// Lays the workspace out; with base 0 only its size.
+int64_t lay_out(Job& job, uintptr_t base, int item, bool pooled) {
+  Layout l;
+  const int64_t problems = int64_t(job.counts) * job.scopes;
+  job.problems = reinterpret_cast<Problem*>(base + l.take(problems * int64_t(sizeof(Problem))));
+  job.histograms = reinterpret_cast<u64*>(base + l.take(problems * kTopkBins * 8));
+  job.before = reinterpret_cast<u64*>(base + l.take(job.counts * job.tiles * 8));
+  if (pooled) {
+    job.samples = samples_for(job.total);
+    job.room = room_for(job.total, item);
+    job.start = reinterpret_cast<uint32_t*>(base + l.take(job.counts * job.tiles * 4));
+    job.count = reinterpret_cast<uint32_t*>(base + l.take(job.counts * job.tiles * 4));
+    job.values = reinterpret_cast<void*>(base + l.take(job.counts * job.room * item));
+    job.places = reinterpret_cast<uint16_t*>(base + l.take(job.counts * job.room * 2));
+    job.sample = reinterpret_cast<void*>(base + l.take(job.samples * item));
+  }
+  return l.bytes;
+}
+
+int item_size(int dtype) {
+  return dtype == kF32 ? 4 : 2;
+}
+
+// Calls f(T(), Flag) for the element type and the key.
+template <bool B>
+struct Flag {
+  static constexpr bool value = B;
+};
+template <class F>
+void dispatch(int dtype, bool absolute, F f) {
+  const auto by_key = [&](auto type) {
+    if (absolute)
+      f(type, Flag<true>());
+    else
+      f(type, Flag<false>());
+  };
+  if (dtype == kF32) by_key(float());
+  if (dtype == kF16) by_key(f16());
+  if (dtype == kBF16) by_key(bf16());
+}
+
+Job make_job(const TopkCudaCall& call) {
+  Job job{};
+  job.tensors = call.tensors;
+  job.bits = reinterpret_cast<const u64*>(call.bits);
+  job.params = call.params;
+  job.n = int(call.n);
+  job.counts = int(call.counts);
+  job.scopes = int(call.scopes);
+  job.total = call.total;
+  job.tiles = call.tiles;
+  job.nan = reinterpret_cast<u64*>(call.nan);
+  return job;
+}
+
+unsigned grid_for(int64_t items, int device, int each) {
+  const int64_t most = int64_t(multiprocessors(device)) * each;
+  return unsigned(items < 1 ? 1 : items < most ? items : most);
+}
+
+template <class T, bool Abs>
+void find_keys(const Job& job, unsigned grid, [[maybe_unused]] uintptr_t stream) {
+  const unsigned problems = unsigned(job.counts * job.scopes);
+  const auto digit = topk_digit<T, Abs>;
+  for (int level = 0; level < 3; ++level) {
+    FU_LAUNCH(digit, grid, kThreads, 0, stream, job);
+    FU_LAUNCH(topk_pick, problems, kThreads, 0, stream, job, level);
+  }
+}
+
+template <class T, bool Abs>
+void write_bits(const Job& job, unsigned grid, [[maybe_unused]] uintptr_t stream) {
+  const auto ties = topk_ties<T, Abs>;
+  const auto patch = topk_patch<T, Abs>;
+  FU_LAUNCH(ties, grid, kThreads, 0, stream, job);
+  FU_LAUNCH(topk_before, unsigned(job.counts * job.scopes), kWide, 0, stream, job);
+  FU_LAUNCH(patch, grid, kThreads, 0, stream, job);
+}
+
+}  // namespace
+
+int64_t topk_tile_bytes() {
+  return kTileBytes;
+}
+
+int64_t topk_workspace(int64_t counts, int64_t scopes, int64_t total, int64_t tiles, int dtype, bool pooled) {
+  Job job{};
+  job.counts = int(counts);
+  job.scopes = int(scopes);
+  job.total = total;
+  job.tiles = tiles;
+  return lay_out(job, 0, item_size(dtype), pooled);
+}
+
+void topk_select(const TopkCudaCall& call) {
+  const DeviceGuard guard(call.device);
+  Job job = make_job(call);
+  const bool pooled = job.scopes == 1;
+  lay_out(job, call.workspace, item_size(call.dtype), pooled);
+  const unsigned grid = grid_for(job.tiles, call.device, 8);
+  FU_LAUNCH(topk_begin, grid_for(job.counts * job.scopes, call.device, 8), kThreads, 0, call.stream, job,
+            kSelect);
+  if (job.tiles == 0) return;
+  dispatch(call.dtype, call.absolute, [&](auto type, auto flag) {
+    using T = decltype(type);
+    constexpr bool kAbs = decltype(flag)::value;
+    if (pooled) {
+      const auto sample = topk_sample<T>;
+      const auto bracket = topk_bracket<T, kAbs>;
+      const auto stream = topk_stream<T, kAbs>;
+      if (job.samples > 0)
+        FU_LAUNCH(sample, unsigned(ceil_div(job.samples, kThreads)), kThreads, 0, call.stream, job);
+      FU_LAUNCH(bracket, unsigned(job.counts), kWide, 0, call.stream, job);
+      FU_LAUNCH(stream, grid, kThreads, 0, call.stream, job);
+      FU_LAUNCH(topk_judge, 1, kThreads, 0, call.stream, job);
+    }
+    find_keys<T, kAbs>(job, grid, call.stream);
+    write_bits<T, kAbs>(job, grid, call.stream);
+  });
+}
+
+void topk_rows(const TopkCudaCall& call) {
+  const DeviceGuard guard(call.device);
+  Job job = make_job(call);
+  memset_async(job.nan, 0, sizeof(u64), call.stream);
+  if (job.tiles == 0) return;
+  dispatch(call.dtype, call.absolute, [&](auto type, auto flag) {
+    const auto rows = topk_rows_kernel<decltype(type), decltype(flag)::value>;
+    FU_LAUNCH(rows, grid_for(job.tiles, call.device, 32), kThreads, 0, call.stream, job);
+  });
+}
+
+void topk_histogram(const TopkCudaCall& call, int64_t* out) {
+  const DeviceGuard guard(call.device);
+  Job job = make_job(call);
+  lay_out(job, call.workspace, item_size(call.dtype), false);
+  job.histograms = reinterpret_cast<u64*>(out);
+  FU_LAUNCH(topk_begin, grid_for(job.scopes, call.device, 8), kThreads, 0, call.stream, job, kHistogram);
+  if (job.tiles == 0) return;
+  dispatch(call.dtype, call.absolute, [&](auto type, auto flag) {
+    const auto digit = topk_digit<decltype(type), decltype(flag)::value>;
+    FU_LAUNCH(digit, grid_for(job.tiles, call.device, 8), kThreads, 0, call.stream, job);
+  });
+}
+
+void topk_write(const TopkCudaCall& call) {
+  const DeviceGuard guard(call.device);
+  Job job = make_job(call);
+  lay_out(job, call.workspace, item_size(call.dtype), false);
+  FU_LAUNCH(topk_begin, grid_for(job.scopes, call.device, 8), kThreads, 0, call.stream, job, kWrite);
+  if (job.tiles == 0) return;
+  dispatch(call.dtype, call.absolute, [&](auto type, auto flag) {
+    write_bits<decltype(type), decltype(flag)::value>(job, grid_for(job.tiles, call.device, 8), call.stream);
+  });
+}
+
+}  // namespace fu::cuda
