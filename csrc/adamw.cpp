@@ -3,6 +3,10 @@
 #include "stochastic.h"
 
 #if defined(__x86_64__)
+#if defined(__GNUC__) && !defined(__clang__)
+// GCC 12's own header sets off the warning in every function that uses an intrinsic with a zeroing mask.
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
 #include <immintrin.h>
 #endif
 
@@ -63,31 +67,54 @@ struct Sgd {
   }
 };
 
-// Positions of the set bits of a block, ascending; room for 16 more than the block is needed.
-inline int list_bits(const uint8_t* bits, int n, int32_t* out) {
-  int count = 0;
-  for (int at = 0; at < n; at += 64) {
-    uint64_t word = 0;
-    const int left = (n - at + 7) / 8;
-    memcpy(&word, bits + at / 8, left < 8 ? left : 8);
-#if defined(__AVX512F__)
-    if (__builtin_popcountll(word) > 6) {
-      const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-      for (int k = 0; k < 64; k += 16) {
-        const __mmask16 set = __mmask16(word >> k);
-        const __m512i place = _mm512_add_epi32(lane, _mm512_set1_epi32(at + k));
-        _mm512_storeu_si512(out + count, _mm512_maskz_compress_epi32(set, place));
-        count += __builtin_popcount(set);
-      }
-      continue;
-    }
-#endif
-    while (word) {
-      out[count++] = at + __builtin_ctzll(word);
-      word &= word - 1;
-    }
+// Room that list_bits needs behind what it lists.
+constexpr int kSlack = 16;
+
+// The first `places` set bits of `word` (garbage behind the last one), without a branch.
+template <int places>
+inline void list_word(uint64_t word, int32_t at, int32_t* out) {
+  for (int k = 0; k < places; ++k) {
+    out[k] = at + int32_t(__builtin_ctzll(word | 1ull << 63));
+    word &= word - 1;
   }
-  return count;
+}
+
+// Positions of the set bits of a block of n entries, plus `base`, ascending. `count`: how many there are,
+// known beforehand; the choice of the way by it keeps branches predictable.
+inline void list_bits(const uint8_t* bits, int n, int count, int32_t base, int32_t* out) {
+  const int words = (n + 63) / 64;
+  for (int w = 0; w < words; ++w) {
+    uint64_t word = 0;
+    const int left = (n + 7) / 8 - w * 8;
+    if (left >= 8)
+      memcpy(&word, bits + w * 8, 8);
+    else
+      memcpy(&word, bits + w * 8, size_t(left));
+    const int set = __builtin_popcountll(word), at = base + w * 64;
+    if (count <= words && set <= 4) {
+      list_word<4>(word, at, out);
+    } else if (count <= 4 * words && set <= 8) {
+      list_word<8>(word, at, out);
+    } else {
+#if defined(__AVX512F__)
+      const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+      int32_t* to = out;
+      for (int k = 0; k < 64; k += 16) {
+        const __mmask16 here = __mmask16(word >> k);
+        const __m512i place = _mm512_add_epi32(lane, _mm512_set1_epi32(at + k));
+        _mm512_storeu_si512(to, _mm512_maskz_compress_epi32(here, place));
+        to += __builtin_popcount(here);
+      }
+#else
+      int32_t* to = out;
+      while (word) {
+        *to++ = at + __builtin_ctzll(word);
+        word &= word - 1;
+      }
+#endif
+    }
+    out += set;
+  }
 }
 
 template <class P, class G>
@@ -120,28 +147,32 @@ struct Tensor {
   }
 };
 
-// One block: `index` lists the entries that may move (null: all n of them), `at` is their place in the
-// compact arrays.
+// Entries that are worked on at once: their parameters and gradients side by side in fp32.
+constexpr int kBatch = 256;
+// Blocks with a larger share of entries that may move than 1 / kDenseShare go vector by vector.
+constexpr int kDenseShare = 5;
+constexpr int kRoom = kBatch + int(kBlock) + kSlack;
+
+struct Buffers {
+  alignas(64) float p[kRoom];
+  alignas(64) float g[kRoom];
+  alignas(64) float unused[kRoom];
+  alignas(64) uint32_t random[kRoom];
+  // Two lists of places in a unit: one is worked on while the lines of the other are on their way.
+  alignas(64) int32_t list[2][kRoom];
+};
+
+// The rule on n entries whose compact state starts at place `at`; parameters and gradients stand in the
+// buffers.
 template <class Rule, class P, class G>
-void update(const Tensor<P, G>& t, const Rule& rule, int64_t start, const int32_t* index, int n, int64_t at) {
-  alignas(64) float p[kBlock], g[kBlock], unused[kBlock];
-  alignas(64) uint32_t random[kBlock];
-  P* const param = t.param + start;
-  const G* const grad = t.grad + start;
-  if (index) {
-    for (int i = 0; i < n; ++i) g[i] = to_float(grad[index[i]]);
-    if (!t.master)
-      for (int i = 0; i < n; ++i) p[i] = to_float(param[index[i]]);
-  } else {
-    for (int i = 0; i < n; ++i) g[i] = to_float(grad[i]);
-    if (!t.master)
-      for (int i = 0; i < n; ++i) p[i] = to_float(param[i]);
-  }
+void apply(const Tensor<P, G>& t, const Rule& rule, Buffers& b, int n, int64_t at) {
+  float* const p = b.p;
+  const float* const g = b.g;
+  float* const first = t.first ? t.first + at : b.unused;
+  float* const second = t.second ? t.second + at : b.unused;
+  if (!t.first) memset(b.unused, 0, size_t(n) * sizeof(float));
   if (t.master) memcpy(p, t.master + at, size_t(n) * sizeof(float));
-  float* const first = t.first ? t.first + at : unused;
-  float* const second = t.second ? t.second + at : unused;
   const float gs = t.grad_scale;
-  if (!t.first || !t.second) memset(unused, 0, size_t(n) * sizeof(float));
   if (t.scale) {
     const float* const scale = t.scale + at;
 #pragma omp simd
@@ -151,25 +182,103 @@ void update(const Tensor<P, G>& t, const Rule& rule, int64_t start, const int32_
     for (int i = 0; i < n; ++i) p[i] = rule(p[i], g[i] * gs, first + i, second + i, 1.0f);
   }
   if (t.master) memcpy(t.master + at, p, size_t(n) * sizeof(float));
-  if (t.stochastic && sizeof(P) == 2) {
-    const RoundKey key = with_high_word(t.key, uint32_t(uint64_t(start) >> 32));
-    const uint32_t low = uint32_t(start);
-    if (index)
-      for (int i = 0; i < n; ++i) random[i] = counter_random(low + uint32_t(index[i]), key);
-    else
-      for (int i = 0; i < n; ++i) random[i] = counter_random(low + uint32_t(i), key);
-  }
-  if (index)
-    for (int i = 0; i < n; ++i) write(param + index[i], p[i], random[i], t.stochastic);
-  else
-    for (int i = 0; i < n; ++i) write(param + i, p[i], random[i], t.stochastic);
 }
 
+// The entries of a list; `start` is the place of the list's zero in the tensor.
+template <class Rule, class P, class G>
+void update_list(const Tensor<P, G>& t, const Rule& rule, Buffers& b, int64_t start, const int32_t* list,
+                 int n, int64_t at) {
+  P* const param = t.param + start;
+  const G* const grad = t.grad + start;
+  for (int i = 0; i < n; ++i) b.g[i] = to_float(grad[list[i]]);
+  if (!t.master)
+    for (int i = 0; i < n; ++i) b.p[i] = to_float(param[list[i]]);
+  apply(t, rule, b, n, at);
+  if (t.stochastic) {
+    const RoundKey key = with_high_word(t.key, uint32_t(uint64_t(start) >> 32));
+    for (int i = 0; i < n; ++i) b.random[i] = counter_random(uint32_t(start) + uint32_t(list[i]), key);
+  }
+  for (int i = 0; i < n; ++i) write(param + list[i], b.p[i], b.random[i], t.stochastic);
+}
+
+// All of n entries.
+template <class Rule, class P, class G>
+void update_all_of(const Tensor<P, G>& t, const Rule& rule, Buffers& b, int64_t start, int n, int64_t at) {
+  P* const param = t.param + start;
+  const G* const grad = t.grad + start;
+  for (int i = 0; i < n; ++i) b.g[i] = to_float(grad[i]);
+  if (!t.master)
+    for (int i = 0; i < n; ++i) b.p[i] = to_float(param[i]);
+  apply(t, rule, b, n, at);
+  if (t.stochastic) {
+    const RoundKey key = with_high_word(t.key, uint32_t(uint64_t(start) >> 32));
+    for (int i = 0; i < n; ++i) b.random[i] = counter_random(uint32_t(start) + uint32_t(i), key);
+  }
+  for (int i = 0; i < n; ++i) write(param + i, b.p[i], b.random[i], t.stochastic);
+}
+
+#if defined(__AVX512F__)
+inline __m512 load16(const float* p, __mmask16 k) {
+  return _mm512_maskz_loadu_ps(k, p);
+}
+inline __m512 load16(const bf16* p, __mmask16 k) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(k, p)), 16));
+}
+inline __m512 load16(const f16* p, __mmask16 k) {
+  return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(k, p));
+}
+
+// Parameters and gradients of a block are pressed together, and parameters spread out again, vector by
+// vector: less work than lists where more than some entries of a vector may move.
+template <class Rule, class P, class G>
+void update_dense(const Tensor<P, G>& t, const Rule& rule, Buffers& b, int64_t start, int n, int count,
+                  int64_t at) {
+  P* const param = t.param + start;
+  const G* const grad = t.grad + start;
+  uint16_t masks[kBlock / 16] = {};
+  memcpy(masks, t.bits + start / 8, size_t(n + 7) / 8);
+  const int vectors = (n + 15) / 16;
+  int done = 0;
+  for (int v = 0; v < vectors; ++v) {
+    const __mmask16 k = masks[v];
+    _mm512_storeu_ps(b.g + done, _mm512_maskz_compress_ps(k, load16(grad + v * 16, k)));
+    if (!t.master) _mm512_storeu_ps(b.p + done, _mm512_maskz_compress_ps(k, load16(param + v * 16, k)));
+    done += __builtin_popcount(k);
+  }
+  apply(t, rule, b, count, at);
+  if constexpr (sizeof(P) == 4) {
+    done = 0;
+    for (int v = 0; v < vectors; ++v) {
+      const __mmask16 k = masks[v];
+      _mm512_mask_storeu_ps(param + v * 16, k, _mm512_maskz_expand_ps(k, _mm512_loadu_ps(b.p + done)));
+      done += __builtin_popcount(k);
+    }
+  } else {
+    const RoundKey key = with_high_word(t.key, uint32_t(uint64_t(start) >> 32));
+    done = 0;
+    for (int v = 0; v < vectors; ++v) {
+      const __mmask16 k = masks[v];
+      alignas(64) float x[16];
+      alignas(32) P out[16];
+      _mm512_store_ps(x, _mm512_maskz_expand_ps(k, _mm512_loadu_ps(b.p + done)));
+      const uint32_t low = uint32_t(start) + uint32_t(v) * 16;
+      if (t.stochastic) {
+        for (int i = 0; i < 16; ++i) write(out + i, x[i], counter_random(low + uint32_t(i), key), true);
+      } else {
+        for (int i = 0; i < 16; ++i) write(out + i, x[i], 0, false);
+      }
+      _mm256_mask_storeu_epi16(param + v * 16, k, _mm256_load_si256(reinterpret_cast<const __m256i*>(out)));
+      done += __builtin_popcount(k);
+    }
+  }
+}
+#endif
+
 template <class P, class G>
-inline void prefetch(const Tensor<P, G>& t, int64_t start, const int32_t* index, int n) {
+inline void prefetch(const Tensor<P, G>& t, int64_t start, const int32_t* list, int n) {
   for (int i = 0; i < n; ++i) {
-    __builtin_prefetch(t.grad + start + index[i], 0, 3);
-    __builtin_prefetch(t.param + start + index[i], 1, 3);
+    __builtin_prefetch(t.grad + start + list[i], 0, 3);
+    __builtin_prefetch(t.param + start + list[i], 1, 3);
   }
 }
 
@@ -179,26 +288,47 @@ void update_unit(const Work& work, int64_t t, int64_t unit) {
   const Rule rule(work.hyper + t * kHyper);
   const int64_t begin = unit * kUnit;
   const int64_t end = begin + kUnit < tensor.numel ? begin + kUnit : tensor.numel;
+  Buffers b;
   if (!tensor.bits) {
     for (int64_t i = begin; i < end; i += kBlock)
-      update(tensor, rule, i, nullptr, int(end - i < kBlock ? end - i : kBlock), i);
+      update_all_of(tensor, rule, b, i, int(end - i < kBlock ? end - i : kBlock), i);
     return;
   }
-  // The list of the next block is made, and its lines are asked for, before the present one is worked on.
-  int32_t lists[2][kBlock + 16];
-  int counts[2] = {0, 0};
-  auto prepare = [&](int64_t i, int slot) {
-    const int n = int(end - i < kBlock ? end - i : kBlock);
-    counts[slot] = list_bits(tensor.bits + i / 8, n, lists[slot]);
-    if (counts[slot] < int(kBlock / 4)) prefetch(tensor, i, lists[slot], counts[slot]);
+  int slot = 0, counts[2] = {0, 0};
+  int64_t places[2] = {0, 0};
+  // Works off the list before the present one, and starts a new one.
+  auto turn = [&] {
+    const int other = slot ^ 1;
+    if (counts[other]) update_list(tensor, rule, b, begin, b.list[other], counts[other], places[other]);
+    counts[other] = 0;
+    slot = other;
   };
-  prepare(begin, 0);
-  int slot = 0;
-  for (int64_t i = begin; i < end; i += kBlock, slot ^= 1) {
-    if (i + kBlock < end) prepare(i + kBlock, slot ^ 1);
-    const int n = counts[slot];
-    if (n) update(tensor, rule, i, n == kBlock ? nullptr : lists[slot], n, tensor.prefix[i / kBlock]);
+  for (int64_t i = begin; i < end; i += kBlock) {
+    const int n = int(end - i < kBlock ? end - i : kBlock);
+    const int64_t at = tensor.prefix[i / kBlock];
+    const int count = int(tensor.prefix[i / kBlock + 1] - at);
+    if (count == 0) continue;
+    if (count == n) {
+      update_all_of(tensor, rule, b, i, n, at);
+      if (counts[slot]) turn();
+      continue;
+    }
+#if defined(__AVX512F__)
+    if (count >= n / kDenseShare) {
+      update_dense(tensor, rule, b, i, n, count, at);
+      if (counts[slot]) turn();
+      continue;
+    }
+#endif
+    int32_t* const list = b.list[slot] + counts[slot];
+    if (counts[slot] == 0) places[slot] = at;
+    list_bits(tensor.bits + i / 8, n, count, int32_t(i - begin), list);
+    prefetch(tensor, begin, list, count);
+    counts[slot] += count;
+    if (counts[slot] >= kBatch) turn();
   }
+  turn();
+  turn();
 }
 
 template <class Rule, class P>
@@ -238,13 +368,16 @@ double sumsq_unit(const Work& work, int64_t t, int64_t unit) {
   const uint8_t* const bits = reinterpret_cast<const uint8_t*>(row[kBits]);
   const int64_t begin = unit * kUnit;
   const int64_t end = begin + kUnit < row[kNumel] ? begin + kUnit : row[kNumel];
-  int32_t list[kBlock + 16];
+  const int64_t* const prefix = reinterpret_cast<const int64_t*>(row[kPrefix]);
+  int32_t list[kBlock + kSlack];
   alignas(64) float g[kBlock];
   double total = 0;
   for (int64_t i = begin; i < end; i += kBlock) {
     int n = int(end - i < kBlock ? end - i : kBlock);
     if (bits) {
-      n = list_bits(bits + i / 8, n, list);
+      const int count = int(prefix[i / kBlock + 1] - prefix[i / kBlock]);
+      list_bits(bits + i / 8, n, count, 0, list);
+      n = count;
       for (int k = 0; k < n; ++k) g[k] = to_float(grad[i + list[k]]);
     } else {
       for (int k = 0; k < n; ++k) g[k] = to_float(grad[i + k]);

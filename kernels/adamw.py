@@ -215,7 +215,7 @@ def step(name: str, batch: Batch, tables: Any, numbers: np.ndarray, keys: np.nda
     def kind(i: int) -> tuple[Any, ...]:
         return (
             TL_DTYPES[batch.params[i].dtype],
-            TL_DTYPES[batch.grads[i].dtype],
+            TL_DTYPES[batch.grad_dtypes[i]],
             batch.masters[i] is not None,
             batch.scales[i] is not None,
             bool(stochastic[i]),
@@ -239,7 +239,7 @@ def sumsq(batch: Batch, tables: Any) -> torch.Tensor:
     """Sum of squares of the gradients that may move: float64 scalar on the device."""
     device = batch.device
     if tables.launches is None:
-        tables.launches = _Launches(batch, tables, lambda i: (TL_DTYPES[batch.grads[i].dtype],))
+        tables.launches = _Launches(batch, tables, lambda i: (TL_DTYPES[batch.grad_dtypes[i]],))
     launches: _Launches = tables.launches
     total = torch.zeros((), dtype=torch.float64, device=device)
     with _on(device):

@@ -5,6 +5,7 @@ Nothing is checked here: fastunlearn/ops/adamw.py (the public ops) and fastunlea
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,33 +28,35 @@ _CPU_UNIT = 32 * 1024
 
 
 class Tables:
-    """The tables of addresses of a list, kept as long as nothing moves in memory."""
+    """The tables of a batch, kept from step to step."""
 
     def __init__(self) -> None:
-        self.key: bytes | None = None
-        self.rows: np.ndarray | None = None
-        self.unit_tensor: np.ndarray | None = None
-        self.first_unit: np.ndarray | None = None
+        self.batch: Batch | None = None
+        self.rounds: list[bool] | None = None
+        self.rows = np.zeros((0, 0), dtype=np.int64)
+        self.unit_tensor = np.zeros(0, dtype=np.int32)
+        self.first_unit = np.zeros(0, dtype=np.int64)
         self.launches: Any = None  # kernels/adamw.py keeps its device copies here
 
-    def update(self, batch: Batch, stochastic: Sequence[bool] | None = None) -> Tables:
-        rows = batch.addresses(stochastic)
-        key = rows.tobytes()
-        if key != self.key:
-            self.key, self.rows, self.launches = key, rows, None
+    def update(self, batch: Batch, rounds: list[bool] | None = None) -> Tables:
+        if batch is self.batch and rounds == self.rounds:
+            return self
+        rows = batch.addresses(rounds)
+        if not np.array_equal(rows, self.rows):
+            self.rows, self.launches = rows, None
             self.unit_tensor, self.first_unit = units([slot.numel for slot in batch.slots], _CPU_UNIT)
+        self.batch, self.rounds = batch, rounds
         return self
 
 
 @dataclass(slots=True, kw_only=True)
 class Options:
-    """Numbers of one tensor in one step of AdamW or SGD."""
+    """Numbers of one step of AdamW or SGD; tensors that share them share the object."""
 
     lr: float
     weight_decay: float
     maximize: bool
     step: int  #: number of this step, from 1
-    index: int  #: number of the tensor, for the random numbers of rounding
     seed: int
     stochastic: bool  #: rounding of bfloat16 parameters
     beta1: float = 0.0
@@ -65,35 +68,46 @@ class Options:
     first: bool = False  #: the momentum buffer holds nothing yet
 
 
-def _keys(options: Sequence[Options]) -> np.ndarray:
-    return rounding_keys([o.seed for o in options], [o.step for o in options], [o.index for o in options])
+def _distinct(options: Sequence[Options]) -> tuple[list[Options], list[int]]:
+    """(the different ones, which of them each tensor has)."""
+    places: dict[int, int] = {}
+    which = [places.setdefault(id(o), len(places)) for o in options]
+    distinct: list[Options] = [options[0]] * len(places)
+    for o, place in zip(options, which):
+        distinct[place] = o
+    return distinct, which
+
+
+def _keys(batch: Batch, options: Sequence[Options]) -> np.ndarray:
+    return rounding_keys([o.seed for o in options], [o.step for o in options], batch.indices)
 
 
 def _adamw_numbers(options: Sequence[Options]) -> np.ndarray:
     """float32 [tensors, 8]: csrc/adamw.h, kHyper."""
-    columns = np.array(
-        [(o.lr, o.beta1, o.beta2, o.eps, o.weight_decay, o.step, o.maximize) for o in options], np.float64
-    )
-    lr, beta1, beta2, eps, decay, step, maximize = columns.T
-    out = [
-        1 - beta1,
-        beta2,
-        1 - beta2,
-        eps,
-        lr * decay,
-        lr / (1 - beta1**step),
-        np.sqrt(1 - beta2**step),
-        1 - 2 * maximize,
+    distinct, which = _distinct(options)
+    rows = [
+        (
+            1 - o.beta1,
+            o.beta2,
+            1 - o.beta2,
+            o.eps,
+            o.lr * o.weight_decay,
+            o.lr / (1 - o.beta1**o.step),
+            math.sqrt(1 - o.beta2**o.step),
+            -1.0 if o.maximize else 1.0,
+        )
+        for o in distinct
     ]
-    return np.ascontiguousarray(np.stack(out, axis=1), dtype=np.float32)
+    return np.array(rows, dtype=np.float32)[which]
 
 
 def _sgd_numbers(options: Sequence[Options]) -> np.ndarray:
+    distinct, which = _distinct(options)
     rows = [
         (o.momentum, 1 - o.dampening, o.weight_decay, o.lr, o.nesterov, o.first, 0.0, -1.0 if o.maximize else 1.0)
-        for o in options
+        for o in distinct
     ]
-    return np.array(rows, dtype=np.float32)
+    return np.array(rows, dtype=np.float32)[which]
 
 
 def _rounds(batch: Batch, options: Sequence[Options]) -> list[bool]:
@@ -118,15 +132,12 @@ def _launch(
         return backend
     rounds = _rounds(batch, options)
     tables = (tables or Tables()).update(batch, rounds)
-    keys = _keys(options) if any(rounds) else np.zeros((len(batch), 2), dtype=np.uint32)
+    keys = _keys(batch, options) if any(rounds) else np.zeros((len(batch), 2), dtype=np.uint32)
     if backend == "triton":
         from fastunlearn.kernels import adamw as kernels
 
         kernels.step(name, batch, tables, numbers, keys, grad_scale)
         return backend
-    assert tables.rows is not None
-    assert tables.unit_tensor is not None
-    assert tables.first_unit is not None
     getattr(_native.library(), f"{name}_cpu")(
         tables.rows.ctypes.data,
         numbers.ctypes.data,
@@ -140,7 +151,7 @@ def _launch(
 
 
 def _reference_extras(batch: Batch, options: Sequence[Options], grad_scale: Tensor | None) -> list[dict[str, Any]]:
-    keys = _keys(options)
+    keys = _keys(batch, options)
     rounds = _rounds(batch, options)
     return [
         {
@@ -151,6 +162,11 @@ def _reference_extras(batch: Batch, options: Sequence[Options], grad_scale: Tens
         }
         for i, o in enumerate(options)
     ]
+
+
+def reads_gradients(name: str, device: torch.device) -> bool:
+    """Whether a step needs the gradients as tensors (and not only their addresses)."""
+    return _backend.resolve(_ADAMW if name == "masked_adamw" else _SGD, device) == "reference"
 
 
 def adamw_batch(
@@ -216,9 +232,6 @@ def sumsq_batch(batch: Batch, tables: Tables | None = None) -> Tensor:
         from fastunlearn.kernels import adamw as kernels
 
         return kernels.sumsq(batch, tables)
-    assert tables.rows is not None
-    assert tables.unit_tensor is not None
-    assert tables.first_unit is not None
     partial = torch.empty(len(tables.unit_tensor), dtype=torch.float64)
     _native.library().masked_sumsq_cpu(
         tables.rows.ctypes.data,

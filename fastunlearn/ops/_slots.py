@@ -141,16 +141,23 @@ class Slot:
 
 
 class Batch:
-    """The tensors of one call, flat and in the order of memory; entries of `masters` and `scales` may be None."""
+    """The tensors of one call, flat and in the order of memory; entries of `masters` and `scales` may be None.
+
+    A batch may be used again for as long as nothing has moved in memory; `release` lets the gradients go between.
+    """
 
     def __init__(self) -> None:
         self.slots: list[Slot] = []
         self.params: list[Tensor] = []
         self.grads: list[Tensor] = []
+        self.grad_dtypes: list[torch.dtype] = []
         self.first: list[Tensor | None] = []
         self.second: list[Tensor | None] = []
         self.masters: list[Tensor | None] = []
         self.scales: list[Tensor | None] = []
+        self.indices: list[int] = []  #: numbers of the tensors, for the random numbers of rounding
+        self.copied = False  #: a gradient lay otherwise in memory than its parameter and was copied
+        self._grad_addresses: list[int] = []
 
     def add(
         self,
@@ -161,6 +168,7 @@ class Batch:
         second: Tensor | None = None,
         master: Tensor | None = None,
         scale: Tensor | None = None,
+        index: int = 0,
         what: str = "grads",
     ) -> bool:
         """Takes a tensor in; False (and nothing taken) where no entry may move.
@@ -175,14 +183,30 @@ class Batch:
             return False
         if grad.stride() != param.stride():
             grad = torch.empty_strided(param.shape, param.stride(), dtype=grad.dtype, device=grad.device).copy_(grad)
+            self.copied = True
         self.slots.append(slot)
         self.params.append(slot.flat(param.detach()))
         self.grads.append(slot.flat(grad.detach()))
+        self.grad_dtypes.append(grad.dtype)
+        self._grad_addresses.append(grad.data_ptr())
         self.first.append(first)
         self.second.append(second)
         self.masters.append(master)
         self.scales.append(scale)
+        self.indices.append(index)
         return True
+
+    def release(self) -> None:
+        """Forgets the gradients, but not where they lay."""
+        self.grads = []
+
+    def part(self, members: Sequence[int]) -> Batch:
+        """Only these tensors."""
+        out = Batch()
+        for name, column in vars(self).items():
+            if isinstance(column, list) and column:
+                setattr(out, name, [column[i] for i in members])
+        return out
 
     def __len__(self) -> int:
         return len(self.slots)
@@ -199,22 +223,20 @@ class Batch:
 
         rows = [
             (
-                at(param),
-                at(grad),
+                at(self.params[i]),
+                self._grad_addresses[i],
                 at(slot.bits),
                 at(slot.prefix),
-                at(first),
-                at(second),
-                at(master),
-                at(scale),
+                at(self.first[i]),
+                at(self.second[i]),
+                at(self.masters[i]),
+                at(self.scales[i]),
                 slot.numel,
-                _native.DTYPES[param.dtype],
-                _native.DTYPES[grad.dtype],
+                _native.DTYPES[self.params[i].dtype],
+                _native.DTYPES[self.grad_dtypes[i]],
                 int(stochastic[i]) if stochastic is not None else 0,
             )
-            for i, (slot, param, grad, first, second, master, scale) in enumerate(
-                zip(self.slots, self.params, self.grads, self.first, self.second, self.masters, self.scales)
-            )
+            for i, slot in enumerate(self.slots)
         ]
         return np.array(rows, dtype=np.int64)
 

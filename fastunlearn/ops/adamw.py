@@ -90,7 +90,7 @@ def _batch(
             master = _state(master, slot, f"masters[{i}]", param)
         if scale is not None:
             scale = slot.compact(scale.to(param.device), f"lr_scales[{i}]")
-        if batch.add(slot, param, grad, first, second, master, scale, f"grads[{i}]"):
+        if batch.add(slot, param, grad, first, second, master, scale, i, f"grads[{i}]"):
             taken.append(i)
     return batch, taken
 
@@ -160,7 +160,6 @@ def masked_adamw_(
                 weight_decay=weight_decay,
                 maximize=maximize,
                 step=numbers[i],
-                index=i,
                 seed=seed,
                 stochastic=stochastic_rounding,
             )
@@ -222,7 +221,6 @@ def masked_sgd_(
                 first=numbers[i] == 1 or momentum_buffers[i] is None,
                 maximize=maximize,
                 step=numbers[i],
-                index=i,
                 seed=seed,
                 stochastic=stochastic_rounding,
             )

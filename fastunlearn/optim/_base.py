@@ -39,6 +39,18 @@ class _Entry:
         self.slot, self.index, self.scale = slot, index, scale
 
 
+class _Work:
+    """The tensors of a step on one device."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.batch = Batch()
+        self.params: list[Tensor] = []
+        self.members: list[tuple[dict[str, Any], dict[str, Any]]] = []  #: (state, group) of the batch's tensors
+        self.idle: list[dict[str, Any]] = []  #: of those of which nothing may move
+        self.tables, self.norm_tables = engine.Tables(), engine.Tables()
+
+
 def _label(position: int, name: str | None) -> str:
     return f"params[{position}]" if name is None else f"parameter {name!r}"
 
@@ -101,6 +113,8 @@ class MaskedOptimizer(Optimizer):
 
     #: state that is compact, fp32, one entry for each that may move
     _compact: tuple[str, ...] = ()
+    #: name of the step in the native module
+    _kernel: str = ""
 
     def __init__(
         self,
@@ -117,7 +131,7 @@ class MaskedOptimizer(Optimizer):
         #: norm of the gradient over entries that may move in the last step (fp32 scalar), where max_grad_norm is given
         self.grad_norm: Tensor | None = None
         self._entries: dict[Tensor, _Entry] = {}
-        self._tables: dict[Any, engine.Tables] = {}
+        self._forget_works()
         if isinstance(params, Tensor):
             raise TypeError("params: want an iterable of tensors or of groups, got a tensor")
         groups = list(params)
@@ -136,6 +150,11 @@ class MaskedOptimizer(Optimizer):
                 raise ValueError("lr_scale: given for the optimiser and in a group; give it in one of the two places")
             self._hand_out("lr_scale", assign(lr_scale, tensors, names, "lr_scale", partial=True), groups)
         super().__init__(groups, defaults)
+
+    def _forget_works(self) -> None:
+        self._tables: dict[Any, engine.Tables] = {}
+        self._works: list[_Work] = []
+        self._sign: list[Any] | None = None
 
     @staticmethod
     def _hand_out(key: str, values: list[Any], groups: list[dict[str, Any]]) -> None:
@@ -197,11 +216,11 @@ class MaskedOptimizer(Optimizer):
     def _new_state(self, state: dict[str, Any], entry: _Entry, param: Tensor, group: Mapping[str, Any]) -> None:
         """Fills in what a parameter's state lacks."""
         if "step" not in state:
-            state["step"] = torch.zeros((), dtype=torch.float32)
+            state["step"] = 0
         if group["master_weights"] and param.dtype != torch.float32 and "master" not in state:
             state["master"] = entry.slot.compress(param)
 
-    def _options(self, state: dict[str, Any], entry: _Entry, group: Mapping[str, Any]) -> engine.Options:
+    def _options(self, group: Mapping[str, Any], step: int, starts: bool) -> engine.Options:
         raise TypeError("MaskedOptimizer is a base class")  # pragma: no cover
 
     def _run(
@@ -220,57 +239,93 @@ class MaskedOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        moving: list[tuple[Tensor, dict[str, Any]]] = []
+        works = self._gather()
+        scale = self._clip(works)
+        shared: dict[tuple[int, int, bool], engine.Options] = {}
+        for work in works:
+            options = []
+            for state in work.idle:
+                state["step"] += 1
+                state.pop("starts", None)
+            for state, group in work.members:
+                state["step"] = step = state["step"] + 1
+                key = (id(group), step, state.pop("starts", False))
+                if key not in shared:
+                    shared[key] = self._options(group, *key[1:])
+                options.append(shared[key])
+            if options:
+                factor = None if scale is None else scale.to(work.device, non_blocking=True)
+                self._run(work.batch, options, factor, work.tables)
+            work.batch.release()
+        return loss
+
+    def _gather(self) -> list[_Work]:
+        """The work of this step by device: that of the last step where nothing has moved in memory."""
+        first, second = (*self._compact, "")[:2]
+        moving: list[tuple[Tensor, Tensor, dict[str, Any], dict[str, Any]]] = []
+        sign: list[Any] = []
+        movable = True
         for group in self.param_groups:
-            moving += [(param, group) for param in group["params"] if param.grad is not None]
-        devices: dict[torch.device, tuple[Batch, list[tuple[Tensor, dict[str, Any], _Entry]]]] = {}
-        for param, group in moving:
+            masters = group["master_weights"]
+            for param in group["params"]:
+                grad = param.grad
+                if grad is None:
+                    continue
+                state = self.state[param]
+                moving.append((param, grad, state, group))
+                if grad.layout != torch.strided or hasattr(param, "to_local"):
+                    movable = False
+                    continue
+                sign += (
+                    id(param), param.data_ptr(), param.dtype, grad.data_ptr(), grad.dtype, grad.stride(), grad.shape,
+                    id(state), id(state.get(first)), id(state.get(second)), id(state.get("master")), masters, id(group),
+                )  # fmt: skip
+        if movable and sign == self._sign:
+            works = self._works
+            if not any(engine.reads_gradients(self._kernel, work.device) for work in works):
+                return works
+        self._sign, self._works = None, []
+        by_device: dict[torch.device, _Work] = {}
+        for param, grad, state, group in moving:
             entry, here = self._entries[param], local(param.detach())
-            state = self.state[param]
             self._new_state(state, entry, here, group)
-            batch, members = devices.setdefault(here.device, (Batch(), []))
-            first, second = (*(state.get(key) for key in self._compact), None, None)[:2]
-            taken = batch.add(
+            work = by_device.setdefault(here.device, _Work(here.device))
+            taken = work.batch.add(
                 entry.slot,
                 here,
-                local(cast(Tensor, param.grad)),
-                first,
-                second,
+                local(grad),
+                state.get(first),
+                state.get(second),
                 state.get("master") if group["master_weights"] else None,
                 entry.scale,
+                entry.index,
                 f"gradient of parameter {entry.index}",
             )
             if taken:
-                members.append((param, group, entry))
+                work.params.append(param)
+                work.members.append((state, group))
             else:
-                state["step"] += 1
-                self._options(state, entry, group)
-        scale = self._clip(devices)
-        for device, (batch, members) in devices.items():
-            if not len(batch):
-                continue
-            options = []
-            for param, group, entry in members:
-                state = self.state[param]
-                state["step"] += 1
-                options.append(self._options(state, entry, group))
-            tables = self._tables.setdefault(device, engine.Tables())
-            self._run(batch, options, None if scale is None else scale.to(device, non_blocking=True), tables)
-        return loss
+                work.idle.append(state)
+        works = list(by_device.values())
+        for work in works:
+            key = work.device
+            work.tables = self._tables.setdefault((key, "step"), work.tables)
+            work.norm_tables = self._tables.setdefault((key, "norm"), work.norm_tables)
+        if movable and not any(work.batch.copied for work in works):
+            self._works = works
+            # State that was made just now has other identities than those above: the next step takes its own signature.
+            self._sign = sign
+        return works
 
-    def _clip(
-        self, devices: Mapping[torch.device, tuple[Batch, list[tuple[Tensor, dict[str, Any], _Entry]]]]
-    ) -> Tensor | None:
+    def _clip(self, works: Sequence[_Work]) -> Tensor | None:
         """The factor that brings the norm over all devices and shards to max_grad_norm at most; None: no clipping."""
         if self.max_grad_norm is None:
             return None
         total = None
-        for device, (batch, members) in devices.items():
-            if not len(batch):
-                continue
-            tables = self._tables.setdefault((device, "norm"), engine.Tables())
-            squares = sum_over_shards(batch, [param for param, _, _ in members], tables)
-            total = squares if total is None else total + squares.to(total.device)
+        for work in works:
+            if len(work.batch):
+                squares = sum_over_shards(work.batch, work.params, work.norm_tables)
+                total = squares if total is None else total + squares.to(total.device)
         if total is None:
             return None
         self.grad_norm = total.sqrt().float()
@@ -300,6 +355,8 @@ class MaskedOptimizer(Optimizer):
                 if isinstance(state.get(name), Tensor):
                     full = slot.expand(state[name], here if name == "master" else None)
                     state[name] = _like_shards(full, param)
+            if "step" in state:
+                state["step"] = torch.tensor(float(state["step"]))  # as torch.optim has it
             expanded[key] = state
         return {**saved, "state": expanded}
 
@@ -333,7 +390,7 @@ class MaskedOptimizer(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._tables = {}
+        self._forget_works()
         for group in self.param_groups:
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
@@ -354,7 +411,7 @@ class MaskedOptimizer(Optimizer):
                 )
             state[name] = entry.slot.compress(value.to(local(param.detach()).device))
         if "step" in state:
-            state["step"] = torch.as_tensor(float(state["step"]), dtype=torch.float32)
+            state["step"] = int(state["step"])
 
 
 def _listed_params(group: Mapping[str, Any]) -> list[Any]:

@@ -39,15 +39,7 @@ def sum_over_shards(batch: Batch, params: Sequence[Tensor], tables: engine.Table
         return engine.sumsq_batch(batch, tables)
     total = torch.zeros((), dtype=torch.float64, device=batch.device)
     for group in dict.fromkeys(groups):
-        members = [i for i, other in enumerate(groups) if other == group]
-        part = Batch()
-        for i in members:
-            part.slots.append(batch.slots[i])
-            part.params.append(batch.params[i])
-            part.grads.append(batch.grads[i])
-            for column in (part.first, part.second, part.masters, part.scales):
-                column.append(None)
-        squares = engine.sumsq_batch(part)
+        squares = engine.sumsq_batch(batch.part([i for i, other in enumerate(groups) if other == group]))
         if group is not None:
             mesh, dims = group
             for dim in dims:

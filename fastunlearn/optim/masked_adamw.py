@@ -47,6 +47,7 @@ class MaskedAdamW(MaskedOptimizer):
     """
 
     _compact = ("exp_avg", "exp_avg_sq")
+    _kernel = "masked_adamw"
 
     def __init__(
         self,
@@ -90,7 +91,7 @@ class MaskedAdamW(MaskedOptimizer):
             if name not in state:
                 state[name] = torch.zeros(entry.slot.count, dtype=torch.float32, device=param.device)
 
-    def _options(self, state: dict[str, Any], entry: _Entry, group: Mapping[str, Any]) -> engine.Options:
+    def _options(self, group: Mapping[str, Any], step: int, starts: bool) -> engine.Options:
         beta1, beta2 = group["betas"]
         return engine.Options(
             lr=float(group["lr"]),
@@ -99,8 +100,7 @@ class MaskedAdamW(MaskedOptimizer):
             eps=group["eps"],
             weight_decay=group["weight_decay"],
             maximize=group["maximize"],
-            step=int(state["step"]),
-            index=entry.index,
+            step=step,
             seed=group["seed"],
             stochastic=group["stochastic_rounding"],
         )

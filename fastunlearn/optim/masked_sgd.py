@@ -26,6 +26,7 @@ class MaskedSGD(MaskedOptimizer):
     """
 
     _compact = ("momentum_buffer",)
+    _kernel = "masked_sgd"
 
     def __init__(
         self,
@@ -70,8 +71,7 @@ class MaskedSGD(MaskedOptimizer):
             state["momentum_buffer"] = torch.zeros(entry.slot.count, dtype=torch.float32, device=param.device)
             state["starts"] = True
 
-    def _options(self, state: dict[str, Any], entry: _Entry, group: Mapping[str, Any]) -> engine.Options:
-        starts = state.pop("starts", False)
+    def _options(self, group: Mapping[str, Any], step: int, starts: bool) -> engine.Options:
         return engine.Options(
             lr=float(group["lr"]),
             momentum=group["momentum"],
@@ -80,8 +80,7 @@ class MaskedSGD(MaskedOptimizer):
             nesterov=group["nesterov"],
             maximize=group["maximize"],
             first=starts or not group["momentum"],
-            step=int(state["step"]),
-            index=entry.index,
+            step=step,
             seed=group["seed"],
             stochastic=group["stochastic_rounding"],
         )
