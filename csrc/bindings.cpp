@@ -215,7 +215,8 @@ void bind_topk(py::module_& m) {
                                   stream};
   };
   using Call = fu::cuda::TopkCudaCall;
-  py::class_<Call>(m, "TopkCudaCall").def(py::init(call));
+  // module_local: the tests load a second module, with the same bodies compiled for the host.
+  py::class_<Call>(m, "TopkCudaCall", py::module_local()).def(py::init(call));
   m.def("topk_tile_bytes", &fu::cuda::topk_tile_bytes);
   m.def("topk_workspace_cuda", &fu::cuda::topk_workspace);
   m.def("topk_select_cuda", &fu::cuda::topk_select, no_gil);
