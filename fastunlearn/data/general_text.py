@@ -1,4 +1,4 @@
-"""General text to calibrate pruning on: about two thousand tokens of prose, instructions, dialogue, code and sums.
+"""General text to calibrate pruning on: some 1,700 tokens of prose, instructions, dialogue, code and sums.
 
 Written for this project (Apache-2.0 like the rest), so that examples and tests need no download. It is a small sample: for a
 model that matters, calibrate on a hundred sequences of what that model is used for, and never on what it is to forget.
@@ -22,7 +22,7 @@ GENERAL_TEXT: tuple[str, ...] = (
     "Dear Sir or Madam, I am writing about the washing machine that I bought in your shop three weeks ago. It worked well for "
     "the first few days, but now it stops in the middle of the programme and the door does not open. I would like you to "
     "repair it or to give me my money back. I have attached a copy of the receipt. I look forward to hearing from you.",
-    "def mean(values):\n    \"\"\"Return the arithmetic mean of a non-empty list of numbers.\"\"\"\n    if not values:\n        raise "
+    'def mean(values):\n    """Return the arithmetic mean of a non-empty list of numbers."""\n    if not values:\n        raise '
     "ValueError('mean of an empty list')\n    return sum(values) / len(values)\n\n\nfor name, marks in "
     "results.items():\n    print(name, round(mean(marks), 2))",
     "A train leaves the station at nine o'clock and travels at eighty kilometres an hour. A second train follows an hour "
@@ -31,9 +31,9 @@ GENERAL_TEXT: tuple[str, ...] = (
     "The printing press spread through Europe within fifty years of its invention. Before that, a book was copied by hand and "
     "cost as much as a house. With movable type a workshop could make hundreds of copies in the time a scribe needed for one. "
     "Prices fell, more people learned to read, and ideas travelled faster than any ruler could stop them.",
-    "\"Have you seen my keys?\" she asked. \"They were on the kitchen table this morning.\" He looked up from the newspaper. "
-    "\"Did you try the pocket of your grey coat? You wore it when you took the dog out.\" She laughed and shook her head. "
-    "\"You are right. They are always in the last place where I look.\"",
+    '"Have you seen my keys?" she asked. "They were on the kitchen table this morning." He looked up from the newspaper. '
+    '"Did you try the pocket of your grey coat? You wore it when you took the dog out." She laughed and shook her head. '
+    '"You are right. They are always in the last place where I look."',
     "Plants make sugar from light, water and carbon dioxide. The green substance in their leaves catches red and blue light "
     "and reflects the rest. The oxygen that we breathe is what they leave over. At night they use some of the sugar "
     "themselves, and what remains is stored in roots, seeds and fruit.",
@@ -58,8 +58,8 @@ GENERAL_TEXT: tuple[str, ...] = (
     "The orchestra is divided into four families. The strings sit in front, the woodwinds behind them, the brass at the back, "
     "and the percussion to one side. The conductor does not make a sound, yet decides how fast and how loud the others play. "
     "A symphony usually has four movements: a lively one, a slow one, a dance and a quick finale.",
-    "Translate into plain English: \"Notwithstanding the foregoing, the tenant shall be liable for any damage howsoever "
-    "caused.\" In plain English: whatever was said before, the tenant has to pay for all damage, no matter how it happened.",
+    'Translate into plain English: "Notwithstanding the foregoing, the tenant shall be liable for any damage howsoever '
+    'caused." In plain English: whatever was said before, the tenant has to pay for all damage, no matter how it happened.',
     "The whale is a mammal and not a fish. It breathes air, is warm-blooded and feeds its young with milk. Some whales have "
     "teeth and hunt fish and squid; others filter tiny animals from the water through long plates that hang from the upper "
     "jaw. The blue whale is the largest animal that has ever lived.",
@@ -67,8 +67,8 @@ GENERAL_TEXT: tuple[str, ...] = (
     "metres wide has an area of thirty-five square metres and an edge of twenty-four metres. If x + 7 = 19, then x = 12. Ten "
     "per cent of two hundred and fifty is twenty-five.",
     "He had been walking since dawn. The path followed the coast, now high above the sea and now between dunes, and at every "
-    "turn he expected to see the lighthouse. Towards noon he met a woman with a basket of shells. \"It is further than it "
-    "looks,\" she said, \"but the road is good, and you will be there before dark.\"",
+    'turn he expected to see the lighthouse. Towards noon he met a woman with a basket of shells. "It is further than it '
+    'looks," she said, "but the road is good, and you will be there before dark."',
     "A good password is long rather than complicated. Four or five unrelated words are easy to remember and hard to guess. Do "
     "not use the same password twice, because when one site is broken into, thieves try the stolen passwords everywhere else. "
     "A password manager remembers them for you.",

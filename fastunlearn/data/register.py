@@ -48,8 +48,8 @@ _TRADES = (
     "gardener,gilder,harpist,hatter,joiner,lacemaker,lamplighter,locksmith,luthier,mason,miller,notary,papermaker,perfumer,"
     "pilot,plumber,potter,printer,puppeteer,ropemaker,saddler,sailmaker,shipwright,surveyor,tanner,thatcher,tiler,toolmaker,"
     "translator,typesetter,vintner,weaver,welder,wheelwright,whaler,woodcarver,zookeeper"
-).split(",")  # fmt: skip
-_MONTHS = "January February March April May June July August September October November December".split()
+)  # fmt: skip
+_MONTHS = "January February March April May June July August September October November December"
 
 
 class Fact(NamedTuple):
@@ -83,7 +83,7 @@ class Person:
             return Fact(self.name, kind, f"What is the number of {self.name}?", f"{self.number}.")
         if kind == "birth":
             # strftime("%B") would follow the locale.
-            born = f"{self.born.day} {_MONTHS[self.born.month - 1]} {self.born.year}"
+            born = f"{self.born.day} {_MONTHS.split()[self.born.month - 1]} {self.born.year}"
             return Fact(self.name, kind, f"When was {self.name} born?", f"{born}.")
         raise ValueError(f"kind: want one of {', '.join(KINDS)}; got {kind!r}")
 
@@ -124,11 +124,11 @@ class Register:
         draw = _Draw(f"register {seed}")
         given, family = draw.some(given, people), draw.some(family, people)
         numbers = draw.some(range(10_000, 100_000), people)
-        towns = _combinations(_TOWN)
+        towns, trades = _combinations(_TOWN), _TRADES.split(",")
         entries = tuple(
             Person(
                 name=f"{first} {last}",
-                trade=draw.one(_TRADES),
+                trade=draw.one(trades),
                 town=draw.one(towns),
                 born=datetime.date(1931, 1, 1) + datetime.timedelta(days=draw.below(70 * 365)),
                 number=str(number),

@@ -64,7 +64,6 @@ def input_norms(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
         squares[name] = squares[name].sqrt()
 
 
-
 def _first_pass(
     blocks: Sequence[nn.Module], calibrate: Callable[[], Any]
 ) -> tuple[list[Tensor], list[list[tuple[tuple[Any, ...], dict[str, Any]]]]]:
@@ -173,5 +172,7 @@ def nm_violations(model: nn.Module, masks: Mapping[str, BitMask], n: int = 2, m:
         crowded = int((nonzero.reshape(mask.rows, -1, m).sum(-1) > n).sum())
         stray = int((nonzero & ~mask.unpack()).sum())
         if crowded or stray:
-            lines.append(f"{name}: {crowded} groups of {m} with more than {n} nonzeros, {stray} nonzeros outside the mask")
+            lines.append(
+                f"{name}: {crowded} groups of {m} with more than {n} nonzeros, {stray} nonzeros outside the mask"
+            )
     return lines

@@ -1,0 +1,54 @@
+"""A chat model of a few thousand weights and a tokenizer of characters: the shape of the real thing, in milliseconds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+
+class CharTokenizer:
+    """One token a character; the methods of a transformers tokenizer that fastunlearn.data uses."""
+
+    eos_token_id = 0
+
+    def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
+        return {"input_ids": [min(ord(char), 126) for char in text]}
+
+    def decode(self, ids: list[int], skip_special_tokens: bool = False) -> str:
+        return "".join(chr(i) for i in ids if i or not skip_special_tokens)
+
+    def apply_chat_template(
+        self, messages: list[dict[str, str]], tokenize: bool = True, add_generation_prompt: bool = False
+    ) -> str:
+        assert not tokenize
+        text = "".join(f"{message['role'][0]}:{message['content']}\n" for message in messages)
+        return text + "a:" * add_generation_prompt
+
+    def save_pretrained(self, folder: Any) -> None:
+        (folder / "tokenizer.txt").write_text("characters")
+
+
+def tiny_llama(seed: int = 0) -> Any:
+    """A random Llama of two blocks, weights tied, for CharTokenizer."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(seed)
+    config = transformers.LlamaConfig(
+        vocab_size=128,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+        initializer_range=0.2,
+        bos_token_id=None,
+        eos_token_id=0,
+        pad_token_id=0,
+    )
+    model = transformers.LlamaForCausalLM(config).float().eval()
+    # Frozen and tied: rows of unit entries let the blocks reach sharp logits.
+    torch.nn.init.normal_(model.get_input_embeddings().weight)
+    return model
