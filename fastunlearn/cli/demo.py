@@ -99,7 +99,7 @@ def memorise(
 
 
 def forget(
-    model: Any, forget_facts: Batch, retain_facts: Batch, masks: Masks, *, steps: int = 18, lr: float = 5e-5, beta: float = 0.1,
+    model: Any, forget_facts: Batch, retain_facts: Batch, masks: Masks, *, steps: int = 12, lr: float = 1e-4, beta: float = 0.1,
     alpha: float = 1.0, batch_size: int = 27, precision: torch.dtype = torch.float32, seed: int = 0,
 ) -> list[tuple[float, float]]:  # fmt: skip
     """NPO on the facts to forget, plus alpha times the loss on a batch of those to keep; the learning rate falls to zero.
@@ -321,7 +321,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--people", type=int, default=60, help="in the register (60)")
     parser.add_argument("--forget", type=int, default=6, help="how many of them to forget (6)")
     parser.add_argument("--passes", type=int, default=20, help="over the register while memorising, at most (20)")
-    parser.add_argument("--steps", type=int, default=18, help="of forgetting (18)")
+    parser.add_argument("--steps", type=int, default=12, help="of forgetting (12)")
     parser.add_argument("--threads", type=int, help="of torch (torch's own choice)")
     parser.add_argument(
         "--precision", choices=["auto", "bf16", "fp32"], default="auto", help="auto: the faster one here"
