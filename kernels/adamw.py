@@ -65,8 +65,11 @@ def _random(start, offs, key):
 
 
 @triton.jit
-def _to_bfloat16(x, random):
+def _to_bfloat16(x, random, STOCHASTIC: tl.constexpr):
     u = x.to(tl.uint32, bitcast=True)
+    if not STOCHASTIC:
+        # To nearest even: spelled out, because the interpreter truncates.
+        random = 0x7FFF + ((u >> 16) & 1)
     special = (u & 0x7F800000) == 0x7F800000
     quiet = tl.where((u & 0x007FFFFF) != 0, 0x00400000, 0).to(tl.uint32)
     u = tl.where(special, u | quiet, u + (random & 0xFFFF))
@@ -93,7 +96,9 @@ def _write(row, start, offs, may, places, p, key, P: tl.constexpr, HAS_MASTER: t
     if HAS_MASTER:
         tl.store(tl.load(row + MASTER).to(tl.pointer_type(tl.float32)) + places, p, mask=may)
     if STOCHASTIC:
-        out = _to_bfloat16(p, _random(start, offs, key))
+        out = _to_bfloat16(p, _random(start, offs, key), True)
+    elif tl.bfloat16 == P:
+        out = _to_bfloat16(p, 0, False)
     else:
         out = p.to(P)
     tl.store(tl.load(row + PARAM).to(tl.pointer_type(P)) + offs, out, mask=may)

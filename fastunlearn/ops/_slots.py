@@ -7,13 +7,14 @@ place c of a 1-D tensor. Lists of tensors go to one call of a kernel as a table 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fastunlearn import _native
+from fastunlearn import _backend, _native
 from fastunlearn.ops.mask import BitMask
 
 #: entries between two prefix counts (csrc/adamw.h: kBlock)
@@ -32,6 +33,11 @@ def memory_order(tensor: Tensor) -> tuple[int, ...] | None:
         return tuple(range(tensor.dim()))
     order = tuple(sorted(range(tensor.dim()), key=lambda d: (tensor.stride()[d], tensor.shape[d]), reverse=True))
     return order if tensor.permute(order).is_contiguous() else None
+
+
+def _mask_backend() -> AbstractContextManager[None]:
+    """Masks have no Triton kernels: an optimiser asked to run Triton takes what they have."""
+    return _backend.backend("auto") if _backend.current_backend() == "triton" else nullcontext()
 
 
 class Slot:
@@ -64,6 +70,10 @@ class Slot:
         self.prefix: Tensor | None = None
         if mask is None:
             return
+        with _mask_backend():
+            self._place(mask, like, what)
+
+    def _place(self, mask: BitMask | Tensor, like: Tensor, what: str) -> None:
         if isinstance(mask, Tensor):
             mask = BitMask.pack(mask)
         if not isinstance(mask, BitMask):
@@ -74,8 +84,8 @@ class Slot:
             raise ValueError(
                 f"{what}: is on {mask.device}, its tensor on {like.device} (mask.to({str(like.device)!r}))"
             )
-        if order != tuple(range(like.dim())) or mask.cols % 8:
-            mask = BitMask.pack(mask.unpack().permute(order).reshape(-1))
+        if self.order != tuple(range(like.dim())) or mask.cols % 8:
+            mask = BitMask.pack(mask.unpack().permute(self.order).reshape(-1))
         flat = BitMask(mask.bits.contiguous().view(1, -1), (self.numel,))
         prefix = flat.prefix_counts(BLOCK // 8)
         self.count = int(prefix[-1])
@@ -92,7 +102,10 @@ class Slot:
 
     def may(self) -> Tensor | None:
         """bool [numel] in the order of memory; None: all."""
-        return None if self.bits is None else BitMask(self.bits, (self.numel,)).unpack()
+        if self.bits is None:
+            return None
+        with _mask_backend():
+            return BitMask(self.bits, (self.numel,)).unpack()
 
     def compress(self, full: Tensor) -> Tensor:
         """The entries of `full` (the slot's shape) that may move: fp32 [count], a new tensor."""

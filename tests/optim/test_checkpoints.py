@@ -1,0 +1,143 @@
+"""State saved expanded, loaded compact, fp32 all along: a resumed run equals one that was not interrupted, to the bit."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+
+from fastunlearn import optim
+
+SHAPES = [(30, 17), (40,), (6, 3, 3, 3), (5,)]
+KINDS = {
+    "adamw": (optim.MaskedAdamW, {"lr": 1e-2, "weight_decay": 0.1}),
+    "masters": (optim.MaskedAdamW, {"lr": 1e-4, "master_weights": True}),
+    "nearest": (optim.MaskedAdamW, {"lr": 1e-2, "stochastic_rounding": False}),
+    "sgd": (optim.MaskedSGD, {"lr": 1e-2}),
+    "momentum": (optim.MaskedSGD, {"lr": 1e-2, "momentum": 0.9, "nesterov": True}),
+}
+
+
+def tensors(dtype: torch.dtype):
+    torch.manual_seed(3)
+    params = [torch.randn(s).to(dtype).requires_grad_() for s in SHAPES]
+    params[2].data = params[2].data.to(memory_format=torch.channels_last)
+    masks = [torch.rand(s) < 0.4 for s in SHAPES]
+    masks[3][:] = False
+    return params, masks
+
+
+def steps(params, optimizer, first: int, last: int) -> None:
+    for i in range(first, last):
+        generator = torch.Generator().manual_seed(i)
+        for p in params:
+            p.grad = torch.randn(p.shape, generator=generator).to(p.dtype)
+        optimizer.step()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_resumed_run_is_the_uninterrupted_one(kind: str, dtype: torch.dtype) -> None:
+    make, options = KINDS[kind]
+    params, masks = tensors(dtype)
+    optimizer = make(params, masks, **options)
+    steps(params, optimizer, 0, 3)
+    file = io.BytesIO()
+    torch.save({"optimizer": optimizer.state_dict(), "params": [p.detach().clone() for p in params]}, file)
+    steps(params, optimizer, 3, 6)
+
+    file.seek(0)
+    saved = torch.load(file)
+    resumed = [p.requires_grad_() for p in saved["params"]]
+    other = make(resumed, masks, **{**options, "lr": 123.0})
+    other.load_state_dict(saved["optimizer"])
+    for state in other.state.values():
+        assert all(v.dtype == torch.float32 and v.dim() == 1 for v in state.values() if isinstance(v, torch.Tensor))
+    steps(resumed, other, 3, 6)
+    for p, q in zip(params, resumed):
+        assert torch.equal(p, q)
+
+
+def test_state_is_saved_expanded() -> None:
+    params, masks = tensors(torch.bfloat16)
+    optimizer = optim.MaskedAdamW(params, masks, master_weights=True)
+    steps(params, optimizer, 0, 2)
+    saved = optimizer.state_dict()
+    for i, (p, m) in enumerate(zip(params, masks)):
+        state = saved["state"][i]
+        assert state["step"].item() == 2
+        for name in ("exp_avg", "exp_avg_sq", "master"):
+            assert state[name].shape == p.shape
+            assert state[name].dtype == torch.float32
+        assert not bool(state["exp_avg"][~m].any())
+        assert bool((state["exp_avg"][m] != 0).all())
+        assert torch.equal(state["master"][~m], p.detach().float()[~m])
+
+
+@pytest.mark.parametrize("ours", ["adamw", "momentum"])
+def test_torch_loads_ours_and_we_load_torchs(ours: str) -> None:
+    make, options = KINDS[ours]
+    theirs = torch.optim.AdamW if ours == "adamw" else torch.optim.SGD
+    params, _ = tensors(torch.float32)
+    twins = [p.detach().clone().requires_grad_() for p in params]
+    masked, dense = make(params, None, **options), theirs(twins, **options)
+    steps(params, masked, 0, 3)
+    steps(twins, dense, 0, 3)
+    saved, other = masked.state_dict(), dense.state_dict()
+    dense.load_state_dict(saved)
+    masked.load_state_dict(other)
+    steps(params, masked, 3, 6)
+    steps(twins, dense, 3, 6)
+    for p, q in zip(params, twins):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+
+
+def test_another_mask_keeps_what_both_have() -> None:
+    params, masks = tensors(torch.float32)
+    optimizer = optim.MaskedAdamW(params, masks)
+    steps(params, optimizer, 0, 2)
+    saved = optimizer.state_dict()
+    others = [torch.rand(m.shape) < 0.5 for m in masks]
+    changed = optim.MaskedAdamW(params, others)
+    changed.load_state_dict(saved)
+    for p, m, o, i in zip(params, masks, others, range(9)):
+        full = changed.state_dict()["state"][i]["exp_avg"]
+        assert torch.equal(full[m & o], saved["state"][i]["exp_avg"][m & o])
+        assert not bool(full[~(m & o)].any())
+        assert changed.state[p]["exp_avg"].numel() == int(o.sum())
+
+
+def test_state_of_another_shape_is_refused() -> None:
+    p = torch.zeros(4, requires_grad=True)
+    optimizer = optim.MaskedAdamW([p])
+    steps([p], optimizer, 0, 1)
+    other = optim.MaskedAdamW([torch.zeros(5, requires_grad=True)])
+    with pytest.raises(ValueError, match=r"exp_avg of parameter 0 has shape \(4,\), the parameter \(5,\)"):
+        other.load_state_dict(optimizer.state_dict())
+
+
+def test_hooks_on_loading_see_plain_tensors() -> None:
+    params, masks = tensors(torch.float32)
+    optimizer = optim.MaskedAdamW(params, masks)
+    steps(params, optimizer, 0, 1)
+    seen = []
+    optimizer.register_load_state_dict_pre_hook(lambda o, s: seen.append(s["state"][0]["exp_avg"].shape))
+    optimizer.register_state_dict_post_hook(lambda o, s: seen.append(s["state"][0]["exp_avg"].shape))
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert seen == [params[0].shape] * 2
+
+
+@pytest.mark.parametrize("way", ["deepcopy", "pickle"])
+def test_copies_go_on_alike(way: str) -> None:
+    params, masks = tensors(torch.bfloat16)
+    optimizer = optim.MaskedAdamW(params, masks)
+    steps(params, optimizer, 0, 2)
+    both = (params, optimizer)
+    twins, twin = copy.deepcopy(both) if way == "deepcopy" else pickle.loads(pickle.dumps(both))
+    steps(params, optimizer, 2, 4)
+    steps(twins, twin, 2, 4)
+    for p, q in zip(params, twins):
+        assert torch.equal(p, q)
