@@ -309,4 +309,7 @@ def meta(device: torch.device) -> dict[str, Any]:
         "cpu": cpu_model(),
         "cores": cores(),
         "threads": torch.get_num_threads(),
+        "backends": {
+            e.op: e.backend if e.backend != "reference" else e.reason for e in fastunlearn.explain(device=device)
+        },
     }

@@ -22,6 +22,7 @@ def _draw(meta: dict[str, Any], op: str, cases: dict[tuple[str, str, str], list[
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     matplotlib.rcParams["svg.hashsalt"] = "fastunlearn"  # the same rows give the same file
     heights = [len(rows) + 1.2 for rows in cases.values()]
@@ -40,8 +41,12 @@ def _draw(meta: dict[str, Any], op: str, cases: dict[tuple[str, str, str], list[
         spread = [[r["ms_p50"] - r["ms_p20"] for r in rows], [r["ms_p80"] - r["ms_p50"] for r in rows]]
         left.barh(names, values, color=colours, xerr=spread, error_kw={"lw": 0.8})
         left.set_xscale("log")
+        left.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        left.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        left.xaxis.set_minor_formatter(NullFormatter())
         if rows:
             left.axvline(rows[0]["limit_ms"], color=LIMIT, lw=1.2)
+            left.set_xlim(left=0.5 * min(rows[0]["limit_ms"], *values))
         left.set_title(f"{case}, {dtype}: ms (line: limit)", fontsize=8, loc="left")
         right.barh(names, [r["peak_mib"] or 0 for r in rows], color=colours)
         right.set_title("peak MiB above inputs and output", fontsize=8, loc="left")

@@ -135,9 +135,12 @@ def ours(op: str, build: Callable[[Inputs], Callable[[], Any] | None], *, refere
 
         def other(inputs: Inputs, backend: str = backend) -> Callable[[], Any] | None:
             # What "auto" takes is timed under the plain name; a kernel in the interpreter is no backend to time.
+            if backend == "triton" and inputs.device.type != "cuda":
+                return None
             with fastunlearn.backend("auto"):
                 same = fastunlearn.explain(op, inputs.device).backend == backend
-            return None if same or (backend == "triton" and inputs.device.type != "cuda") else build(inputs)
+            absent = fastunlearn.explain(op, inputs.device).backend == "none"
+            return None if same or absent else build(inputs)
 
         out.append(Provider(f"fastunlearn-{backend}", other, backend=backend))
     return out
