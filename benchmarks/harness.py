@@ -89,6 +89,10 @@ def _sync(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def _line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+
+
 class _Restore:
     """Puts back the inputs that a run changes."""
 
@@ -156,7 +160,9 @@ def run_case(
         try:
             reason = _gate(op, runner, inputs, expected, restore, settings)
         except (fastunlearn.BackendError, torch.OutOfMemoryError, MemoryError, ImportError) as error:
-            reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+            reason = _line(error)
+        except Exception as error:  # a broken provider takes nobody else's time away
+            reason, runner.wrong, runner.peak_mib = None, _line(error), None
         if reason is None:
             runners.append(runner)
             if runner.wrong is not None:
@@ -284,9 +290,9 @@ def _run_cases(
                 warnings.simplefilter("ignore", fastunlearn.FallbackWarning)
                 try:
                     runners, limit, missing = run_case(op, case, device, settings, bandwidth, flush)
-                except (torch.OutOfMemoryError, MemoryError) as error:
+                except Exception as error:  # what other cases have measured is kept
                     runners, limit = [], Limit("bytes", 0)
-                    missing = [f"{op.name}, {case.name}: left out: {str(error).splitlines()[0]}"]
+                    missing = [f"{op.name}, {case.name}: left out: {_line(error)}"]
                     settings.say(missing[0])
             left_out += missing
             done.append((op, case, runners, limit))

@@ -158,12 +158,17 @@ def test_what_does_not_fit_or_does_not_run_is_said():
     def broken(x: Inputs):
         raise ImportError("no such peer")
 
-    op = tiny(
-        cases=[Case("small", [("a", (8, 8))]), Case("huge", [("a", (8, 8))], gib=1e9)],
-        providers=[Provider("fastunlearn", lambda x: lambda: [x.a * 2]), Provider("broken", broken)],
-    )
+    def raises(x: Inputs):
+        raise RuntimeError("a bug")
+
+    providers = [
+        Provider("fastunlearn", lambda x: lambda: [x.a * 2]),
+        Provider("broken", broken),
+        Provider("bug", raises),
+    ]
+    op = tiny(cases=[Case("small", [("a", (8, 8))]), Case("huge", [("a", (8, 8))], gib=1e9)], providers=providers)
     result = harness.run([op], CPU, settings())
-    assert [r["provider"] for r in result["rows"]] == ["fastunlearn"]
+    assert {r["provider"]: r["correct"] for r in result["rows"]} == {"fastunlearn": True, "bug": False}
     assert any("broken" in line and "no such peer" in line for line in result["left_out"])
     assert any("huge" in line and "GiB" in line for line in result["left_out"])
     over = harness.run([op], CPU, settings(total_s=-1.0))
