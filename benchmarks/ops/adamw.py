@@ -122,17 +122,22 @@ def expected(x: Inputs) -> list[Tensor]:
 
 
 @torch.no_grad()
-def check(x: Inputs, output: Any, want: list[Tensor]) -> str | None:
+def check(x: Inputs, output: Any, want: list[Tensor], slack: float = 0.0) -> str | None:
     # bf16 may round either way (stochastically, too): a place of the larger number. Frozen: every bit.
     places = 2**-7 if x.case.dtype == torch.bfloat16 else 2**-22
     for i, (got, w, mask) in enumerate(zip(output, want, x.masks)):
         off = (got - w.to(torch.float32)).abs()
-        if not bool((off <= places * w.abs() + 1e-7).all()):
+        if not bool((off <= places * w.abs() + 1e-7 + slack * LR).all()):
             return f"tensor {i} is {off.max().item():.3g} off"
         frozen = ~mask.unpack()
         if not torch.equal(got[frozen], w[frozen].to(got.dtype)):
             return f"tensor {i}: a frozen entry moved"
     return None
+
+
+def dense(x: Inputs, output: Any, want: list[Tensor]) -> str | None:
+    """torch's optimisers keep moments and compute in the parameters' type: bf16 costs them percents of a step."""
+    return check(x, output, want, slack=0.05 if x.case.dtype == torch.bfloat16 else 0.0)
 
 
 def limit(x: Inputs, line: int) -> Limit:
@@ -153,9 +158,11 @@ OP = Op(
     limit=limit,
     providers=[
         *ours("masked_adamw_", mine),
-        Provider(FUSED, _torch(fused=True)),
-        Provider("masked gradient, foreach AdamW", _torch(foreach=True), budget=0.7),
-        Provider("SalUn: masked gradient, fused AdamW, restore", _torch(restore=True, fused=True), budget=0.7),
+        Provider(FUSED, _torch(fused=True), check=dense),
+        Provider("masked gradient, foreach AdamW", _torch(foreach=True), check=dense, budget=0.7),
+        Provider(
+            "SalUn: masked gradient, fused AdamW, restore", _torch(restore=True, fused=True), check=dense, budget=0.7
+        ),
         Provider("torch.compile, dense states", torch_compile, compiles=True),
     ],
     targets=[
