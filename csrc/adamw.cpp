@@ -25,15 +25,15 @@ inline f16 to_f16(float x) {
   return f16{uint16_t(sign | (a >= 0x47800000u ? large : a < 0x38800000u ? small : normal))};
 }
 
-// How a result is written: nearest, or at random (bf16 with a key).
-inline void write(float* p, float x, uint32_t, bool) {
-  *p = x;
+// What is written of a result: itself, or its rounding to nearest or (bf16) at random.
+inline float rounded(float x, uint32_t, bool, const float*) {
+  return x;
 }
-inline void write(f16* p, float x, uint32_t, bool) {
-  *p = to_f16(x);
+inline f16 rounded(float x, uint32_t, bool, const f16*) {
+  return to_f16(x);
 }
-inline void write(bf16* p, float x, uint32_t random, bool stochastic) {
-  *p = stochastic ? to_bf16_stochastic(x, random) : to_bf16(x);
+inline bf16 rounded(float x, uint32_t random, bool stochastic, const bf16*) {
+  return stochastic ? to_bf16_stochastic(x, random) : to_bf16(x);
 }
 
 struct Adam {
@@ -157,7 +157,7 @@ struct Buffers {
   alignas(64) float p[kRoom];
   alignas(64) float g[kRoom];
   alignas(64) float unused[kRoom];
-  alignas(64) uint32_t random[kRoom];
+  alignas(64) uint16_t narrow[kRoom];
   // Two lists of places in a unit: one is worked on while the lines of the other are on their way.
   alignas(64) int32_t list[2][kRoom];
 };
@@ -194,11 +194,21 @@ void update_list(const Tensor<P, G>& t, const Rule& rule, Buffers& b, int64_t st
   if (!t.master)
     for (int i = 0; i < n; ++i) b.p[i] = to_float(param[list[i]]);
   apply(t, rule, b, n, at);
-  if (t.stochastic) {
-    const RoundKey key = with_high_word(t.key, uint32_t(uint64_t(start) >> 32));
-    for (int i = 0; i < n; ++i) b.random[i] = counter_random(uint32_t(start) + uint32_t(list[i]), key);
+  if constexpr (sizeof(P) == 4) {
+    for (int i = 0; i < n; ++i) param[list[i]] = b.p[i];
+  } else {
+    // Apart from the scatter, so that the rounding vectorises.
+    if (t.stochastic) {
+      const RoundKey key = with_high_word(t.key, uint32_t(uint64_t(start) >> 32));
+      for (int i = 0; i < n; ++i) {
+        const uint32_t random = counter_random(uint32_t(start) + uint32_t(list[i]), key);
+        b.narrow[i] = rounded(b.p[i], random, true, param).bits;
+      }
+    } else {
+      for (int i = 0; i < n; ++i) b.narrow[i] = rounded(b.p[i], 0, false, param).bits;
+    }
+    for (int i = 0; i < n; ++i) param[list[i]].bits = b.narrow[i];
   }
-  for (int i = 0; i < n; ++i) write(param + list[i], b.p[i], b.random[i], t.stochastic);
 }
 
 // All of n entries.
@@ -212,9 +222,13 @@ void update_all_of(const Tensor<P, G>& t, const Rule& rule, Buffers& b, int64_t 
   apply(t, rule, b, n, at);
   if (t.stochastic) {
     const RoundKey key = with_high_word(t.key, uint32_t(uint64_t(start) >> 32));
-    for (int i = 0; i < n; ++i) b.random[i] = counter_random(uint32_t(start) + uint32_t(i), key);
+    for (int i = 0; i < n; ++i) {
+      const uint32_t random = counter_random(uint32_t(start) + uint32_t(i), key);
+      param[i] = rounded(b.p[i], random, true, param);
+    }
+  } else {
+    for (int i = 0; i < n; ++i) param[i] = rounded(b.p[i], 0, false, param);
   }
-  for (int i = 0; i < n; ++i) write(param + i, b.p[i], b.random[i], t.stochastic);
 }
 
 #if defined(__AVX512F__)
@@ -226,6 +240,36 @@ inline __m512 load16(const bf16* p, __mmask16 k) {
 }
 inline __m512 load16(const f16* p, __mmask16 k) {
   return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(k, p));
+}
+
+// counter_random of sixteen entries in a row.
+inline __m512i random16(uint32_t first, RoundKey key) {
+  const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  __m512i x = _mm512_add_epi32(lane, _mm512_set1_epi32(int32_t(first + key.a)));
+  x = _mm512_xor_si512(x, _mm512_srli_epi32(x, 16));
+  x = _mm512_mullo_epi32(x, _mm512_set1_epi32(int32_t(0x85ebca6bu)));
+  x = _mm512_xor_si512(x, _mm512_srli_epi32(x, 13));
+  x = _mm512_add_epi32(x, _mm512_set1_epi32(int32_t(key.b)));
+  x = _mm512_xor_si512(x, _mm512_srli_epi32(x, 15));
+  x = _mm512_mullo_epi32(x, _mm512_set1_epi32(int32_t(0xc2b2ae35u)));
+  return _mm512_xor_si512(x, _mm512_srli_epi32(x, 16));
+}
+// As `rounded`, of sixteen entries in a row.
+inline __m256i round16(__m512 x, bool stochastic, uint32_t first, RoundKey key, const bf16*) {
+  const __m512i u = _mm512_castps_si512(x);
+  const __m512i add =
+      stochastic ? _mm512_and_si512(random16(first, key), _mm512_set1_epi32(0xffff))
+                 : _mm512_add_epi32(_mm512_set1_epi32(0x7fff),
+                                    _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1)));
+  const __m512i inf = _mm512_set1_epi32(0x7f800000);
+  const __mmask16 special = _mm512_cmpeq_epi32_mask(_mm512_and_si512(u, inf), inf);
+  const __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+  __m512i r = _mm512_mask_mov_epi32(_mm512_add_epi32(u, add), special, u);
+  r = _mm512_mask_or_epi32(r, nan, r, _mm512_set1_epi32(0x400000));
+  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(r, 16));
+}
+inline __m256i round16(__m512 x, bool, uint32_t, RoundKey, const f16*) {
+  return _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
 
 // Parameters and gradients of a block are pressed together, and parameters spread out again, vector by
@@ -258,16 +302,9 @@ void update_dense(const Tensor<P, G>& t, const Rule& rule, Buffers& b, int64_t s
     done = 0;
     for (int v = 0; v < vectors; ++v) {
       const __mmask16 k = masks[v];
-      alignas(64) float x[16];
-      alignas(32) P out[16];
-      _mm512_store_ps(x, _mm512_maskz_expand_ps(k, _mm512_loadu_ps(b.p + done)));
-      const uint32_t low = uint32_t(start) + uint32_t(v) * 16;
-      if (t.stochastic) {
-        for (int i = 0; i < 16; ++i) write(out + i, x[i], counter_random(low + uint32_t(i), key), true);
-      } else {
-        for (int i = 0; i < 16; ++i) write(out + i, x[i], 0, false);
-      }
-      _mm256_mask_storeu_epi16(param + v * 16, k, _mm256_load_si256(reinterpret_cast<const __m256i*>(out)));
+      const __m512 x = _mm512_maskz_expand_ps(k, _mm512_loadu_ps(b.p + done));
+      const uint32_t first = uint32_t(start) + uint32_t(v) * 16;
+      _mm256_mask_storeu_epi16(param + v * 16, k, round16(x, t.stochastic, first, key, param));
       done += __builtin_popcount(k);
     }
   }

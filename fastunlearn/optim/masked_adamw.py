@@ -42,6 +42,8 @@ class MaskedAdamW(MaskedOptimizer):
     Raises:
         TypeError, ValueError: naming the argument.
 
+    `state_dict()` holds neither masks nor lr_scale: give them again when a run is resumed.
+
     With torch.amp.GradScaler a step is skipped when any gradient, also of a frozen entry, is not finite: the scaler looks
     at whole gradients.
     """

@@ -309,6 +309,26 @@ def test_rounding_gives_the_same_bits_everywhere(backend):
     assert_equal(param, torch.where(may, want, start))
 
 
+@pytest.mark.parametrize("isa", [0, 3, 99])
+@pytest.mark.parametrize("density", [0.02, 0.5, 1.0])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_nearest_rounding_is_torchs(dtype, density, isa):
+    """Ties, subnormals, overflow, infinities: the written value is torch's own rounding of the fp32 result."""
+    exponents = torch.arange(-30, 20).float().exp2()
+    fractions = 1 + torch.arange(64) / 32 * 2.0 ** -torch.tensor([5, 10, 11, 12]).unsqueeze(1)
+    x = (exponents.view(-1, 1, 1) * fractions).flatten()
+    x = torch.cat([x, -x, torch.tensor([65504.0, 65519.99, 65520.0, 65536.0, 3.39e38, float("inf"), float("nan")])])
+    may = torch.rand(len(x)) < density
+    param = torch.zeros(len(x), dtype=dtype)
+    before = fastunlearn._native._C.set_isa_level(isa)
+    try:
+        with fastunlearn.backend("native"):
+            ops.masked_sgd_([param], [-x], [may], [None], [1], lr=1.0, stochastic_rounding=False)
+    finally:
+        fastunlearn._native._C.set_isa_level(before)
+    assert_equal(param, torch.where(may, x.to(dtype), 0))
+
+
 def test_rounding_is_unbiased():
     n = 1 << 20
     key = stochastic.rounding_keys([1], [1], [0])[0]
