@@ -171,6 +171,15 @@ void bind_topk(py::module_& m) {
       },
       no_gil);
   m.def(
+      "topk_tensors_cpu",
+      [](Address tensors, int64_t n, int dtype, bool absolute, int64_t counts, Address ks, Address bits) {
+        int64_t nan = 0;
+        FU_CALL(topk_tensors, at<const fu::TopkTensor>(tensors), n, dtype, absolute, counts,
+                at<const int64_t>(ks), at<const uint64_t>(bits), &nan);
+        return nan;
+      },
+      no_gil);
+  m.def(
       "topk_rows_cpu",
       [](Address tensors, int64_t n, int dtype, bool absolute, int64_t counts, Address ks, Address bits) {
         int64_t nan = 0;

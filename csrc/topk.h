@@ -47,6 +47,10 @@ FU_HD float topk_unkey(uint32_t key, bool absolute) {
 FU_DECLARE(void, topk_select,
            (const fu::TopkTensor* tensors, int64_t n, int dtype, bool absolute, int64_t counts,
             const int64_t* ks, const uint64_t* bits, int64_t* nan))
+// The same with every tensor on its own; ks[d * n + i]: entries to keep in tensor i.
+FU_DECLARE(void, topk_tensors,
+           (const fu::TopkTensor* tensors, int64_t n, int dtype, bool absolute, int64_t counts,
+            const int64_t* ks, const uint64_t* bits, int64_t* nan))
 // The same with every row of every tensor on its own; ks[d * n + i]: entries to keep in each row of tensor i.
 FU_DECLARE(void, topk_rows,
            (const fu::TopkTensor* tensors, int64_t n, int dtype, bool absolute, int64_t counts,

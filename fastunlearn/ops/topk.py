@@ -178,15 +178,8 @@ def _select_cpu(
     """Fills `bits`; returns the number of NaN."""
     library, dtype = _native.library(), _native.DTYPES[flat[0].dtype]
     tensors, ks, out = table(flat), torch.tensor(counts, dtype=torch.int64), addresses(bits)
-    call = library.topk_rows_cpu if scope == "row" else library.topk_select_cpu
-    if scope != "tensor":
-        return call(tensors.data_ptr(), len(flat), dtype, absolute, len(counts), ks.data_ptr(), out.data_ptr())
-    nan = 0
-    ks, out = ks.t().contiguous(), out.t().contiguous()
-    for i in range(len(flat)):
-        args = (tensors[i].data_ptr(), 1, dtype, absolute, len(counts), ks[i].data_ptr(), out[i].data_ptr())
-        nan += call(*args)
-    return nan
+    call = getattr(library, {"global": "topk_select_cpu", "tensor": "topk_tensors_cpu", "row": "topk_rows_cpu"}[scope])
+    return call(tensors.data_ptr(), len(flat), dtype, absolute, len(counts), ks.data_ptr(), out.data_ptr())
 
 
 class CudaCall:

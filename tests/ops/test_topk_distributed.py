@@ -6,6 +6,7 @@ import os
 import warnings
 from datetime import timedelta
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -13,9 +14,10 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 import fastunlearn
-from fastunlearn import ops
+from fastunlearn import _native, ops
 from fastunlearn.ops import topk_distributed
 from tests.ops.test_topk import CASES
+from tests.proof import assert_equal
 
 PICKED = (
     "one",
@@ -112,6 +114,36 @@ def work(rank: int, world: int, folder: str) -> None:
     monkeypatch.undo()
     Path(folder, f"done{rank}").write_text(str(dist.get_world_size()))
     dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("name", ["list", "ragged", "bfloat16", "two_values", "inf_and_nan", "empty_tensors"])
+@pytest.mark.parametrize("key", ["value", "abs"])
+def test_pieces_of_a_shard(name: str, key: str, simt_module: ModuleType):
+    """Histograms and bits of one rank: C++ and the CUDA bodies against plain PyTorch."""
+    scores, _ = CASES[name]
+    with fastunlearn.backend("reference"):
+        plain = topk_distributed._Shard(scores, key == "abs")
+    with fastunlearn.backend("native"):
+        native = topk_distributed._Shard(scores, key == "abs")
+    assert (plain.native, native.native) == (False, True)
+    for shift, bins, low in (
+        (21, 2048, 0),
+        (24, 256, 0),
+        (10, 2048, 0xBF800000),
+        (0, 1024, 0x80000000),
+        (16, 256, 1 << 30),
+    ):
+        lo = [low] * len(scores)
+        want = plain.histogram(lo, shift, bins)
+        assert torch.equal(native.histogram(lo, shift, bins), want)
+        with _native.host_cuda(simt_module):
+            assert torch.equal(native.histogram(lo, shift, bins), want)
+    for threshold, take in ((0x3F800001, 700), (0x80000000, 3), (0x40000001, 0), (0xFFFFFFFF, 0), (0xBF800000, 10**9)):
+        parts = [threshold] * len(scores), [take] * len(scores)
+        want = plain.write(*parts)
+        assert_equal(native.write(*parts), want)
+        with _native.host_cuda(simt_module):
+            assert_equal(native.write(*parts), want)
 
 
 @pytest.mark.serial
