@@ -81,7 +81,8 @@ class _Shard:
         bits = topk.empty_bits(self.scores)
         if _native.is_cuda(self.scores[0].device):
             params = [[[0, threshold, 0, ties] for threshold, ties in zip(key, take)]]
-            _native.library().topk_write_cuda(topk.CudaCall(self.scores, [bits], params, self.absolute).arguments)
+            call = topk.CudaCall(self.scores, [bits], params, self.absolute)
+            _native.library().topk_write_cuda(call.arguments)
             return bits
         tensors, keys, ties = topk.table(self.scores), torch.tensor(key), torch.tensor(take)
         out, dtype = topk.addresses([bits]), _native.DTYPES[self.scores[0].dtype]
