@@ -1,4 +1,4 @@
-"""Command line: python -m benchmarks run | table | plot | compare (see benchmarks/__init__.py)."""
+"""Command line: python -m benchmarks run | table | plot | compare | quality (see benchmarks/__init__.py)."""
 
 from __future__ import annotations
 
@@ -85,6 +85,14 @@ def plot(args: argparse.Namespace) -> int:
     return 0
 
 
+def quality(args: argparse.Namespace) -> int:
+    from benchmarks import demo
+
+    result = demo.run(args.seeds)
+    write_json(RESULTS / "quality" / f"{args.study}.json", result)
+    return 0
+
+
 def compare(args: argparse.Namespace) -> int:
     from benchmarks import tables
 
@@ -120,6 +128,12 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--results", default=str(RESULTS))
     p.add_argument("--out", default=str(RESULTS / "plots"))
     p.set_defaults(do=plot)
+    p = commands.add_parser(
+        "quality", help="a study of what was forgotten and kept; writes results/quality/<study>.json"
+    )
+    p.add_argument("study", choices=("demo",))
+    p.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    p.set_defaults(do=quality)
     p = commands.add_parser("compare", help="two results of one device: what became slower")
     p.add_argument("old")
     p.add_argument("new")

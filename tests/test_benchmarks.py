@@ -381,3 +381,19 @@ def test_compare(result: dict):
     peers_only = copy.deepcopy(result)
     peers_only["rows"][1]["ms_p50"] *= 2
     assert not tables.compare(result, peers_only, 1.1)[1]
+
+
+def test_rows_of_the_demo_study():
+    from benchmarks import demo
+
+    stage = {"forget": 0.0, "retain": 0.99, "forget_probability": 0.0012, "retain_probability": 0.98}
+    result = {
+        "settings": {"forget": 6, "people": 60},
+        "seconds": dict(zip("abcdefg", range(1, 8))),
+        "stages": dict.fromkeys(demo.METHODS, stage),
+    }
+    rows = demo.rows_of(3, result)
+    assert [row["seconds"] for row in rows] == [2, 4, 6]
+    assert {(row["target"], row["seed"], row["forget recall"], row["retain recall"]) for row in rows} == {
+        ("6 of 60 people", 3, "0%", "99%")
+    }
