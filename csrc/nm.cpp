@@ -14,9 +14,11 @@ namespace {
 using nm::kMaxGroup;
 using nm::kNanKey;
 
+constexpr int64_t kSerial = 1 << 19;  // entries that are done before the other threads are awake
+
 // A rotation by r pairs lane i of a group with column (i + r) % M; the partner comes before i in a tie when
 // its column is lower, i.e. when i + r >= M. Adding `lower` (-1 there) to the own key makes both cases one
-// "greater than".
+// "greater than". One rotation answers for both of its pair, so r = 1 .. M / 2 are all that is compared.
 template <class Int, int Lanes, int M>
 struct Tables {
   alignas(64) Int index[M][Lanes];
@@ -49,16 +51,9 @@ struct Wide32 {
     return _mm512_mask_mov_epi32(x, bad, _mm512_set1_epi32(kNanKey));
   }
   template <int M>
-  static uint64_t keep(Reg key, int n) {
-    Reg rank = _mm512_setzero_si512();
-#pragma GCC unroll 8
-    for (int r = 1; r < M; ++r) {
-      const Reg partner = _mm512_permutexvar_epi32(_mm512_load_si512(tables<M>.index[r]), key);
-      const Reg own = _mm512_add_epi32(key, _mm512_load_si512(tables<M>.lower[r]));
-      const __mmask16 before = _mm512_cmpgt_epi32_mask(partner, own);
-      rank = _mm512_mask_sub_epi32(rank, before, rank, _mm512_set1_epi32(-1));
-    }
-    return _mm512_cmplt_epi32_mask(rank, _mm512_set1_epi32(n));
+  static uint64_t before(Reg key, int r) {
+    const Reg partner = _mm512_permutexvar_epi32(_mm512_load_si512(tables<M>.index[r]), key);
+    return _mm512_cmpgt_epi32_mask(partner, _mm512_add_epi32(key, _mm512_load_si512(tables<M>.lower[r])));
   }
 };
 
@@ -80,16 +75,9 @@ struct Wide16 {
   static Reg keys(const f16* p, bool& nan) { return keys16(p, 0x7c00, nan); }
   static Reg keys(const bf16* p, bool& nan) { return keys16(p, 0x7f80, nan); }
   template <int M>
-  static uint64_t keep(Reg key, int n) {
-    Reg rank = _mm512_setzero_si512();
-#pragma GCC unroll 8
-    for (int r = 1; r < M; ++r) {
-      const Reg partner = _mm512_permutexvar_epi16(_mm512_load_si512(tables<M>.index[r]), key);
-      const Reg own = _mm512_add_epi16(key, _mm512_load_si512(tables<M>.lower[r]));
-      const __mmask32 before = _mm512_cmpgt_epi16_mask(partner, own);
-      rank = _mm512_mask_sub_epi16(rank, before, rank, _mm512_set1_epi16(-1));
-    }
-    return _mm512_cmplt_epi16_mask(rank, _mm512_set1_epi16(int16_t(n)));
+  static uint64_t before(Reg key, int r) {
+    const Reg partner = _mm512_permutexvar_epi16(_mm512_load_si512(tables<M>.index[r]), key);
+    return _mm512_cmpgt_epi16_mask(partner, _mm512_add_epi16(key, _mm512_load_si512(tables<M>.lower[r])));
   }
 };
 
@@ -116,16 +104,10 @@ struct Wide32 {
     return _mm256_blendv_epi8(x, _mm256_set1_epi32(kNanKey), _mm256_castps_si256(bad));
   }
   template <int M>
-  static uint64_t keep(Reg key, int n) {
-    Reg rank = _mm256_setzero_si256();
-#pragma GCC unroll 8
-    for (int r = 1; r < M; ++r) {
-      const Reg partner = _mm256_permutevar8x32_epi32(key, load256(tables<M>.index[r]));
-      const Reg own = _mm256_add_epi32(key, load256(tables<M>.lower[r]));
-      rank = _mm256_sub_epi32(rank, _mm256_cmpgt_epi32(partner, own));
-    }
-    return uint64_t(
-        uint32_t(_mm256_movemask_ps(_mm256_castsi256_ps(_mm256_cmpgt_epi32(_mm256_set1_epi32(n), rank)))));
+  static uint64_t before(Reg key, int r) {
+    const Reg partner = _mm256_permutevar8x32_epi32(key, load256(tables<M>.index[r]));
+    const Reg first = _mm256_cmpgt_epi32(partner, _mm256_add_epi32(key, load256(tables<M>.lower[r])));
+    return uint32_t(_mm256_movemask_ps(_mm256_castsi256_ps(first)));
   }
 };
 
@@ -147,21 +129,15 @@ struct Wide16 {
   static Reg keys(const f16* p, bool& nan) { return keys16(p, 0x7c00, nan); }
   static Reg keys(const bf16* p, bool& nan) { return keys16(p, 0x7f80, nan); }
   template <int M>
-  static uint64_t keep(Reg key, int n) {
-    // Groups of four and eight 16-bit keys never cross a 128-bit lane: a byte shuffle does it.
-    Reg rank = _mm256_setzero_si256();
-#pragma GCC unroll 8
-    for (int r = 1; r < M; ++r) {
-      const Reg at = load256(tables<M>.index[r]);  // i -> bytes 2i, 2i + 1
-      const Reg bytes =
-          _mm256_add_epi16(_mm256_mullo_epi16(at, _mm256_set1_epi16(0x0202)), _mm256_set1_epi16(0x0100));
-      const Reg partner = _mm256_shuffle_epi8(key, _mm256_and_si256(bytes, _mm256_set1_epi8(15)));
-      const Reg own = _mm256_add_epi16(key, load256(tables<M>.lower[r]));
-      rank = _mm256_sub_epi16(rank, _mm256_cmpgt_epi16(partner, own));
-    }
-    const Reg kept = _mm256_cmpgt_epi16(_mm256_set1_epi16(int16_t(n)), rank);
-    return uint64_t(uint32_t(
-        _mm_movemask_epi8(_mm_packs_epi16(_mm256_castsi256_si128(kept), _mm256_extracti128_si256(kept, 1)))));
+  static uint64_t before(Reg key, int r) {
+    // Groups of at most eight 16-bit keys never cross a 128-bit lane: a byte shuffle does it.
+    const Reg at = _mm256_and_si256(load256(tables<M>.index[r]), _mm256_set1_epi16(7));
+    const Reg bytes =
+        _mm256_add_epi16(_mm256_mullo_epi16(at, _mm256_set1_epi16(0x0202)), _mm256_set1_epi16(0x0100));
+    const Reg partner = _mm256_shuffle_epi8(key, bytes);
+    const Reg first = _mm256_cmpgt_epi16(partner, _mm256_add_epi16(key, load256(tables<M>.lower[r])));
+    return uint32_t(_mm_movemask_epi8(
+        _mm_packs_epi16(_mm256_castsi256_si128(first), _mm256_extracti128_si256(first, 1))));
   }
 };
 
@@ -176,6 +152,46 @@ inline void load_keys(const T* p, int n, int32_t* key, bool& nan) {
 }
 
 #if defined(__AVX2__)
+// Sums of one bit for each of 64 columns, as words of equal weight.
+struct Sum {
+  uint64_t ones, twos;
+};
+inline Sum add3(uint64_t a, uint64_t b, uint64_t c) {
+  return {a ^ b ^ c, (a & b) | (c & (a ^ b))};
+}
+
+// Moves every group of M bits round by r, towards the higher columns.
+template <int M>
+inline uint64_t rotate(uint64_t x, int r) {
+  constexpr uint64_t kFirst = ~uint64_t(0) / ((uint64_t(1) << M) - 1);  // bit 0 of every group
+  const uint64_t low = kFirst * ((uint64_t(1) << r) - 1);
+  return ((x << r) & ~low) | ((x >> (M - r)) & low);
+}
+
+// Which of 64 columns are kept. The partner (i + r) % M comes before i where b[r] has its bit; where it has
+// not, i comes before that partner, which the rotated word says. Ranks are added bit by bit.
+template <int M>
+inline uint64_t keep_word(const uint64_t* b, uint64_t n0, uint64_t n1, uint64_t n2) {
+  if constexpr (M == 2) return ~b[1];  // 0 < n < 2
+  uint64_t r0, r1, r2 = 0;
+  if constexpr (M == 4) {
+    const Sum s = add3(b[1], rotate<4>(~b[1], 1), b[2]);
+    r0 = s.ones;
+    r1 = s.twos;
+  } else {
+    const Sum x = add3(b[1], rotate<8>(~b[1], 1), b[2]);
+    const Sum y = add3(rotate<8>(~b[2], 2), b[3], rotate<8>(~b[3], 3));
+    const Sum z = add3(x.ones, y.ones, b[4]);
+    const Sum w = add3(x.twos, y.twos, z.twos);
+    r0 = z.ones;
+    r1 = w.ones;
+    r2 = w.twos;
+  }
+  // rank < n, from the highest bit down.
+  const uint64_t below0 = ~r0 & n0, below1 = (~r1 & n1) | (~(r1 ^ n1) & below0);
+  return (~r2 & n2) | (~(r2 ^ n2) & below1);
+}
+
 template <class T>
 struct WideOf {
   using type = Wide16;
@@ -192,15 +208,18 @@ bool run_fixed(const T* p, int64_t count, int n, uint8_t* out) {
   bool nan = false;
   int64_t i = 0;
 #if defined(__AVX2__)
-  if constexpr (M == 4 || M == 8) {
-    using V = typename WideOf<T>::type;
-    for (; i + 64 <= count; i += 64) {
-      uint64_t word = 0;
+  using V = typename WideOf<T>::type;
+  const uint64_t n0 = n & 1 ? ~uint64_t(0) : 0, n1 = n & 2 ? ~uint64_t(0) : 0, n2 = n & 4 ? ~uint64_t(0) : 0;
+  for (; i + 64 <= count; i += 64) {
+    uint64_t b[M / 2 + 1] = {};
 #pragma GCC unroll 8
-      for (int at = 0; at < 64; at += V::kLanes)
-        word |= V::template keep<M>(V::keys(p + i + at, nan), n) << at;
-      memcpy(out + i / 8, &word, 8);
+    for (int at = 0; at < 64; at += V::kLanes) {
+      const auto key = V::keys(p + i + at, nan);
+#pragma GCC unroll 4
+      for (int r = 1; r <= M / 2; ++r) b[r] |= V::template before<M>(key, r) << at;
     }
+    const uint64_t word = keep_word<M>(b, n0, n1, n2);
+    memcpy(out + i / 8, &word, 8);
   }
 #endif
   int32_t key[8];
@@ -278,7 +297,7 @@ int mask_of(const T* scores, int64_t rows, int64_t cols, int n, int m, uint8_t* 
   const int64_t piece = int64_t(8) * m * (8192 / m);  // whole groups, whole bytes
   const int64_t per_row = (cols + piece - 1) / piece, width = (cols + 7) / 8, pieces = rows * per_row;
   int nan = 0;
-#pragma omp parallel for schedule(static) reduction(| : nan) if (rows * cols > piece)
+#pragma omp parallel for schedule(static) reduction(| : nan) if (rows * cols > kSerial)
   for (int64_t i = 0; i < pieces; ++i) {
     const int64_t row = i / per_row, at = i % per_row * piece;
     const int64_t count = cols - at < piece ? cols - at : piece;
