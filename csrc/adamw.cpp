@@ -149,8 +149,9 @@ struct Tensor {
 
 // Entries that are worked on at once: their parameters and gradients side by side in fp32.
 constexpr int kBatch = 256;
-// Blocks with a larger share of entries that may move than 1 / kDenseShare go vector by vector.
-constexpr int kDenseShare = 5;
+// Blocks with a larger share of entries that may move than 1 / kDenseShare<P> go vector by vector (measured).
+template <class P>
+constexpr int kDenseShare = sizeof(P) == 4 ? 40 : 12;
 constexpr int kRoom = kBatch + int(kBlock) + kSlack;
 
 struct Buffers {
@@ -285,6 +286,10 @@ void update_dense(const Tensor<P, G>& t, const Rule& rule, Buffers& b, int64_t s
   int done = 0;
   for (int v = 0; v < vectors; ++v) {
     const __mmask16 k = masks[v];
+    // The next block's lines, all of them: left to itself the hardware stops at every block to wait for
+    // memory.
+    __builtin_prefetch(grad + v * 16 + kBlock, 0, 3);
+    __builtin_prefetch(param + v * 16 + kBlock, 0, 3);
     _mm512_storeu_ps(b.g + done, _mm512_maskz_compress_ps(k, load16(grad + v * 16, k)));
     if (!t.master) _mm512_storeu_ps(b.p + done, _mm512_maskz_compress_ps(k, load16(param + v * 16, k)));
     done += __builtin_popcount(k);
@@ -351,7 +356,7 @@ void update_unit(const Work& work, int64_t t, int64_t unit) {
       continue;
     }
 #if defined(__AVX512F__)
-    if (count >= n / kDenseShare) {
+    if (count >= n / kDenseShare<P>) {
       update_dense(tensor, rule, b, i, n, count, at);
       if (counts[slot]) turn();
       continue;
