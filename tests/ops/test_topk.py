@@ -151,6 +151,15 @@ def test_cuda_bodies_on_hostile_input(name, simt_module):
             assert_equal(ops.topk_mask(scores, **arguments), want)
 
 
+@pytest.mark.parametrize(("entries", "tensors"), [(134_515_008, 211), (859_520_964, 686), (8_030_261_248, 291)])
+@pytest.mark.parametrize(("dtype", "size"), [(torch.float32, 4), (torch.bfloat16, 2)])
+def test_workspace_on_a_gpu(entries, tensors, dtype, size, simt_module):
+    """At most 2 % of the scores for one density: SmolLM2-135M, SD 1.4's U-Net, Llama-3.1-8B."""
+    tiles = entries // (8 * simt_module.topk_tile_bytes()) + tensors
+    taken = simt_module.topk_workspace_cuda(1, 1, entries, tiles, _native.DTYPES[dtype], True)
+    assert 0 < taken <= 0.02 * entries * size
+
+
 VALUES = st.sampled_from([0.0, -0.0, 1.0, 1.0, -1.0, 2.0, INF, -INF, NAN, 1e-45, -1e-45, 3e38, 0.5])
 
 
