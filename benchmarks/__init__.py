@@ -4,10 +4,12 @@
     python -m benchmarks table [--check]      tables of README.md, between its markers
     python -m benchmarks plot                 benchmarks/results/plots/<device>-<op>.svg
     python -m benchmarks compare A.json B.json
+    python -m benchmarks quality demo         what the demo forgets and keeps -> benchmarks/results/quality/demo.json
 
 Run from the repository root. A whole run writes benchmarks/results/<device>.json:
 
-    meta      device, driver, torch, triton, commit, date, copy_gbps, matmul_tflops, empty_launch_us, cpu, cores, threads, ...
+    meta      device, driver, torch, triton, commit, date, copy_gbps, matmul_tflops, empty_launch_us, cpu, cores, threads, ...;
+              other_load: share of the processors that others took while providers were timed (above a few percent: measure again)
     rows      op, case, dtype, provider, ms_p20, ms_p50, ms_p80, peak_mib, limit_ms, limit_kind ("bytes" | "flops"), correct
     targets   op, case, provider, kind, over, ratio (measured), target, rule, met
     left_out  cases and providers that did not run, and why

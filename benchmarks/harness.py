@@ -54,7 +54,9 @@ class Settings:
     def of(device: torch.device, quick: bool = False) -> Settings:
         if device.type == "cuda":
             return Settings(seconds=0.25 if quick else 0.6, total_s=450, quick=quick)
-        return Settings(seconds=0.5 if quick else 2.0, min_runs=3 if quick else 5, total_s=1200, quick=quick)
+        return Settings(
+            seconds=0.5 if quick else 1.5, min_runs=3 if quick else 5, max_runs=60, total_s=1200, quick=quick
+        )
 
 
 @dataclass
@@ -145,6 +147,7 @@ def run_case(
     settings: Settings,
     bandwidth: machine.Bandwidth,
     flush: Callable[[], None],
+    others: machine.OtherLoad,
 ) -> tuple[list[_Runner], Limit, list[str]]:
     """Runners (gate passed or refused) of one case, its limit, and who was left out and why."""
     inputs = op.make(case, device)
@@ -177,7 +180,8 @@ def run_case(
     if device.type == "cuda":
         torch.cuda.empty_cache()
     bandwidth.sample()
-    interleave([r for r in runners if r.call is not None], device, settings, flush)
+    with others:
+        interleave([r for r in runners if r.call is not None], device, settings, flush)
     bandwidth.sample()
     return runners, limit, left_out
 
@@ -262,6 +266,7 @@ def _run_cases(
     settings: Settings,
     bandwidth: machine.Bandwidth,
     flush: Callable[[], None],
+    others: machine.OtherLoad,
     start: float,
     done: list[tuple[Op, Case, list[_Runner], Limit]],
     left_out: list[str],
@@ -289,7 +294,7 @@ def _run_cases(
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", fastunlearn.FallbackWarning)
                 try:
-                    runners, limit, missing = run_case(op, case, device, settings, bandwidth, flush)
+                    runners, limit, missing = run_case(op, case, device, settings, bandwidth, flush, others)
                 except Exception as error:  # what other cases have measured is kept
                     runners, limit = [], Limit("bytes", 0)
                     missing = [f"{op.name}, {case.name}: left out: {_line(error)}"]
@@ -309,7 +314,7 @@ def _run_cases(
 
 def run(ops: Sequence[Op], device: torch.device, settings: Settings) -> dict[str, Any]:
     """All cases of all ops on one device -> {"meta", "rows", "targets", "left_out"}."""
-    start = time.perf_counter()
+    start, others = time.perf_counter(), machine.OtherLoad()
     facts = machine.meta(device)
     bandwidth, flush = machine.Bandwidth(device), machine.Flusher(device)
     facts["matmul_tflops"] = round(machine.matmul_tflops(device), 4)
@@ -318,11 +323,17 @@ def run(ops: Sequence[Op], device: torch.device, settings: Settings) -> dict[str
     done: list[tuple[Op, Case, list[_Runner], Limit]] = []
     left_out: list[str] = []
     try:
-        _run_cases(ops, device, settings, bandwidth, flush, start, done, left_out)
+        _run_cases(ops, device, settings, bandwidth, flush, others, start, done, left_out)
     except (KeyboardInterrupt, Terminated):
         left_out.append("the run was interrupted: the cases after the last one here are missing")
         settings.say(left_out[-1])
     facts["copy_gbps"] = round(bandwidth.gbps(), 3) if bandwidth.samples else None
+    share = others.share()
+    facts["other_load"] = None if share is None else round(share, 4)
+    if share is not None and share > 0.03:
+        settings.say(
+            f"other processes took {share:.0%} of the processors: these times are not those of a quiet machine"
+        )
     facts["seconds"] = round(time.perf_counter() - start, 1)
     rows, targets = [], []
     for op, case, runners, limit in done:

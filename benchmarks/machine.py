@@ -263,6 +263,38 @@ def peak_memory(
     return result, max(0.0, (peak - before - fresh) / MIB)
 
 
+class OtherLoad:
+    """Processor time that others, the hypervisor included, took inside `with` blocks, as a share of the machine."""
+
+    def __init__(self) -> None:
+        self.taken = self.wall = 0.0
+
+    @staticmethod
+    def _now() -> tuple[float, float, float] | None:
+        try:
+            ticks = [int(n) for n in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
+        except (OSError, ValueError):
+            return None
+        mine = os.times()
+        busy = (sum(ticks) - ticks[3] - ticks[4]) / os.sysconf("SC_CLK_TCK")  # neither idle nor waiting for a disk
+        return busy, sum(mine[:4]), time.perf_counter()
+
+    def __enter__(self) -> OtherLoad:
+        self._start = self._now()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        end = self._now()
+        if self._start is not None and end is not None:
+            busy, mine, wall = (b - a for a, b in zip(self._start, end))
+            self.taken += max(0.0, busy - mine)
+            self.wall += wall * (os.cpu_count() or 1)
+
+    def share(self) -> float | None:
+        """None where the system does not say."""
+        return self.taken / self.wall if self.wall else None
+
+
 def _git(*args: str) -> str:
     try:
         root = Path(__file__).resolve().parent.parent

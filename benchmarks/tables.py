@@ -108,10 +108,13 @@ def quality_block(path: Path) -> str:
     names = list(dict.fromkeys(name for row in result["rows"] for name in row))
 
     def cell(value: Any) -> str:
-        return "-" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+        if value is None or isinstance(value, bool):
+            return {None: "-", True: "yes", False: "no"}[value]
+        return f"{value:.4g}" if isinstance(value, float) else str(value)
 
-    lines = _markdown(names, [[cell(row.get(name)) for name in names] for row in result["rows"]])
-    about = ", ".join(f"{k}: {v}" for k, v in result.get("meta", {}).items() if isinstance(v, (str, int, float)))
+    cells = [[cell(row.get(name)) for name in names] for row in result["rows"]]
+    lines = _markdown([name.replace("_", " ") for name in names], cells)
+    about = "; ".join(f"{k}: {v}" for k, v in result.get("meta", {}).items() if isinstance(v, (str, int, float)))
     return "\n".join([*lines, *(["", about + "."] if about else [])]) + "\n"
 
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -130,7 +133,13 @@ def test_budgets():
         ]
     )
     runners, _, _ = harness.run_case(
-        limited, limited.cases[0], CPU, settings(), machine.Bandwidth(CPU, 2**16), machine.Flusher(CPU)
+        limited,
+        limited.cases[0],
+        CPU,
+        settings(),
+        machine.Bandwidth(CPU, 2**16),
+        machine.Flusher(CPU),
+        machine.OtherLoad(),
     )
     assert [len(r.ms) for r in runners] == [6, 2]
     slow = harness._Runner(limited.providers[0], ms=[5000.0])
@@ -187,6 +196,18 @@ def test_an_interrupted_run_keeps_what_it_has():
     result = harness.run([op, stop], CPU, settings())
     assert {r["case"] for r in result["rows"]} == {"first", "second"}
     assert "interrupted" in result["left_out"][-1]
+
+
+@pytest.mark.serial
+@pytest.mark.skipif(not Path("/proc/stat").exists(), reason="the load of others is counted on Linux only")
+def test_the_load_of_others_is_seen():
+    others = machine.OtherLoad()
+    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as busy, others:
+        time.sleep(0.8)
+        busy.kill()
+    share = others.share()
+    assert share is not None
+    assert share > 0.2 / machine.cores()
 
 
 def test_percentiles():
