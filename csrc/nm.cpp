@@ -41,13 +41,13 @@ struct Wide32 {
   static constexpr Tables<int32_t, kLanes, M> tables{};
 
   template <class T>
-  static Reg keys(const T* p, bool& nan) {
+  static Reg keys(const T* p, uint32_t& nan) {
     Reg x = _mm512_loadu_si512(p);
     const __mmask16 bad = _mm512_cmp_ps_mask(_mm512_castsi512_ps(x), _mm512_castsi512_ps(x), _CMP_UNORD_Q);
     const Reg rest = _mm512_set1_epi32(0x7fffffff);
     x = _mm512_maskz_mov_epi32(_mm512_test_epi32_mask(x, rest), x);
     x = _mm512_ternarylogic_epi32(x, _mm512_srai_epi32(x, 31), rest, 0x78);  // x ^ (sign & rest)
-    nan |= bad != 0;
+    nan |= bad;
     return _mm512_mask_mov_epi32(x, bad, _mm512_set1_epi32(kNanKey));
   }
   template <int M>
@@ -63,17 +63,17 @@ struct Wide16 {
   template <int M>
   static constexpr Tables<int16_t, kLanes, M> tables{};
 
-  static Reg keys16(const void* p, int16_t infinity, bool& nan) {
+  static Reg keys16(const void* p, int16_t infinity, uint32_t& nan) {
     Reg x = _mm512_loadu_si512(p);
     const Reg rest = _mm512_set1_epi16(0x7fff);
     const __mmask32 bad = _mm512_cmpgt_epi16_mask(_mm512_and_si512(x, rest), _mm512_set1_epi16(infinity));
     x = _mm512_maskz_mov_epi16(_mm512_test_epi16_mask(x, rest), x);
     x = _mm512_ternarylogic_epi32(x, _mm512_srai_epi16(x, 15), rest, 0x78);
-    nan |= bad != 0;
+    nan |= bad;
     return _mm512_mask_mov_epi16(x, bad, _mm512_set1_epi16(-0x7fff));
   }
-  static Reg keys(const f16* p, bool& nan) { return keys16(p, 0x7c00, nan); }
-  static Reg keys(const bf16* p, bool& nan) { return keys16(p, 0x7f80, nan); }
+  static Reg keys(const f16* p, uint32_t& nan) { return keys16(p, 0x7c00, nan); }
+  static Reg keys(const bf16* p, uint32_t& nan) { return keys16(p, 0x7f80, nan); }
   template <int M>
   static uint64_t before(Reg key, int r) {
     const Reg partner = _mm512_permutexvar_epi16(_mm512_load_si512(tables<M>.index[r]), key);
@@ -94,13 +94,13 @@ struct Wide32 {
   static constexpr Tables<int32_t, kLanes, M> tables{};
 
   template <class T>
-  static Reg keys(const T* p, bool& nan) {
+  static Reg keys(const T* p, uint32_t& nan) {
     Reg x = load256(p);
     const __m256 v = _mm256_castsi256_ps(x);
     const __m256 bad = _mm256_cmp_ps(v, v, _CMP_UNORD_Q);
     x = _mm256_andnot_si256(_mm256_cmpeq_epi32(_mm256_slli_epi32(x, 1), _mm256_setzero_si256()), x);
     x = _mm256_xor_si256(x, _mm256_srli_epi32(_mm256_srai_epi32(x, 31), 1));
-    nan |= _mm256_movemask_ps(bad) != 0;
+    nan |= uint32_t(_mm256_movemask_ps(bad));
     return _mm256_blendv_epi8(x, _mm256_set1_epi32(kNanKey), _mm256_castps_si256(bad));
   }
   template <int M>
@@ -117,17 +117,17 @@ struct Wide16 {
   template <int M>
   static constexpr Tables<int16_t, kLanes, M> tables{};
 
-  static Reg keys16(const void* p, int16_t infinity, bool& nan) {
+  static Reg keys16(const void* p, int16_t infinity, uint32_t& nan) {
     Reg x = load256(p);
     const Reg bad =
         _mm256_cmpgt_epi16(_mm256_and_si256(x, _mm256_set1_epi16(0x7fff)), _mm256_set1_epi16(infinity));
     x = _mm256_andnot_si256(_mm256_cmpeq_epi16(_mm256_slli_epi16(x, 1), _mm256_setzero_si256()), x);
     x = _mm256_xor_si256(x, _mm256_srli_epi16(_mm256_srai_epi16(x, 15), 1));
-    nan |= _mm256_movemask_epi8(bad) != 0;
+    nan |= uint32_t(_mm256_movemask_epi8(bad));
     return _mm256_blendv_epi8(x, _mm256_set1_epi16(-0x7fff), bad);
   }
-  static Reg keys(const f16* p, bool& nan) { return keys16(p, 0x7c00, nan); }
-  static Reg keys(const bf16* p, bool& nan) { return keys16(p, 0x7f80, nan); }
+  static Reg keys(const f16* p, uint32_t& nan) { return keys16(p, 0x7c00, nan); }
+  static Reg keys(const bf16* p, uint32_t& nan) { return keys16(p, 0x7f80, nan); }
   template <int M>
   static uint64_t before(Reg key, int r) {
     // Groups of at most eight 16-bit keys never cross a 128-bit lane: a byte shuffle does it.
@@ -168,20 +168,21 @@ inline uint64_t rotate(uint64_t x, int r) {
   return ((x << r) & ~low) | ((x >> (M - r)) & low);
 }
 
-// Which of 64 columns are kept. The partner (i + r) % M comes before i where b[r] has its bit; where it has
+// Which of 64 columns are kept. The partner (i + r) % M comes before i where b<r> has its bit; where it has
 // not, i comes before that partner, which the rotated word says. Ranks are added bit by bit.
 template <int M>
-inline uint64_t keep_word(const uint64_t* b, uint64_t n0, uint64_t n1, uint64_t n2) {
-  if constexpr (M == 2) return ~b[1];  // 0 < n < 2
+inline uint64_t keep_word(uint64_t b1, uint64_t b2, uint64_t b3, uint64_t b4, uint64_t n0, uint64_t n1,
+                          uint64_t n2) {
+  if constexpr (M == 2) return ~b1;  // 0 < n < 2
   uint64_t r0, r1, r2 = 0;
   if constexpr (M == 4) {
-    const Sum s = add3(b[1], rotate<4>(~b[1], 1), b[2]);
+    const Sum s = add3(b1, rotate<4>(~b1, 1), b2);
     r0 = s.ones;
     r1 = s.twos;
   } else {
-    const Sum x = add3(b[1], rotate<8>(~b[1], 1), b[2]);
-    const Sum y = add3(rotate<8>(~b[2], 2), b[3], rotate<8>(~b[3], 3));
-    const Sum z = add3(x.ones, y.ones, b[4]);
+    const Sum x = add3(b1, rotate<8>(~b1, 1), b2);
+    const Sum y = add3(rotate<8>(~b2, 2), b3, rotate<8>(~b3, 3));
+    const Sum z = add3(x.ones, y.ones, b4);
     const Sum w = add3(x.twos, y.twos, z.twos);
     r0 = z.ones;
     r1 = w.ones;
@@ -200,6 +201,37 @@ template <>
 struct WideOf<float> {
   using type = Wide32;
 };
+
+// The columns in whole words, block by block: comparisons of a block go to memory as bits, and then a loop
+// over its words, which the compiler turns into vectors again, adds the ranks.
+template <int M, class T>
+int64_t run_wide(const T* p, int64_t count, int n, uint8_t* out, bool& nan) {
+  using V = typename WideOf<T>::type;
+  constexpr int kWords = 32;
+  const uint64_t n0 = n & 1 ? ~uint64_t(0) : 0, n1 = n & 2 ? ~uint64_t(0) : 0, n2 = n & 4 ? ~uint64_t(0) : 0;
+  const int64_t words = count / 64;
+  alignas(64) uint64_t b[M / 2][kWords] = {}, kept[kWords];
+  uint32_t bad = 0;
+  for (int64_t first = 0; first < words; first += kWords) {
+    const int here = int(words - first < kWords ? words - first : kWords);
+    const T* from = p + first * 64;
+    for (int at = 0; at < here * 64; at += V::kLanes) {
+      const auto key = V::keys(from + at, bad);
+#pragma GCC unroll 4
+      for (int r = 1; r <= M / 2; ++r) {
+        const auto bits = V::template before<M>(key, r);
+        memcpy(reinterpret_cast<uint8_t*>(b[r - 1]) + at / 8, &bits, V::kLanes / 8);
+      }
+    }
+    for (int w = 0; w < kWords; ++w)
+      kept[w] =
+          keep_word<M>(b[0][w], b[M > 2 ? 1 : 0][w], b[M > 4 ? 2 : 0][w], b[M > 4 ? 3 : 0][w], n0, n1, n2);
+    memcpy(out + first * 8, kept, size_t(here) * 8);
+  }
+  nan |= bad != 0;
+  return words * 64;
+}
+
 #endif
 
 // `count` columns, a multiple of M, from a byte of the mask on.
@@ -208,19 +240,7 @@ bool run_fixed(const T* p, int64_t count, int n, uint8_t* out) {
   bool nan = false;
   int64_t i = 0;
 #if defined(__AVX2__)
-  using V = typename WideOf<T>::type;
-  const uint64_t n0 = n & 1 ? ~uint64_t(0) : 0, n1 = n & 2 ? ~uint64_t(0) : 0, n2 = n & 4 ? ~uint64_t(0) : 0;
-  for (; i + 64 <= count; i += 64) {
-    uint64_t b[M / 2 + 1] = {};
-#pragma GCC unroll 8
-    for (int at = 0; at < 64; at += V::kLanes) {
-      const auto key = V::keys(p + i + at, nan);
-#pragma GCC unroll 4
-      for (int r = 1; r <= M / 2; ++r) b[r] |= V::template before<M>(key, r) << at;
-    }
-    const uint64_t word = keep_word<M>(b, n0, n1, n2);
-    memcpy(out + i / 8, &word, 8);
-  }
+  i = run_wide<M>(p, count, n, out, nan);
 #endif
   int32_t key[8];
   for (; i + 8 <= count; i += 8) {
