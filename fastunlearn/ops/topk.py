@@ -364,9 +364,9 @@ def topk_mask(
     if key not in ("value", "abs"):
         raise ValueError(f"key: want 'value' or 'abs', got {key!r}")
     if process_group is not None and scope != "row":
-        from fastunlearn.ops import topk_distributed
+        from fastunlearn.ops import _topk_distributed
 
-        by_density = topk_distributed.select(tensors, densities, count, scope, key, process_group)
+        by_density = _topk_distributed.select(tensors, densities, count, scope, key, process_group)
     elif torch.compiler.is_compiling():
         counts_of(None, count, scope, [rows_cols(t.shape) for t in tensors]) if count is not None else None
         out = _topk_mask(tensors, densities, count, scope, key)

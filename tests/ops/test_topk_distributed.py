@@ -15,7 +15,7 @@ import torch.multiprocessing as mp
 
 import fastunlearn
 from fastunlearn import _native, ops
-from fastunlearn.ops import topk_distributed
+from fastunlearn.ops import _topk_distributed
 from tests.ops.test_topk import CASES
 from tests.proof import assert_equal
 
@@ -97,7 +97,7 @@ def work(rank: int, world: int, folder: str) -> None:
             if scope == "row":
                 assert counted.bytes == 0
             else:
-                assert counted.bytes <= topk_distributed.traffic(len(scores), densities, world, scope), name
+                assert counted.bytes <= _topk_distributed.traffic(len(scores), densities, world, scope), name
             for g, w in zip(got if several else [got], want if several else [want]):
                 for i, (a, b, t) in enumerate(zip(g, w, scores)):
                     assert torch.equal(a.unpack(), shard(b.unpack(), rank, world, seed + i)), (name, backend, rank, i)
@@ -122,9 +122,9 @@ def test_pieces_of_a_shard(name: str, key: str, simt_module: ModuleType):
     """Histograms and bits of one rank: C++ and the CUDA bodies against plain PyTorch."""
     scores, _ = CASES[name]
     with fastunlearn.backend("reference"):
-        plain = topk_distributed._Shard(scores, key == "abs")
+        plain = _topk_distributed._Shard(scores, key == "abs")
     with fastunlearn.backend("native"):
-        native = topk_distributed._Shard(scores, key == "abs")
+        native = _topk_distributed._Shard(scores, key == "abs")
     assert (plain.native, native.native) == (False, True)
     for shift, bins, low in (
         (21, 2048, 0),
@@ -156,5 +156,5 @@ def test_shards_equal_one_process(world: int, tmp_path: Path):
 
 def test_traffic_does_not_grow_with_the_scores():
     """The bound the ranks are held to, in bytes: SmolLM2-135M, one density, 8 ranks."""
-    assert topk_distributed.traffic(211, 1, 8) < 128 * 1024
-    assert topk_distributed.traffic(211, 1, 8, "tensor") < 4 * 1024 * 1024
+    assert _topk_distributed.traffic(211, 1, 8) < 128 * 1024
+    assert _topk_distributed.traffic(211, 1, 8, "tensor") < 4 * 1024 * 1024
