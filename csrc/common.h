@@ -52,14 +52,15 @@ FU_HD float to_float(bf16 x) {
   return bits_float(uint32_t(x.bits) << 16);
 }
 
-// Branch-free IEEE half -> float: the exponent is rebased by a multiplication, which also renormalises
-// subnormals; infinities and NaN keep their payload.
+// IEEE half -> float without a subnormal operand or result, so that it is right where the processor flushes those
+// to zero (torch.set_flush_denormal). Infinities and NaN keep their payload.
 FU_HD float to_float(f16 x) {
   const uint32_t sign = uint32_t(x.bits & 0x8000u) << 16;
   const uint32_t rest = x.bits & 0x7fffu;
   const uint32_t special = rest >= 0x7c00u ? 0x7f800000u : 0u;
-  const float scaled = bits_float(rest << 13) * bits_float(0x77800000u);  // 2^112
-  return bits_float(float_bits(scaled) | special | sign);
+  const uint32_t normal = ((rest << 13) + 0x38000000u) | special;
+  const uint32_t small = float_bits(float(int32_t(rest)) * 0x1p-24f);
+  return bits_float((rest < 0x400u ? small : normal) | sign);
 }
 
 // Round to nearest even; NaN stays NaN.
