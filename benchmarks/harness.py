@@ -68,6 +68,7 @@ class _Runner:
     wrong: str | None = None
     ran: str = ""
     ms: list[float] = field(default_factory=list)
+    ahead: machine.Ahead = field(default_factory=machine.Ahead)
 
     def may_run(self, settings: Settings) -> bool:
         runs, spent = len(self.ms), sum(self.ms)
@@ -198,7 +199,7 @@ def interleave(runners: Sequence[_Runner], device: torch.device, settings: Setti
                 runner = due[(i + turn) % len(due)]
                 assert runner.call is not None
                 with _backend(runner.provider.backend):
-                    runner.ms.append(machine.timed(runner.call, device, flush))
+                    runner.ms.append(machine.timed(runner.call, device, flush, runner.ahead))
     finally:
         gc.enable()
 
@@ -335,6 +336,14 @@ def run(ops: Sequence[Op], device: torch.device, settings: Settings) -> dict[str
             f"other processes took {share:.0%} of the processors: these times are not those of a quiet machine"
         )
     facts["seconds"] = round(time.perf_counter() - start, 1)
+    if device.type == "cuda":
+        # Beside the device's times: what the host spends to queue one call of ours.
+        facts["host_ms"] = {
+            f"{op.name}: {case.name}, {case.dtype_name}": round(r.ahead.host_ms, 3)
+            for op, case, runners, _ in done
+            for r in runners
+            if r.provider.name == "fastunlearn"
+        }
     rows, targets = [], []
     for op, case, runners, limit in done:
         rate = (facts["copy_gbps"] or 1) * 1e6 if limit.kind == "bytes" else facts["matmul_tflops"] * 1e9
