@@ -137,6 +137,7 @@ def _launch(
         from fastunlearn.kernels import adamw as kernels
 
         kernels.step(name, batch, tables, numbers, keys, grad_scale)
+        torch.autograd.graph.increment_version(batch.params)
         return backend
     getattr(_native.library(), f"{name}_cpu")(
         tables.rows.ctypes.data,
@@ -147,6 +148,8 @@ def _launch(
         len(tables.unit_tensor),
         0 if grad_scale is None else grad_scale.data_ptr(),
     )
+    # As writing through torch does: a backward pass through what was overwritten must raise.
+    torch.autograd.graph.increment_version(batch.params)
     return backend
 
 

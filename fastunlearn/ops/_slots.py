@@ -44,14 +44,17 @@ class Slot:
     """The compact layout of one tensor.
 
     Attributes:
-        count: entries that may move. bits, prefix: one row of bits over the tensor as it lies in memory and the set bits
+        count: entries that may move. device: of the tensor. bits, prefix: one row of bits over the tensor as it lies in memory and the set bits
             before every BLOCK-th entry (see `BitMask.prefix_counts`); both None where every entry may move.
     """
 
-    __slots__ = ("bits", "count", "numel", "order", "prefix", "shape")
+    __slots__ = ("bits", "count", "device", "numel", "order", "prefix", "shape")
 
-    def __init__(self, mask: BitMask | Tensor | None, like: Tensor, what: str = "mask"):
-        """Of a mask for the (local, strided) tensor `like`. Synchronises with the device once.
+    def __init__(self, mask: BitMask | Tensor | None, like: Tensor, what: str = "mask", *, alias: bool = False):
+        """Of a mask for the (local, strided) tensor `like`. Synchronises with the device once, unless `mask` is None.
+
+        Args:
+            alias: the bits may be the mask's own memory: right only where the slot is gone before the mask can change.
 
         Raises:
             TypeError, ValueError: `mask` is no mask for `like`; the layout of `like` in memory has gaps or overlaps.
@@ -64,6 +67,7 @@ class Slot:
             )
         self.order: tuple[int, ...] = order
         self.shape = like.shape
+        self.device = like.device
         self.numel: int = like.numel()
         self.count: int = self.numel
         self.bits: Tensor | None = None
@@ -71,9 +75,10 @@ class Slot:
         if mask is None:
             return
         with _mask_backend():
-            self._place(mask, like, what)
+            self._place(mask, like, what, alias)
 
-    def _place(self, mask: BitMask | Tensor, like: Tensor, what: str) -> None:
+    def _place(self, mask: BitMask | Tensor, like: Tensor, what: str, alias: bool) -> None:
+        given = mask
         if isinstance(mask, Tensor):
             mask = BitMask.pack(mask)
         if not isinstance(mask, BitMask):
@@ -90,7 +95,8 @@ class Slot:
         prefix = flat.prefix_counts(BLOCK // 8)
         self.count = int(prefix[-1])
         if self.count < self.numel:
-            self.bits, self.prefix = flat.bits, prefix
+            self.bits = flat.bits if alias or mask is not given else flat.bits.clone()
+            self.prefix = prefix
 
     def flat(self, tensor: Tensor) -> Tensor:
         """`tensor` (of the slot's shape and layout) as a 1-D view in the order of memory."""
@@ -187,13 +193,16 @@ class Batch:
         """Takes a tensor in; False (and nothing taken) where no entry may move.
 
         Raises:
-            TypeError, ValueError: a gradient that is sparse, complex, or of another shape, device or element type.
+            TypeError, ValueError: a gradient that is sparse, complex, or of another shape, device or element type; a parameter
+                that is no longer what the slot was made for; compact tensors that are not float32 [slot.count] beside it.
         """
+        check_layout(slot, param, what)
         check_grad(param, grad, what)
-        if slot.bits is not None and slot.bits.device != param.device:
-            raise ValueError(f"{what}: the parameter is on {param.device}, its mask was made for {slot.bits.device}")
         if slot.count == 0:
             return False
+        for kind, tensor in (("first", first), ("second", second), ("master", master), ("lr_scale", scale)):
+            if tensor is not None:
+                check_compact(slot, tensor, f"{kind} state with the {what}")
         if grad.stride() != param.stride():
             grad = torch.empty_strided(param.shape, param.stride(), dtype=grad.dtype, device=grad.device).copy_(grad)
             self.copied = True
@@ -259,6 +268,45 @@ def units(numels: Sequence[int], size: int) -> tuple[np.ndarray, np.ndarray]:
     counts = np.array([-(-n // size) for n in numels], dtype=np.int64)
     first = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(counts)[:-1]]).astype(np.int64)
     return np.repeat(np.arange(len(numels), dtype=np.int32), counts), first
+
+
+_REBUILD = "rebuild the optimiser after changing a parameter's shape, dtype or device"
+
+
+def check_layout(slot: Slot, param: Tensor, what: str) -> None:
+    """
+    Raises:
+        TypeError, ValueError: `param` is not what the slot was made for.
+    """
+    if param.dtype not in DTYPES:
+        raise TypeError(f"{what}: the parameter is now {param.dtype}, want float32, float16 or bfloat16; {_REBUILD}")
+    if param.shape != slot.shape:
+        raise ValueError(
+            f"{what}: the parameter has shape {tuple(param.shape)}, its mask was made for {tuple(slot.shape)}; {_REBUILD}"
+        )
+    if param.device != slot.device:
+        raise ValueError(f"{what}: the parameter is on {param.device}, its mask was made for {slot.device}; {_REBUILD}")
+    if not param.permute(slot.order).is_contiguous():
+        raise ValueError(
+            f"{what}: the parameter has strides {param.stride()}, its mask was made for dimensions in the order {slot.order}; "
+            "rebuild the optimiser after changing a parameter's layout in memory"
+        )
+
+
+def check_compact(slot: Slot, tensor: Tensor, what: str) -> None:
+    """
+    Raises:
+        TypeError, ValueError: `tensor` is not one that kernels may take by its address: fp32 [count], beside the parameter.
+    """
+    if tensor.dtype != torch.float32:
+        raise TypeError(f"{what}: is {tensor.dtype}, want torch.float32; leave the state in float32, or {_REBUILD}")
+    if tuple(tensor.shape) != (slot.count,) or not tensor.is_contiguous():
+        raise ValueError(
+            f"{what}: want a contiguous tensor of shape ({slot.count},), got shape {tuple(tensor.shape)} and strides "
+            f"{tensor.stride()}; {_REBUILD}"
+        )
+    if tensor.device != slot.device:
+        raise ValueError(f"{what}: is on {tensor.device}, its parameter on {slot.device}; {_REBUILD}")
 
 
 def check_grad(param: Tensor, grad: Tensor, what: str) -> None:

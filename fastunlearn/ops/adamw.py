@@ -80,7 +80,7 @@ def _batch(
     batch, taken = Batch(), []
     for i in range(n):
         param, grad = local(params[i]), local(grads[i])
-        slot = Slot(masks[i], param, f"masks[{i}]")
+        slot = Slot(masks[i], param, f"masks[{i}]", alias=True)
         first, second, master, scale = firsts[i], seconds[i], masters[i], lr_scales[i]
         if first is not None:
             first = _state(first, slot, f"{names[0]}[{i}]", param)
@@ -124,6 +124,9 @@ def masked_adamw_(
     seed: int = 0,
 ) -> None:
     """One step of AdamW, in place, on the entries that may move, with compact moments.
+
+    Every mask is counted anew, which synchronises with the device once a mask: in a training loop use
+    `fastunlearn.optim.MaskedAdamW`, which counts once, when it is made.
 
     Args:
         params: float32, float16 or bfloat16, on one device. grads: of their shapes; float32, float16 or bfloat16.
@@ -190,6 +193,8 @@ def masked_sgd_(
 ) -> None:
     """One step of SGD, in place, on the entries that may move, with compact momentum.
 
+    Synchronises with the device once a mask, as `masked_adamw_` does; `fastunlearn.optim.MaskedSGD` does not.
+
     Args:
         momentum_buffers: for each fp32 [entries that may move] (its content does not matter at step 1), or None where
             momentum is 0. The others: as in `masked_adamw_`.
@@ -231,7 +236,9 @@ def masked_sgd_(
 
 
 def masked_grad_norm(grads: Sequence[Tensor], masks: Sequence[Mask]) -> Tensor:
-    """Euclidean norm of the entries of all gradients that may move: float32 scalar on their device, no synchronisation.
+    """Euclidean norm of the entries of all gradients that may move: float32 scalar on their device.
+
+    Synchronises with the device once a mask, to count it; `max_grad_norm` of the masked optimisers does not.
 
     Args:
         grads: float32, float16 or bfloat16, on one device. masks: as in `masked_adamw_`.
@@ -249,7 +256,7 @@ def masked_grad_norm(grads: Sequence[Tensor], masks: Sequence[Mask]) -> Tensor:
     with torch.no_grad():
         batch = Batch()
         for i, grad in enumerate(map(local, grads)):
-            batch.add(Slot(masks[i], grad, f"masks[{i}]"), grad, grad)
+            batch.add(Slot(masks[i], grad, f"masks[{i}]", alias=True), grad, grad)
         if not len(batch):
             return torch.zeros((), device=grads[0].device if grads else None)
         return sumsq_batch(batch).sqrt().float()

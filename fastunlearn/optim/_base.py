@@ -21,6 +21,8 @@ from fastunlearn.optim.clip import clip_coefficient, sum_over_shards
 from fastunlearn.optim.masks import local_mask
 
 _MISSING = object()
+#: options of torch.optim that would change the step; `fused` and `foreach` only say how it is run
+_UNSUPPORTED = ("amsgrad", "capturable", "differentiable")
 
 
 class _Saved:
@@ -49,6 +51,11 @@ class _Work:
         self.members: list[tuple[dict[str, Any], dict[str, Any]]] = []  #: (state, group) of the batch's tensors
         self.idle: list[dict[str, Any]] = []  #: of those of which nothing may move
         self.tables, self.norm_tables = engine.Tables(), engine.Tables()
+
+
+def _place(tensor: Any) -> Any:
+    """Which tensor it is, and where it lies: `tensor.data = ...` moves it and leaves it the same object."""
+    return (id(tensor), tensor.data_ptr(), tensor.dtype) if isinstance(tensor, Tensor) else None
 
 
 def _label(position: int, name: str | None) -> str:
@@ -201,8 +208,11 @@ class MaskedOptimizer(Optimizer):
     def _check_group(self, group: Mapping[str, Any]) -> None:
         """
         Raises:
-            ValueError: an option is out of its range.
+            ValueError: an option is out of its range. TypeError: it is one of torch.optim's that is not supported.
         """
+        for name in _UNSUPPORTED:
+            if group.get(name):
+                raise TypeError(f"{name}: the step is always fused; {name}={group[name]} is not supported")
         lr = group["lr"]
         if isinstance(lr, Tensor) and lr.numel() != 1:
             raise ValueError(f"lr: want one number, got a tensor of shape {tuple(lr.shape)}")
@@ -278,7 +288,7 @@ class MaskedOptimizer(Optimizer):
                     continue
                 sign += (
                     id(param), param.data_ptr(), param.dtype, grad.data_ptr(), grad.dtype, grad.stride(), grad.shape,
-                    id(state), id(state.get(first)), id(state.get(second)), id(state.get("master")), masters, id(group),
+                    id(state), *map(_place, (state.get(first), state.get(second), state.get("master"))), masters, id(group),
                 )  # fmt: skip
         if movable and sign == self._sign:
             works = self._works
@@ -367,7 +377,7 @@ class MaskedOptimizer(Optimizer):
         one: entries that may move in both keep their state, entries that could not move before start at zero moments.
 
         Raises:
-            ValueError: groups, parameters or shapes differ.
+            ValueError: groups, parameters or shapes differ; the checkpoint was saved with amsgrad=True.
         """
         handle = self.register_load_state_dict_pre_hook(type(self)._wrap_state)  # type: ignore[arg-type]
         try:
@@ -376,13 +386,22 @@ class MaskedOptimizer(Optimizer):
             handle.remove()
 
     def _wrap_state(self, saved: dict[str, Any]) -> dict[str, Any]:
+        if any(group.get("amsgrad") for group in saved["param_groups"]):
+            raise ValueError("state_dict: was saved with amsgrad=True, which is not supported")
+
         def wrap(state: Any) -> Any:
             if not isinstance(state, dict):
                 return state
             names = (*self._compact, "master")
             return {k: _Saved(v) if k in names and isinstance(v, Tensor) else v for k, v in state.items()}
 
-        return {**saved, "state": {key: wrap(state) for key, state in saved["state"].items()}}
+        groups = saved["param_groups"]
+        if len(groups) == len(self.param_groups):
+            # A checkpoint of torch.optim lacks our options: those in force stay.
+            own = [{name: group[name] for name in self.defaults if name in group} for group in self.param_groups]
+            groups = [{**mine, **theirs} for mine, theirs in zip(own, groups)]
+        state = {key: wrap(state) for key, state in saved["state"].items()}
+        return {**saved, "state": state, "param_groups": groups}
 
     def __getstate__(self) -> dict[str, Any]:
         own = {"_entries": self._entries, "max_grad_norm": self.max_grad_norm, "grad_norm": self.grad_norm}
@@ -412,6 +431,19 @@ class MaskedOptimizer(Optimizer):
             state[name] = entry.slot.compress(value.to(local(param.detach()).device))
         if "step" in state:
             state["step"] = int(state["step"])
+
+
+def check_torch_options(options: Mapping[str, Any]) -> None:
+    """Arguments of torch.optim that a masked optimiser has no use for: False and None are taken.
+
+    Raises:
+        TypeError: one of them is asked for, or is unknown.
+    """
+    for name, value in options.items():
+        if name not in _UNSUPPORTED:
+            raise TypeError(f"unexpected keyword argument {name!r}")
+        if value:
+            raise TypeError(f"{name}: the step is always fused; {name}={value} is not supported")
 
 
 def _listed_params(group: Mapping[str, Any]) -> list[Any]:

@@ -1,4 +1,4 @@
-"""Norm and clipping of gradients over the entries that may move, without synchronising with the host."""
+"""Norm and clipping of gradients over the entries that may move."""
 
 from __future__ import annotations
 
@@ -54,7 +54,8 @@ def clip_masked_grad_norm_(
 ) -> Tensor:
     """torch.nn.utils.clip_grad_norm_ with the norm taken over the entries that may move; scales whole gradients.
 
-    `max_grad_norm` of the masked optimisers does the same inside the step, without a pass over the gradients of its own.
+    `max_grad_norm` of the masked optimisers does the same inside the step, without scaling the gradients in a pass of its own
+    and without synchronising; this function synchronises with the device once a mask, to count it.
 
     Args:
         params: tensors on one device (DTensors count all shards); those without a gradient are skipped.
@@ -80,7 +81,7 @@ def clip_masked_grad_norm_(
         here, grad = local(param.detach()), local(param.grad)
         cut = local_mask(mask, param) if mask is not None and not isinstance(mask, Tensor) else mask
         grads.append(grad)
-        if batch.add(Slot(cut, here, f"masks[{i}]"), here, grad, what=f"gradient of params[{i}]"):
+        if batch.add(Slot(cut, here, f"masks[{i}]", alias=True), here, grad, what=f"gradient of params[{i}]"):
             members.append(param)
     if len({grad.device for grad in grads}) > 1:
         raise ValueError("params: want all of them on one device")

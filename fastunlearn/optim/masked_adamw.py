@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastunlearn.ops import _masked_step as engine
 from fastunlearn.ops._slots import Batch
-from fastunlearn.optim._base import MaskedOptimizer, _Entry
+from fastunlearn.optim._base import MaskedOptimizer, _Entry, check_torch_options
 
 
 class MaskedAdamW(MaskedOptimizer):
@@ -38,6 +38,8 @@ class MaskedAdamW(MaskedOptimizer):
             entry): a resumed run repeats it. Without it steps under half a bfloat16 place are lost.
         master_weights: keep fp32 copies of the entries that may move of float16 and bfloat16 parameters instead.
         seed: of stochastic rounding.
+        fused, foreach: taken for torch.optim's sake and without effect: the step is always fused. amsgrad, capturable and
+            differentiable are refused where they are True.
 
     Raises:
         TypeError, ValueError: naming the argument.
@@ -66,7 +68,11 @@ class MaskedAdamW(MaskedOptimizer):
         stochastic_rounding: bool = True,
         master_weights: bool = False,
         seed: int = 0,
+        fused: bool | None = None,
+        foreach: bool | None = None,
+        **torch_options: Any,
     ):
+        check_torch_options(torch_options)
         defaults = {
             "lr": lr,
             "betas": betas,

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastunlearn.ops import _masked_step as engine
 from fastunlearn.ops._slots import Batch
-from fastunlearn.optim._base import MaskedOptimizer, _Entry
+from fastunlearn.optim._base import MaskedOptimizer, _Entry, check_torch_options
 
 
 class MaskedSGD(MaskedOptimizer):
@@ -20,6 +20,7 @@ class MaskedSGD(MaskedOptimizer):
         lr, momentum, dampening, weight_decay, nesterov, maximize: torch.optim.SGD's.
         params, masks, lr_scale, max_grad_norm, stochastic_rounding, master_weights, seed: as in `MaskedAdamW`; lr_scale is a
             factor on the whole update.
+        fused, foreach, differentiable: as in `MaskedAdamW`.
 
     Raises:
         TypeError, ValueError: naming the argument.
@@ -44,7 +45,11 @@ class MaskedSGD(MaskedOptimizer):
         stochastic_rounding: bool = True,
         master_weights: bool = False,
         seed: int = 0,
+        fused: bool | None = None,
+        foreach: bool | None = None,
+        **torch_options: Any,
     ):
+        check_torch_options(torch_options)
         defaults = {
             "lr": lr,
             "momentum": momentum,

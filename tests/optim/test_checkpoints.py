@@ -141,3 +141,26 @@ def test_copies_go_on_alike(way: str) -> None:
     steps(twins, twin, 2, 4)
     for p, q in zip(params, twins):
         assert torch.equal(p, q)
+
+
+def test_a_checkpoint_of_torch_leaves_our_options() -> None:
+    params, masks = tensors(torch.bfloat16)
+    groups = [
+        {"params": params[:2], "masks": masks[:2], "seed": 5, "stochastic_rounding": False},
+        {"params": params[2:], "masks": masks[2:], "seed": 6},
+    ]
+    masked = optim.MaskedAdamW(groups, lr=1e-2, master_weights=True)
+    dense = torch.optim.AdamW([{"params": params[:2]}, {"params": params[2:], "lr": 0.5}], lr=0.25)
+    steps(params, dense, 0, 1)
+    masked.load_state_dict(dense.state_dict())
+    for group, lr, seed, stochastic in zip(masked.param_groups, (0.25, 0.5), (5, 6), (False, True)):
+        assert group["lr"] == lr
+        assert (group["seed"], group["stochastic_rounding"], group["master_weights"]) == (seed, stochastic, True)
+
+
+def test_a_checkpoint_with_amsgrad_is_refused() -> None:
+    p = torch.zeros(4, requires_grad=True)
+    dense = torch.optim.AdamW([p], amsgrad=True)
+    steps([p], dense, 0, 1)
+    with pytest.raises(ValueError, match="amsgrad=True, which is not supported"):
+        optim.MaskedAdamW([p]).load_state_dict(dense.state_dict())

@@ -209,11 +209,23 @@ ADAM, SGD = optim.MaskedAdamW, optim.MaskedSGD
         ({"lr_scale": [torch.ones(12, dtype=torch.int32)]}, TypeError, "lr_scale"),
         ({"kind": SGD, "momentum": -1.0}, ValueError, "momentum"),
         ({"kind": SGD, "nesterov": True}, ValueError, "nesterov"),
+        ({"amsgrad": True}, TypeError, "amsgrad: the step is always fused; .* not supported"),
+        ({"capturable": True}, TypeError, "capturable: .* not supported"),
+        ({"kind": SGD, "differentiable": True}, TypeError, "differentiable: .* not supported"),
+        ({"params": [{"params": [torch.zeros(3)], "amsgrad": True}]}, TypeError, "amsgrad: .* not supported"),
+        ({"momemtum": 0.9}, TypeError, "unexpected keyword argument 'momemtum'"),
     ],
 )
 def test_bad_input(arguments, error, words) -> None:
     with pytest.raises(error, match=words):
         build(**arguments)
+
+
+@pytest.mark.parametrize("kind", [ADAM, SGD])
+def test_how_torch_runs_its_step_is_taken_and_ignored(kind: type) -> None:
+    for options in ({"fused": True}, {"foreach": None, "differentiable": False}, {"foreach": True, "amsgrad": False}):
+        optimizer = build(kind, **options)
+        assert not set(options) & set(optimizer.defaults)
 
 
 def test_bad_gradients() -> None:
