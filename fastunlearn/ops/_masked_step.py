@@ -6,7 +6,7 @@ Nothing is checked here: fastunlearn/ops/adamw.py (the public ops) and fastunlea
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,20 +32,28 @@ class Tables:
 
     def __init__(self) -> None:
         self.batch: Batch | None = None
-        self.rounds: list[bool] | None = None
-        self.rows = np.zeros((0, 0), dtype=np.int64)
+        self.rounds = b""
+        self.moves = 0
+        self.revision = 0  #: of everything but the addresses of gradients
+        self.rows = np.zeros((0, 12), dtype=np.int64)
         self.unit_tensor = np.zeros(0, dtype=np.int32)
         self.first_unit = np.zeros(0, dtype=np.int64)
-        self.launches: Any = None  # kernels/adamw.py keeps its device copies here
+        self.launches: Any = None  # kernels/adamw.py keeps its blocks here
 
-    def update(self, batch: Batch, rounds: list[bool] | None = None) -> Tables:
-        if batch is self.batch and rounds == self.rounds:
-            return self
-        rows = batch.addresses(rounds)
-        if not np.array_equal(rows, self.rows):
-            self.rows, self.launches = rows, None
-            self.unit_tensor, self.first_unit = units([slot.numel for slot in batch.slots], _CPU_UNIT)
-        self.batch, self.rounds = batch, rounds
+    def update(self, batch: Batch, rounds: np.ndarray | None = None) -> Tables:
+        """Brings the tables up to date; `rounds` bool [tensors]: which are rounded at random."""
+        if rounds is None:
+            rounds = np.zeros(len(batch), dtype=bool)
+        flags = rounds.tobytes()
+        if batch is not self.batch or flags != self.rounds:
+            rows = batch.addresses(rounds)
+            if not np.array_equal(rows[:, 8], self.rows[:, 8]):
+                self.unit_tensor, self.first_unit = units(rows[:, 8].tolist(), _CPU_UNIT)
+            self.batch, self.rounds, self.rows, self.moves = batch, flags, rows, batch.moves
+            self.revision += 1
+        elif self.moves != batch.moves:
+            self.rows[:, 1] = batch.grad_addresses
+            self.moves = batch.moves
         return self
 
 
@@ -68,23 +76,36 @@ class Options:
     first: bool = False  #: the momentum buffer holds nothing yet
 
 
-def _distinct(options: Sequence[Options]) -> tuple[list[Options], list[int]]:
-    """(the different ones, which of them each tensor has)."""
+@dataclass(slots=True)
+class _Shared:
+    """Options of many tensors, of which there are few."""
+
+    distinct: list[Options]
+    which: np.ndarray  #: int [tensors]
+
+
+def _share(options: Sequence[Options]) -> _Shared:
+    if len(set(map(id, options))) == 1:
+        return _Shared([options[0]], np.zeros(len(options), dtype=np.int64))
     places: dict[int, int] = {}
     which = [places.setdefault(id(o), len(places)) for o in options]
     distinct: list[Options] = [options[0]] * len(places)
-    for o, place in zip(options, which):
-        distinct[place] = o
-    return distinct, which
+    for place, i in {place: i for i, place in enumerate(which)}.items():
+        distinct[place] = options[i]
+    return _Shared(distinct, np.array(which))
 
 
-def _keys(batch: Batch, options: Sequence[Options]) -> np.ndarray:
-    return rounding_keys([o.seed for o in options], [o.step for o in options], batch.indices)
+def _words(values: Sequence[int]) -> np.ndarray:
+    return np.array([value & 0xFFFFFFFFFFFFFFFF for value in values], dtype=np.uint64)
 
 
-def _adamw_numbers(options: Sequence[Options]) -> np.ndarray:
+def _keys(batch: Batch, shared: _Shared) -> np.ndarray:
+    seeds, steps = (_words([getattr(o, name) for o in shared.distinct])[shared.which] for name in ("seed", "step"))
+    return rounding_keys(seeds, steps, np.array(batch.indices, dtype=np.uint64))
+
+
+def _adamw_numbers(shared: _Shared) -> np.ndarray:
     """float32 [tensors, 8]: csrc/adamw.h, kHyper."""
-    distinct, which = _distinct(options)
     rows = [
         (
             1 - o.beta1,
@@ -96,32 +117,41 @@ def _adamw_numbers(options: Sequence[Options]) -> np.ndarray:
             math.sqrt(1 - o.beta2**o.step),
             -1.0 if o.maximize else 1.0,
         )
-        for o in distinct
+        for o in shared.distinct
     ]
-    return np.array(rows, dtype=np.float32)[which]
+    return np.array(rows, dtype=np.float32)[shared.which]
 
 
-def _sgd_numbers(options: Sequence[Options]) -> np.ndarray:
-    distinct, which = _distinct(options)
+def _sgd_numbers(shared: _Shared) -> np.ndarray:
     rows = [
         (o.momentum, 1 - o.dampening, o.weight_decay, o.lr, o.nesterov, o.first, 0.0, -1.0 if o.maximize else 1.0)
-        for o in distinct
+        for o in shared.distinct
     ]
-    return np.array(rows, dtype=np.float32)[which]
+    return np.array(rows, dtype=np.float32)[shared.which]
 
 
-def _rounds(batch: Batch, options: Sequence[Options]) -> list[bool]:
-    return [
-        o.stochastic and param.dtype == torch.bfloat16 and master is None
-        for o, param, master in zip(options, batch.params, batch.masters)
-    ]
+def _rounds(batch: Batch, shared: _Shared) -> np.ndarray:
+    """bool [tensors]: which are rounded at random."""
+    return np.array([o.stochastic for o in shared.distinct])[shared.which] & batch.roundable()
+
+
+def refuse_capture(device: torch.device) -> None:
+    """
+    Raises:
+        RuntimeError: a CUDA graph is being captured: it would repeat the addresses and numbers of this one step.
+    """
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "the masked optimisers cannot be captured in a CUDA graph: addresses, step sizes and random keys are uploaded at "
+            "every step, and a graph would repeat those of the captured one; step outside of the graph"
+        )
 
 
 def _launch(
     name: str,
     batch: Batch,
     options: Sequence[Options],
-    numbers: np.ndarray,
+    numbers: Callable[[_Shared], np.ndarray],
     grad_scale: Tensor | None,
     tables: Tables | None,
 ) -> str | None:
@@ -130,18 +160,20 @@ def _launch(
     backend = _backend.resolve(op, batch.device)
     if backend == "reference":
         return backend
-    rounds = _rounds(batch, options)
+    refuse_capture(batch.device)
+    shared = _share(options)
+    rounds, hyper = _rounds(batch, shared), numbers(shared)
     tables = (tables or Tables()).update(batch, rounds)
-    keys = _keys(batch, options) if any(rounds) else np.zeros((len(batch), 2), dtype=np.uint32)
+    keys = _keys(batch, shared) if rounds.any() else np.zeros((len(batch), 2), dtype=np.uint32)
     if backend == "triton":
         from fastunlearn.kernels import adamw as kernels
 
-        kernels.step(name, batch, tables, numbers, keys, grad_scale)
+        kernels.step(name, batch, tables, hyper, keys, grad_scale)
         torch.autograd.graph.increment_version(batch.params)
         return backend
     getattr(_native.library(), f"{name}_cpu")(
         tables.rows.ctypes.data,
-        numbers.ctypes.data,
+        hyper.ctypes.data,
         keys.ctypes.data,
         tables.unit_tensor.ctypes.data,
         tables.first_unit.ctypes.data,
@@ -154,8 +186,8 @@ def _launch(
 
 
 def _reference_extras(batch: Batch, options: Sequence[Options], grad_scale: Tensor | None) -> list[dict[str, Any]]:
-    keys = _keys(batch, options)
-    rounds = _rounds(batch, options)
+    shared = _share(options)
+    keys, rounds = _keys(batch, shared), _rounds(batch, shared)
     return [
         {
             "factor": (-1.0 if o.maximize else 1.0) * (1.0 if grad_scale is None else grad_scale),
@@ -178,7 +210,7 @@ def adamw_batch(
     """One AdamW step of tensors on one device (the optimiser's way in: nothing is checked here)."""
     if not len(batch):
         return
-    if _launch("masked_adamw", batch, options, _adamw_numbers(options), grad_scale, tables) != "reference":
+    if _launch("masked_adamw", batch, options, _adamw_numbers, grad_scale, tables) != "reference":
         return
     for i, extras in enumerate(_reference_extras(batch, options, grad_scale)):
         o, first, second = options[i], batch.first[i], batch.second[i]
@@ -206,7 +238,7 @@ def sgd_batch(
     """One SGD step of tensors on one device (the optimiser's way in: nothing is checked here)."""
     if not len(batch):
         return
-    if _launch("masked_sgd", batch, options, _sgd_numbers(options), grad_scale, tables) != "reference":
+    if _launch("masked_sgd", batch, options, _sgd_numbers, grad_scale, tables) != "reference":
         return
     for i, extras in enumerate(_reference_extras(batch, options, grad_scale)):
         o = options[i]
@@ -230,6 +262,7 @@ def sumsq_batch(batch: Batch, tables: Tables | None = None) -> Tensor:
     backend = _backend.resolve(_NORM, batch.device)
     if backend == "reference":
         return torch.stack([reference.masked_sumsq(g, s.may()) for g, s in zip(batch.grads, batch.slots)]).sum()
+    refuse_capture(batch.device)
     tables = (tables or Tables()).update(batch)
     if backend == "triton":
         from fastunlearn.kernels import adamw as kernels

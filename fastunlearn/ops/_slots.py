@@ -35,7 +35,7 @@ def memory_order(tensor: Tensor) -> tuple[int, ...] | None:
     return order if tensor.permute(order).is_contiguous() else None
 
 
-def _mask_backend() -> AbstractContextManager[None]:
+def mask_backend() -> AbstractContextManager[None]:
     """Masks have no Triton kernels: an optimiser asked to run Triton takes what they have."""
     return _backend.backend("auto") if _backend.current_backend() == "triton" else nullcontext()
 
@@ -74,7 +74,7 @@ class Slot:
         self.prefix: Tensor | None = None
         if mask is None:
             return
-        with _mask_backend():
+        with mask_backend():
             self._place(mask, like, what, alias)
 
     def _place(self, mask: BitMask | Tensor, like: Tensor, what: str, alias: bool) -> None:
@@ -110,7 +110,7 @@ class Slot:
         """bool [numel] in the order of memory; None: all."""
         if self.bits is None:
             return None
-        with _mask_backend():
+        with mask_backend():
             return BitMask(self.bits, (self.numel,)).unpack()
 
     def compress(self, full: Tensor) -> Tensor:
@@ -176,7 +176,9 @@ class Batch:
         self.scales: list[Tensor | None] = []
         self.indices: list[int] = []  #: numbers of the tensors, for the random numbers of rounding
         self.copied = False  #: a gradient lay otherwise in memory than its parameter and was copied
-        self._grad_addresses: list[int] = []
+        self.grad_addresses: list[int] = []
+        self._roundable = np.zeros(0, dtype=bool)
+        self.moves = 0  #: how often the gradients have moved since
 
     def add(
         self,
@@ -210,7 +212,7 @@ class Batch:
         self.params.append(slot.flat(param.detach()))
         self.grads.append(slot.flat(grad.detach()))
         self.grad_dtypes.append(grad.dtype)
-        self._grad_addresses.append(grad.data_ptr())
+        self.grad_addresses.append(grad.data_ptr())
         self.first.append(first)
         self.second.append(second)
         self.masters.append(master)
@@ -221,6 +223,11 @@ class Batch:
     def release(self) -> None:
         """Forgets the gradients, but not where they lay."""
         self.grads = []
+
+    def move_grads(self, addresses: np.ndarray) -> None:
+        """Where the gradients lie now: int64 [tensors]. Types and strides are as before."""
+        self.grad_addresses = addresses.tolist()
+        self.moves += 1
 
     def part(self, members: Sequence[int]) -> Batch:
         """Only these tensors."""
@@ -237,8 +244,20 @@ class Batch:
     def device(self) -> torch.device:
         return self.params[0].device
 
-    def addresses(self, stochastic: Sequence[bool] | None = None) -> np.ndarray:
-        """int64 [tensors, fields]: the table of csrc/adamw.h."""
+    def roundable(self) -> np.ndarray:
+        """bool [tensors]: bfloat16 without a master."""
+        if len(self._roundable) != len(self):
+            self._roundable = np.array(
+                [p.dtype == torch.bfloat16 and m is None for p, m in zip(self.params, self.masters)], dtype=bool
+            )
+        return self._roundable
+
+    def addresses(self, stochastic: np.ndarray) -> np.ndarray:
+        """int64 [tensors, fields]: the table of csrc/adamw.h.
+
+        Args:
+            stochastic: bool [tensors]: which are rounded at random.
+        """
 
         def at(tensor: Tensor | None) -> int:
             return 0 if tensor is None else tensor.data_ptr()
@@ -246,7 +265,7 @@ class Batch:
         rows = [
             (
                 at(self.params[i]),
-                self._grad_addresses[i],
+                self.grad_addresses[i],
                 at(slot.bits),
                 at(slot.prefix),
                 at(self.first[i]),
@@ -256,7 +275,7 @@ class Batch:
                 slot.numel,
                 _native.DTYPES[self.params[i].dtype],
                 _native.DTYPES[self.grad_dtypes[i]],
-                int(stochastic[i]) if stochastic is not None else 0,
+                stochastic[i],
             )
             for i, slot in enumerate(self.slots)
         ]

@@ -10,13 +10,15 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from fastunlearn.ops import _masked_step as engine
-from fastunlearn.ops._slots import Batch, Slot, check_param, local
+from fastunlearn.ops._slots import Batch, Slot, check_layout, check_param, local, mask_backend
 from fastunlearn.ops.mask import BitMask
+from fastunlearn.optim._plan import Moving, Work
 from fastunlearn.optim.clip import clip_coefficient, sum_over_shards
 from fastunlearn.optim.masks import local_mask
 
@@ -39,23 +41,6 @@ class _Entry:
 
     def __init__(self, slot: Slot, index: int, scale: Tensor | None):
         self.slot, self.index, self.scale = slot, index, scale
-
-
-class _Work:
-    """The tensors of a step on one device."""
-
-    def __init__(self, device: torch.device):
-        self.device = device
-        self.batch = Batch()
-        self.params: list[Tensor] = []
-        self.members: list[tuple[dict[str, Any], dict[str, Any]]] = []  #: (state, group) of the batch's tensors
-        self.idle: list[dict[str, Any]] = []  #: of those of which nothing may move
-        self.tables, self.norm_tables = engine.Tables(), engine.Tables()
-
-
-def _place(tensor: Any) -> Any:
-    """Which tensor it is, and where it lies: `tensor.data = ...` moves it and leaves it the same object."""
-    return (id(tensor), tensor.data_ptr(), tensor.dtype) if isinstance(tensor, Tensor) else None
 
 
 def _label(position: int, name: str | None) -> str:
@@ -160,8 +145,9 @@ class MaskedOptimizer(Optimizer):
 
     def _forget_works(self) -> None:
         self._tables: dict[Any, engine.Tables] = {}
-        self._works: list[_Work] = []
+        self._works: list[Work] = []
         self._sign: list[Any] | None = None
+        self._addresses = np.zeros(0, dtype=np.int64)
 
     @staticmethod
     def _hand_out(key: str, values: list[Any], groups: list[dict[str, Any]]) -> None:
@@ -195,7 +181,8 @@ class MaskedOptimizer(Optimizer):
             if isinstance(mask, Tensor):
                 if mask.dtype != torch.bool:
                     raise TypeError(f"mask of {label}: want a BitMask, a torch.bool tensor or None, got {mask.dtype}")
-                mask = BitMask.pack(local(mask))
+                with mask_backend():
+                    mask = BitMask.pack(local(mask))
             if isinstance(mask, BitMask):
                 mask = local_mask(mask, param)
             slot = Slot(mask, here, f"mask of {label}")
@@ -243,63 +230,70 @@ class MaskedOptimizer(Optimizer):
         """One step; `closure` as in torch.optim. Returns the closure's value.
 
         Raises:
-            TypeError, ValueError: a gradient is sparse, complex, or of another shape or device than its parameter.
+            TypeError, ValueError: a gradient is sparse, complex, or of another shape or device than its parameter; a parameter
+                or its state is no longer what the optimiser was made for.
+            RuntimeError: a CUDA graph is being captured.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         works = self._gather()
+        for work in works:
+            engine.refuse_capture(work.device)
         scale = self._clip(works)
         shared: dict[tuple[int, int, bool], engine.Options] = {}
         for work in works:
-            options = []
+            options: list[engine.Options] = []
             for state in work.idle:
                 state["step"] += 1
                 state.pop("starts", None)
+            last: tuple[Any, int, bool] = (None, 0, False)
             for state, group in work.members:
                 state["step"] = step = state["step"] + 1
-                key = (id(group), step, state.pop("starts", False))
-                if key not in shared:
-                    shared[key] = self._options(group, *key[1:])
-                options.append(shared[key])
+                starts = "starts" in state and state.pop("starts")
+                if group is not last[0] or step != last[1] or starts != last[2]:
+                    last, key = (group, step, starts), (id(group), step, starts)
+                    if key not in shared:
+                        shared[key] = self._options(group, step, starts)
+                    chosen = shared[key]
+                options.append(chosen)
             if options:
                 factor = None if scale is None else scale.to(work.device, non_blocking=True)
                 self._run(work.batch, options, factor, work.tables)
             work.batch.release()
         return loss
 
-    def _gather(self) -> list[_Work]:
-        """The work of this step by device: that of the last step where nothing has moved in memory."""
-        first, second = (*self._compact, "")[:2]
-        moving: list[tuple[Tensor, Tensor, dict[str, Any], dict[str, Any]]] = []
-        sign: list[Any] = []
-        movable = True
-        for group in self.param_groups:
-            masters = group["master_weights"]
-            for param in group["params"]:
-                grad = param.grad
-                if grad is None:
-                    continue
-                state = self.state[param]
-                moving.append((param, grad, state, group))
-                if grad.layout != torch.strided or hasattr(param, "to_local"):
-                    movable = False
-                    continue
-                sign += (
-                    id(param), param.data_ptr(), param.dtype, grad.data_ptr(), grad.dtype, grad.stride(), grad.shape,
-                    id(state), *map(_place, (state.get(first), state.get(second), state.get("master"))), masters, id(group),
-                )  # fmt: skip
-        if movable and sign == self._sign:
-            works = self._works
-            if not any(engine.reads_gradients(self._kernel, work.device) for work in works):
-                return works
+    def _gather(self) -> list[Work]:
+        """The work of this step by device: that of the last step where at most gradients have moved in memory."""
+        names = self._compact
+        if any(group["master_weights"] for group in self.param_groups):
+            names = (*names, "master")
+        moving = Moving(self.param_groups, self.state)
+        if (
+            self._sign is not None
+            and moving.plain()
+            and moving.signature(names) == self._sign
+            and not any(engine.reads_gradients(self._kernel, work.device) for work in self._works)
+        ):
+            addresses = moving.addresses()
+            if not np.array_equal(addresses, self._addresses):
+                self._addresses = addresses
+                for work in self._works:
+                    work.batch.move_grads(addresses[work.places])
+            return self._works
         self._sign, self._works = None, []
-        by_device: dict[torch.device, _Work] = {}
-        for param, grad, state, group in moving:
+        first, second = (*self._compact, "")[:2]
+        by_device: dict[torch.device, Work] = {}
+        keeps = True
+        for place, (param, grad, group, state) in enumerate(
+            zip(moving.params, moving.grads, moving.groups, moving.states)
+        ):
             entry, here = self._entries[param], local(param.detach())
+            label = f"gradient of parameter {entry.index}"
+            check_layout(entry.slot, here, label)
             self._new_state(state, entry, here, group)
-            work = by_device.setdefault(here.device, _Work(here.device))
+            work = by_device.setdefault(here.device, Work(here.device))
             taken = work.batch.add(
                 entry.slot,
                 here,
@@ -309,25 +303,25 @@ class MaskedOptimizer(Optimizer):
                 state.get("master") if group["master_weights"] else None,
                 entry.scale,
                 entry.index,
-                f"gradient of parameter {entry.index}",
+                label,
             )
             if taken:
                 work.params.append(param)
                 work.members.append((state, group))
+                work.places.append(place)
             else:
                 work.idle.append(state)
+            keeps = keeps and not hasattr(param, "to_local")
         works = list(by_device.values())
         for work in works:
             key = work.device
             work.tables = self._tables.setdefault((key, "step"), work.tables)
             work.norm_tables = self._tables.setdefault((key, "norm"), work.norm_tables)
-        if movable and not any(work.batch.copied for work in works):
-            self._works = works
-            # State that was made just now has other identities than those above: the next step takes its own signature.
-            self._sign = sign
+        if keeps and not any(work.batch.copied for work in works):
+            self._works, self._sign, self._addresses = works, moving.signature(names), moving.addresses()
         return works
 
-    def _clip(self, works: Sequence[_Work]) -> Tensor | None:
+    def _clip(self, works: Sequence[Work]) -> Tensor | None:
         """The factor that brings the norm over all devices and shards to max_grad_norm at most; None: no clipping."""
         if self.max_grad_norm is None:
             return None

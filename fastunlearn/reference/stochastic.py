@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 _WORD = 0xFFFFFFFF
+_WORDS = 0xFFFFFFFFFFFFFFFF
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
@@ -22,12 +23,16 @@ def _mix(x: np.ndarray) -> np.ndarray:
     return x ^ (x >> np.uint64(31))
 
 
-def rounding_keys(seeds: Sequence[int], steps: Sequence[int], indices: Sequence[int]) -> np.ndarray:
-    """uint32 [n, 2]: the keys of n tensors, each of (seed, step, number of the tensor)."""
+Column = Sequence[int] | np.ndarray
+
+
+def rounding_keys(seeds: Column, steps: Column, indices: Column) -> np.ndarray:
+    """uint32 [n, 2]: the keys of n tensors, each of (seed, step, number of the tensor); arrays are uint64."""
     golden = np.uint64(0x9E3779B97F4A7C15)
     words = np.zeros(len(seeds), dtype=np.uint64)
     for column in (seeds, steps, indices):
-        word = np.array([value & 0xFFFFFFFFFFFFFFFF for value in column], dtype=np.uint64)
+        # Python's numbers may be negative or longer than a word.
+        word = column if isinstance(column, np.ndarray) else np.array([v & _WORDS for v in column], dtype=np.uint64)
         words = _mix((words ^ word) + golden)
     return words.view(np.uint32).reshape(-1, 2)
 

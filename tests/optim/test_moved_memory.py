@@ -153,3 +153,73 @@ def test_a_mask_may_change_once_the_optimiser_is_made(shape) -> None:
     p.grad = torch.ones(shape)
     optimizer.step()
     assert torch.equal(p.detach() != 0, may)
+
+
+@pytest.mark.parametrize("name", ["native", "triton"])
+def test_new_gradients_keep_the_tables(name: str) -> None:
+    params, masks, optimizer = setup(dtype=torch.bfloat16, max_grad_norm=1.0)
+    twins = [p.detach().clone().requires_grad_() for p in params]
+    twin = optim.MaskedAdamW(twins, masks, lr=0.1, max_grad_norm=1.0)
+    kept, alive = [], []
+    with backend(name):
+        for _ in range(4):
+            for p, q in zip(params, twins):
+                p.grad = torch.randn(p.shape).bfloat16()
+                q.grad = p.grad.clone() if q.grad is None else q.grad.copy_(p.grad)
+            alive.append([p.grad for p in params])  # so that the next ones lie elsewhere
+            optimizer.step()
+            twin.step()
+            work = optimizer._works[0]
+            kept.append((work.batch, work.tables.launches, work.norm_tables.launches))
+            assert work.batch.grad_addresses == [g.data_ptr() for g in alive[-1]]
+            assert all(torch.equal(p, q) for p, q in zip(params, twins))
+    assert all(a is b for later in kept[1:] for a, b in zip(later, kept[0]))
+
+
+@pytest.mark.parametrize("name", ["native", "triton"])
+def test_blocks_stay_when_parameters_move_and_go_when_types_change(name: str) -> None:
+    params, _, optimizer = setup()
+    with backend(name):
+        step(params, optimizer, 0)
+        launches = optimizer._works[0].tables.launches
+        params[0].data = params[0].data.clone()
+        step(params, optimizer, 1)
+        assert optimizer._works[0].tables.launches is launches
+        before = params[1].detach().clone()
+        params[1].grad = None
+        params[1].data = params[1].data.bfloat16()
+        step(params, optimizer, 2)
+        if name == "triton":
+            assert optimizer._works[0].tables.launches is not launches
+        assert 0.01 < (params[1].detach() - before).abs().max() < 0.3
+
+
+def test_momentum_may_be_turned_on() -> None:
+    p = torch.zeros(4, requires_grad=True)
+    q = torch.zeros(4, requires_grad=True)
+    masked, dense = optim.MaskedSGD([p], lr=0.1), torch.optim.SGD([q], lr=0.1)
+    for i in range(4):
+        p.grad = q.grad = torch.arange(4.0) + i
+        for optimizer in (masked, dense):
+            optimizer.param_groups[0]["momentum"] = 0.9 if i > 1 else 0.0
+            optimizer.step()
+    torch.testing.assert_close(p, q)
+
+
+def test_a_captured_step_is_refused(monkeypatch) -> None:
+    params, _, optimizer = setup()
+    step(params, optimizer)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    step(params, optimizer, 1)  # on a CPU there is nothing to capture
+    for work in optimizer._works:
+        work.device = torch.device("cuda")
+    with pytest.raises(RuntimeError, match="cannot be captured in a CUDA graph"):
+        step(params, optimizer, 2)
+    assert [optimizer.state[p]["step"] for p in params] == [2, 2, 2]
+
+
+def test_bool_masks_where_triton_is_asked_for() -> None:
+    with backend("triton"):
+        params, _, optimizer = setup()
+        step(params, optimizer)
+    assert optimizer.state[params[0]]["step"] == 1
