@@ -52,3 +52,11 @@ FU_DECLARE(void, masked_adamw, (const masked::Work& work))
 FU_DECLARE(void, masked_sgd, (const masked::Work& work))
 // partial[unit] = sum of squares of the gradients that may move there.
 FU_DECLARE(void, masked_sumsq, (const masked::Work& work, double* partial))
+
+namespace fu::cuda {
+// As above, with every address on the device. `kinds`: bit 3 * parameter type + gradient type is set for each
+// pair of types that occurs (DType numbers).
+void masked_adamw(const masked::Work& work, uint32_t kinds, int device, uintptr_t stream);
+void masked_sgd(const masked::Work& work, uint32_t kinds, int device, uintptr_t stream);
+void masked_sumsq(const masked::Work& work, double* partial, uint32_t kinds, int device, uintptr_t stream);
+}  // namespace fu::cuda

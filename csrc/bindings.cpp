@@ -122,6 +122,24 @@ void bind_adamw(py::module_& m) {
                 at<double>(partial));
       },
       no_gil);
+#if defined(FU_WITH_CUDA)
+  const auto step = [](auto run) {
+    return [run](Address table, Address hyper, Address keys, Address unit_tensor, Address first_unit,
+                 int64_t units, Address grad_scale, uint32_t kinds, int device, Address stream) {
+      run(masked_work(table, hyper, keys, unit_tensor, first_unit, units, grad_scale), kinds, device, stream);
+    };
+  };
+  m.def("masked_adamw_cuda", step(&fu::cuda::masked_adamw), no_gil);
+  m.def("masked_sgd_cuda", step(&fu::cuda::masked_sgd), no_gil);
+  m.def(
+      "masked_sumsq_cuda",
+      [](Address table, Address unit_tensor, Address first_unit, int64_t units, Address partial,
+         uint32_t kinds, int device, Address stream) {
+        fu::cuda::masked_sumsq(masked_work(table, 0, 0, unit_tensor, first_unit, units, 0),
+                               at<double>(partial), kinds, device, stream);
+      },
+      no_gil);
+#endif
 }
 
 void bind_nm(py::module_& m) {

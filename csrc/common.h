@@ -52,8 +52,8 @@ FU_HD float to_float(bf16 x) {
   return bits_float(uint32_t(x.bits) << 16);
 }
 
-// IEEE half -> float without a subnormal operand or result, so that it is right where the processor flushes those
-// to zero (torch.set_flush_denormal). Infinities and NaN keep their payload.
+// IEEE half -> float without a subnormal operand or result, so that it is right where the processor flushes
+// those to zero (torch.set_flush_denormal). Infinities and NaN keep their payload.
 FU_HD float to_float(f16 x) {
   const uint32_t sign = uint32_t(x.bits & 0x8000u) << 16;
   const uint32_t rest = x.bits & 0x7fffu;
@@ -70,6 +70,16 @@ FU_HD bf16 to_bf16(float x) {
   return bf16{uint16_t((u + 0x7fffu + ((u >> 16) & 1u)) >> 16)};
 }
 
+// Round to nearest even; NaN stays NaN.
+FU_HD f16 to_f16(float x) {
+  const uint32_t u = float_bits(x), sign = u >> 16 & 0x8000u, a = u & 0x7fffffffu;
+  if (a >= 0x47800000u) return f16{uint16_t(sign | (a > 0x7f800000u ? 0x7e00u : 0x7c00u))};
+  // Added to 0.5, whose last place is the smallest half, a subnormal half is rounded by the addition itself.
+  const uint32_t small = float_bits(bits_float(a) + 0.5f) - 0x3f000000u;
+  const uint32_t normal = (a + 0xfffu + (a >> 13 & 1u) - 0x38000000u) >> 13;
+  return f16{uint16_t(sign | (a < 0x38800000u ? small : normal))};
+}
+
 template <class T>
 FU_HD T from_float(float x);
 template <>
@@ -79,6 +89,11 @@ FU_HD float from_float<float>(float x) {
 template <>
 FU_HD bf16 from_float<bf16>(float x) {
   return to_bf16(x);
+}
+
+template <>
+FU_HD f16 from_float<f16>(float x) {
+  return to_f16(x);
 }
 
 FU_HD int64_t ceil_div(int64_t a, int64_t b) {

@@ -15,13 +15,14 @@ import torch
 from torch import Tensor
 
 from fastunlearn import _backend, _native
+from fastunlearn.ops import _masked_cuda
 from fastunlearn.ops._slots import Batch, units
 from fastunlearn.reference import adamw as reference
 from fastunlearn.reference.stochastic import rounding_keys
 
-_ADAMW = _backend.register("masked_adamw_", native=("cpu",), triton=("cuda",))
-_SGD = _backend.register("masked_sgd_", native=("cpu",), triton=("cuda",))
-_NORM = _backend.register("masked_grad_norm", native=("cpu",), triton=("cuda",))
+_ADAMW = _backend.register("masked_adamw_", native=("cpu", "cuda"), triton=("cuda",))
+_SGD = _backend.register("masked_sgd_", native=("cpu", "cuda"), triton=("cuda",))
+_NORM = _backend.register("masked_grad_norm", native=("cpu", "cuda"), triton=("cuda",))
 
 #: entries of a unit of work of the C++ code (csrc/adamw.h: kUnit)
 _CPU_UNIT = 32 * 1024
@@ -171,6 +172,9 @@ def _launch(
         kernels.step(name, batch, tables, hyper, keys, grad_scale)
         torch.autograd.graph.increment_version(batch.params)
         return backend
+    if _native.is_cuda(batch.device):
+        _masked_cuda.step(name, batch, tables, numbers, keys, grad_scale)
+        return backend
     getattr(_native.library(), f"{name}_cpu")(
         tables.rows.ctypes.data,
         hyper.ctypes.data,
@@ -268,6 +272,8 @@ def sumsq_batch(batch: Batch, tables: Tables | None = None) -> Tensor:
         from fastunlearn.kernels import adamw as kernels
 
         return kernels.sumsq(batch, tables)
+    if _native.is_cuda(batch.device):
+        return _masked_cuda.sumsq(batch, tables)
     partial = torch.empty(len(tables.unit_tensor), dtype=torch.float64)
     _native.library().masked_sumsq_cpu(
         tables.rows.ctypes.data,

@@ -189,6 +189,7 @@ class Masked(OpProof):
 class TestAdamW(Masked):
     op = "masked_adamw_"
     backends = ("native", "triton")
+    cuda_bodies = True
     exact = False
     cases = _cases()
     few = FEW
@@ -240,6 +241,7 @@ class TestSGD(TestAdamW):
 class TestNorm(Masked):
     op = "masked_grad_norm"
     backends = ("native", "triton")
+    cuda_bodies = True
     exact = False
     cases = {k: v for k, v in _cases().items() if not k.startswith(("scaled", "clipped"))}
     few = tuple(k for k in FEW if not k.startswith(("scaled", "clipped")))
