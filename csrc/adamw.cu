@@ -215,7 +215,7 @@ __global__ void __launch_bounds__(kWarps * 32) masked_sumsq_kernel(Work work, do
 }
 
 template <class Rule, class P, class G>
-void launch_kind(const Work& work, uint32_t kinds, uintptr_t stream) {
+void launch_kind(const Work& work, uint32_t kinds, [[maybe_unused]] uintptr_t stream) {
   if (!(kinds >> (3 * TypeOf<P>::value + TypeOf<G>::value) & 1u)) return;
   auto kernel = masked_update_kernel<Rule, P, G>;
   FU_LAUNCH(kernel, unsigned(work.units), kWarps * 32, 0, stream, work);
@@ -238,7 +238,7 @@ void launch_all(const Work& work, uint32_t kinds, int device, uintptr_t stream) 
 }
 
 template <class G>
-void launch_sumsq(const Work& work, double* partial, uint32_t kinds, uintptr_t stream) {
+void launch_sumsq(const Work& work, double* partial, uint32_t kinds, [[maybe_unused]] uintptr_t stream) {
   if (!(kinds >> TypeOf<G>::value & 0x49u)) return;  // bits 0, 3 and 6: any type of parameter
   auto kernel = masked_sumsq_kernel<G>;
   FU_LAUNCH(kernel, unsigned(work.units), kWarps * 32, 0, stream, work, partial);

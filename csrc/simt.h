@@ -57,6 +57,7 @@ inline void memset_async(void* p, int value, size_t bytes, uintptr_t stream) {
 
 #else  // ---- the host -------------------------------------------------------------------------------------
 
+#include <math.h>
 #include <ucontext.h>
 
 #include <algorithm>
