@@ -64,6 +64,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         config.hook.pytest_deselected(items=absent)
         items[:] = [item for item in items if applies(item)]
     if _has_gpu():
+        # Triton on CPU tensors is the interpreter, and this process compiles: the same kernels run in test_gpu.
+        interpreted = pytest.mark.skip(reason="runs Triton's interpreter, which a process with a GPU does not use")
+        for item in items:
+            values = getattr(item, "callspec", None) and item.callspec.params.values()  # type: ignore[attr-defined]
+            if values and "triton" in values and not item.get_closest_marker("gpu"):
+                item.add_marker(interpreted)
         return
     for item in items:
         if item.get_closest_marker("gpu"):

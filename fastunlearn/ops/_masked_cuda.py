@@ -18,17 +18,11 @@ class _Units:
     """Which unit of work belongs to which tensor, on the device; the same for as long as the sizes are."""
 
     def __init__(self, tables: Any, device: torch.device):
-        self.unit_tensor, self.first_unit = tables.unit_tensor, tables.first_unit
-        joined = np.concatenate([self.first_unit, self.unit_tensor.astype(np.int64)])
-        moved = _upload(joined, device)
-        n = len(self.first_unit)
+        self.unit_tensor = tables.unit_tensor
+        moved = _upload(np.concatenate([tables.first_unit, self.unit_tensor.astype(np.int64)]), device)
+        n = len(tables.first_unit)
         self.first = moved[:n]
         self.tensor = moved[n:].to(torch.int32)
-
-    def of(self, tables: Any) -> bool:
-        return np.array_equal(self.unit_tensor, tables.unit_tensor) and np.array_equal(
-            self.first_unit, tables.first_unit
-        )
 
 
 def _upload(array: np.ndarray, device: torch.device) -> Tensor:
@@ -38,8 +32,8 @@ def _upload(array: np.ndarray, device: torch.device) -> Tensor:
 
 
 def _units(tables: Any, device: torch.device) -> _Units:
-    units = getattr(tables, "device_units", None)
-    if units is None or not units.of(tables):
+    units = tables.device_units
+    if units is None or units.unit_tensor is not tables.unit_tensor:
         units = tables.device_units = _Units(tables, device)
     return units
 
@@ -49,19 +43,11 @@ def _kinds(rows: np.ndarray) -> int:
     return int(np.bitwise_or.reduce(1 << (3 * rows[:, _PARAM_TYPE] + rows[:, _GRAD_TYPE])))
 
 
-def _refuse_capture(device: torch.device) -> None:
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(
-            "masked optimisers cannot be captured in a CUDA graph: their tables of addresses would be stale at replay"
-        )
-
-
 def step(
     name: str, batch: Batch, tables: Any, numbers: np.ndarray, keys: np.ndarray, grad_scale: Tensor | None
 ) -> None:
     """One step of `masked_adamw` or `masked_sgd`; arguments as in fastunlearn/ops/_masked_step.py."""
     device = batch.device
-    _refuse_capture(device)
     n = len(batch)
     # One buffer, one copy: addresses, numbers (8 fp32 are 4 words), rounding keys (2 uint32 are a word).
     words = np.concatenate([tables.rows.ravel(), numbers.ravel().view(np.int64), keys.ravel().view(np.int64)])
@@ -85,7 +71,6 @@ def step(
 def sumsq(batch: Batch, tables: Any) -> Tensor:
     """Sum of squares of the gradients that may move: float64 scalar on the device."""
     device = batch.device
-    _refuse_capture(device)
     here = _upload(tables.rows.ravel(), device)
     units = _units(tables, device)
     partial = torch.empty(len(tables.unit_tensor), dtype=torch.float64, device=device)

@@ -24,8 +24,8 @@ _ADAMW = _backend.register("masked_adamw_", native=("cpu", "cuda"), triton=("cud
 _SGD = _backend.register("masked_sgd_", native=("cpu", "cuda"), triton=("cuda",))
 _NORM = _backend.register("masked_grad_norm", native=("cpu", "cuda"), triton=("cuda",))
 
-#: entries of a unit of work of the C++ code (csrc/adamw.h: kUnit)
-_CPU_UNIT = 32 * 1024
+#: entries of a unit of work of the C++ and CUDA code (csrc/adamw.h: kUnit)
+_UNIT = 32 * 1024
 
 
 class Tables:
@@ -40,6 +40,7 @@ class Tables:
         self.unit_tensor = np.zeros(0, dtype=np.int32)
         self.first_unit = np.zeros(0, dtype=np.int64)
         self.launches: Any = None  # kernels/adamw.py keeps its blocks here
+        self.device_units: Any = None  # and _masked_cuda.py its units
 
     def update(self, batch: Batch, rounds: np.ndarray | None = None) -> Tables:
         """Brings the tables up to date; `rounds` bool [tensors]: which are rounded at random."""
@@ -49,7 +50,7 @@ class Tables:
         if batch is not self.batch or flags != self.rounds:
             rows = batch.addresses(rounds)
             if not np.array_equal(rows[:, 8], self.rows[:, 8]):
-                self.unit_tensor, self.first_unit = units(rows[:, 8].tolist(), _CPU_UNIT)
+                self.unit_tensor, self.first_unit = units(rows[:, 8].tolist(), _UNIT)
             self.batch, self.rounds, self.rows, self.moves = batch, flags, rows, batch.moves
             self.revision += 1
         elif self.moves != batch.moves:
@@ -170,20 +171,18 @@ def _launch(
         from fastunlearn.kernels import adamw as kernels
 
         kernels.step(name, batch, tables, hyper, keys, grad_scale)
-        torch.autograd.graph.increment_version(batch.params)
-        return backend
-    if _native.is_cuda(batch.device):
-        _masked_cuda.step(name, batch, tables, numbers, keys, grad_scale)
-        return backend
-    getattr(_native.library(), f"{name}_cpu")(
-        tables.rows.ctypes.data,
-        hyper.ctypes.data,
-        keys.ctypes.data,
-        tables.unit_tensor.ctypes.data,
-        tables.first_unit.ctypes.data,
-        len(tables.unit_tensor),
-        0 if grad_scale is None else grad_scale.data_ptr(),
-    )
+    elif _native.is_cuda(batch.device):
+        _masked_cuda.step(name, batch, tables, hyper, keys, grad_scale)
+    else:
+        getattr(_native.library(), f"{name}_cpu")(
+            tables.rows.ctypes.data,
+            hyper.ctypes.data,
+            keys.ctypes.data,
+            tables.unit_tensor.ctypes.data,
+            tables.first_unit.ctypes.data,
+            len(tables.unit_tensor),
+            0 if grad_scale is None else grad_scale.data_ptr(),
+        )
     # As writing through torch does: a backward pass through what was overwritten must raise.
     torch.autograd.graph.increment_version(batch.params)
     return backend
