@@ -272,10 +272,12 @@ def _reset_high_water() -> bool:
 
 def peak_memory(
     run: Callable[[], tuple[Any, Any]], inputs: Any, device: torch.device
-) -> tuple[tuple[Any, Any], float | None]:
-    """Runs `run() -> (what must stay alive, output)`; also the peak in MiB above the inputs and the output's new tensors.
+) -> tuple[tuple[Any, Any], float | None, int]:
+    """Runs `run() -> (what must stay alive, output)`.
 
-    None where the system does not count it.
+    Returns:
+        What `run` gave; the peak in MiB above the inputs and the output's new tensors, None where the system does not count
+        it; bytes of those new tensors.
     """
     gc.collect()  # what is freed between the two readings below would be counted as the call's
     if device.type == "cuda":
@@ -291,11 +293,18 @@ def peak_memory(
         before = _status("VmRSS") or 0
         result = run()
         peak = _status("VmHWM") if counted else None
-    if peak is None:
-        return result, None
     mine = _storages(inputs)
     fresh = sum(size for at, size in _storages(result[1]).items() if at not in mine)
-    return result, max(0.0, (peak - before - fresh) / MIB)
+    return result, None if peak is None else max(0.0, (peak - before - fresh) / MIB), fresh
+
+
+def touch(nbytes: int) -> None:
+    """Uses so much memory and frees it.
+
+    A virtual machine's unused memory goes back to its host after seconds; the first use then costs eight times a page fault,
+    and would be charged to whoever allocates most.
+    """
+    torch.ones(nbytes, dtype=torch.uint8)
 
 
 class OtherLoad:

@@ -226,13 +226,15 @@ def test_peak_memory_sees_scratch_and_not_the_output():
         return None, torch.ones(32 * 2**20, dtype=torch.uint8)
 
     work()
-    _, peak = machine.peak_memory(work, [], CPU)
+    _, peak, fresh = machine.peak_memory(work, [], CPU)
     assert peak is not None
+    assert fresh == 32 * 2**20
     assert 12 < peak < 24  # 48 MiB of scratch, of which the output's 32 hide that much
     kept = torch.ones(32 * 2**20, dtype=torch.uint8)
-    _, peak = machine.peak_memory(lambda: (None, kept.add_(1)), [kept], CPU)
+    _, peak, fresh = machine.peak_memory(lambda: (None, kept.add_(1)), [kept], CPU)
     assert peak is not None
     assert peak < 4
+    assert fresh == 0
 
 
 def judged(target: Target, **ms: float) -> dict | None:
