@@ -6,6 +6,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <stdexcept>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -178,13 +179,20 @@ void bind_saliency(py::module_& m) {
       no_gil);
 }
 
+void check_topk(int result) {
+  if (result == fu::kTopkNoMemory) throw std::runtime_error("topk_mask: out of memory for its workspace");
+  if (result != fu::kTopkDone)
+    throw std::runtime_error(
+        "topk_mask: the k-th score was not found; did another thread write to the scores?");
+}
+
 void bind_topk(py::module_& m) {
   m.def(
       "topk_select_cpu",
       [](Address tensors, int64_t n, int dtype, bool absolute, int64_t counts, Address ks, Address bits) {
         int64_t nan = 0;
-        FU_CALL(topk_select, at<const fu::TopkTensor>(tensors), n, dtype, absolute, counts,
-                at<const int64_t>(ks), at<const uint64_t>(bits), &nan);
+        check_topk(FU_CALL(topk_select, at<const fu::TopkTensor>(tensors), n, dtype, absolute, counts,
+                           at<const int64_t>(ks), at<const uint64_t>(bits), &nan));
         return nan;
       },
       no_gil);
@@ -192,8 +200,8 @@ void bind_topk(py::module_& m) {
       "topk_tensors_cpu",
       [](Address tensors, int64_t n, int dtype, bool absolute, int64_t counts, Address ks, Address bits) {
         int64_t nan = 0;
-        FU_CALL(topk_tensors, at<const fu::TopkTensor>(tensors), n, dtype, absolute, counts,
-                at<const int64_t>(ks), at<const uint64_t>(bits), &nan);
+        check_topk(FU_CALL(topk_tensors, at<const fu::TopkTensor>(tensors), n, dtype, absolute, counts,
+                           at<const int64_t>(ks), at<const uint64_t>(bits), &nan));
         return nan;
       },
       no_gil);
@@ -201,8 +209,8 @@ void bind_topk(py::module_& m) {
       "topk_rows_cpu",
       [](Address tensors, int64_t n, int dtype, bool absolute, int64_t counts, Address ks, Address bits) {
         int64_t nan = 0;
-        FU_CALL(topk_rows, at<const fu::TopkTensor>(tensors), n, dtype, absolute, counts,
-                at<const int64_t>(ks), at<const uint64_t>(bits), &nan);
+        check_topk(FU_CALL(topk_rows, at<const fu::TopkTensor>(tensors), n, dtype, absolute, counts,
+                           at<const int64_t>(ks), at<const uint64_t>(bits), &nan));
         return nan;
       },
       no_gil);
@@ -210,15 +218,15 @@ void bind_topk(py::module_& m) {
       "topk_histogram_cpu",
       [](Address tensors, int64_t n, int dtype, bool absolute, Address lo, Address shift, int64_t bins,
          Address out) {
-        FU_CALL(topk_histogram, at<const fu::TopkTensor>(tensors), n, dtype, absolute, at<const int64_t>(lo),
-                at<const int64_t>(shift), bins, at<int64_t>(out));
+        check_topk(FU_CALL(topk_histogram, at<const fu::TopkTensor>(tensors), n, dtype, absolute,
+                           at<const int64_t>(lo), at<const int64_t>(shift), bins, at<int64_t>(out)));
       },
       no_gil);
   m.def(
       "topk_write_cpu",
       [](Address tensors, int64_t n, int dtype, bool absolute, Address key, Address take, Address bits) {
-        FU_CALL(topk_write, at<const fu::TopkTensor>(tensors), n, dtype, absolute, at<const int64_t>(key),
-                at<const int64_t>(take), at<const uint64_t>(bits));
+        check_topk(FU_CALL(topk_write, at<const fu::TopkTensor>(tensors), n, dtype, absolute,
+                           at<const int64_t>(key), at<const int64_t>(take), at<const uint64_t>(bits)));
       },
       no_gil);
 #if defined(FU_WITH_CUDA)

@@ -69,7 +69,7 @@ class Selector {
       total_ += tensors[i].rows * tensors[i].cols;
       for_chunks(tensors[i].rows, tensors[i].cols, [&](int64_t, int64_t, int32_t, int32_t) { ++chunks; });
     }
-    if (!chunks_.resize(chunks)) abort();
+    if (!chunks_.resize(chunks)) throw Failure{kTopkNoMemory};
     Chunk* c = chunks_.p;
     for (int64_t i = 0; i < n; ++i)
       for_chunks(tensors[i].rows, tensors[i].cols,
@@ -93,7 +93,8 @@ class Selector {
       if (finish(ks[d], brackets[d], out, mine, tallies[d])) continue;
       const Bracket narrow = narrow_bracket(ks[d], tallies[d].nan);
       stream(1, &narrow, out, mine, &tallies[d]);
-      if (!finish(ks[d], narrow, out, mine, tallies[d])) abort();
+      if (!finish(ks[d], narrow, out, mine, tallies[d]))
+        throw Failure{tallies[d].overflow ? kTopkNoMemory : kTopkNotFound};
     }
     return counts > 0 ? tallies[0].nan : 0;
   }
@@ -178,14 +179,16 @@ class Selector {
   void stream(int64_t counts, const Bracket* brackets, const uint64_t* bits, Record* records,
               Tally* tallies) {
     for (int64_t d = 0; d < counts; ++d) tallies[d] = Tally();
-    if (!pools_) pools_ = new Buffer<Candidate>[size_t(threads_)];
+    if (!pools_) pools_ = new (std::nothrow) Buffer<Candidate>[size_t(threads_)];
+    if (!pools_) throw Failure{kTopkNoMemory};
+    Array<Tally> of_threads(counts * threads_);
 #pragma omp parallel num_threads(threads_)
     {
       const ExactFloats exact;
       const int me = thread_index();
       Buffer<Candidate>& pool = pools_[me];
       pool.n = 0;
-      Array<Tally> mine(counts);
+      Tally* mine = of_threads.p + me * counts;
       uint64_t within[kChunk / 64];
       // Small steps keep a machine busy that does other things; big ones keep the scores in order.
 #pragma omp for schedule(dynamic, 4)
@@ -284,7 +287,7 @@ class Selector {
       *greater += bins[b];
     }
     Buffer<uint32_t> keys;
-    if (!keys.resize(bins[b] + 1)) abort();
+    if (!keys.resize(bins[b] + 1)) throw Failure{kTopkNoMemory};
     int64_t n = 0;
     for (int64_t c = 0; c < chunks_.n; ++c) {
       const Candidate* p = pools_[records[c].thread].p + records[c].start;
@@ -305,7 +308,7 @@ class Selector {
   void patch(uint32_t key, int64_t take, int64_t equal, const uint64_t* bits, const Record* records) {
     Buffer<int64_t> left;  // ties that a chunk may still take
     if (take < equal) {
-      if (!left.resize(chunks_.n)) abort();
+      if (!left.resize(chunks_.n)) throw Failure{kTopkNoMemory};
       for (int64_t c = 0; c < chunks_.n; ++c) {
         left.p[c] = take;
         const Candidate* p = pools_[records[c].thread].p + records[c].start;
@@ -390,7 +393,7 @@ class Selector {
 template <class T, bool Abs>
 int64_t select_row(const T* x, int64_t cols, int64_t counts, const int64_t* ks, int64_t step, int64_t byte,
                    const uint64_t* bits, Buffer<uint32_t>& keys) {
-  if (!keys.reserve((cols + 63) / 64 * 64)) abort();
+  if (!keys.reserve((cols + 63) / 64 * 64)) throw Failure{kTopkNoMemory};
   uint32_t* p = keys.p;
   int64_t valid = 0;
   for (int64_t i = 0; i < cols; ++i) {
@@ -432,13 +435,19 @@ int64_t select_rows(const TopkTensor* tensors, int64_t n, int64_t counts, const 
     if (rows == 0 || cols == 0) continue;
     const T* x = reinterpret_cast<const T*>(tensors[t].scores);
     if (cols <= kSmallRow) {
+      int failed = kTopkDone;
 #pragma omp parallel reduction(+ : nan) if (rows * cols > kChunk)
       {
         Buffer<uint32_t> keys;
 #pragma omp for schedule(static)
-        for (int64_t r = 0; r < rows; ++r)
-          nan += select_row<T, Abs>(x + r * cols, cols, counts, ks + t, n, r * width, bits + t, keys);
+        for (int64_t r = 0; r < rows; ++r) try {
+            nan += select_row<T, Abs>(x + r * cols, cols, counts, ks + t, n, r * width, bits + t, keys);
+          } catch (const Failure& failure) {
+#pragma omp atomic write
+            failed = failure.code;
+          }
       }
+      if (failed) throw Failure{failed};
       continue;
     }
     Array<int64_t> k(counts);
@@ -470,9 +479,15 @@ int64_t select_tensors(const TopkTensor* tensors, int64_t n, int64_t counts, con
     return Selector<T, Abs>(tensors + t, 1, threads).select(counts, k.p, out.p);
   };
   const auto small = [&](int64_t t) { return tensors[t].rows * tensors[t].cols <= kOneThread; };
+  int failed = kTopkDone;
 #pragma omp parallel for schedule(dynamic) reduction(+ : nan) if (n > 1)
-  for (int64_t t = 0; t < n; ++t)
-    if (small(t)) nan += select(t, 1);
+  for (int64_t t = 0; t < n; ++t) try {
+      if (small(t)) nan += select(t, 1);
+    } catch (const Failure& failure) {
+#pragma omp atomic write
+      failed = failure.code;
+    }
+  if (failed) throw Failure{failed};
   for (int64_t t = 0; t < n; ++t)
     if (!small(t)) nan += select(t, available_threads());
   return nan;
@@ -484,7 +499,7 @@ struct Flag {
   static constexpr bool value = B;
 };
 template <class F>
-void dispatch(int dtype, bool absolute, F f) {
+int dispatch(int dtype, bool absolute, F f) try {
   const auto by_key = [&](auto type) {
     if (absolute)
       f(type, Flag<true>());
@@ -494,42 +509,45 @@ void dispatch(int dtype, bool absolute, F f) {
   if (dtype == kF32) by_key(float());
   if (dtype == kF16) by_key(f16());
   if (dtype == kBF16) by_key(bf16());
+  return kTopkDone;
+} catch (const Failure& failure) {
+  return failure.code;
 }
 
 }  // namespace
 
-void topk_select(const TopkTensor* tensors, int64_t n, int dtype, bool absolute, int64_t counts,
-                 const int64_t* ks, const uint64_t* bits, int64_t* nan) {
-  dispatch(dtype, absolute, [&](auto type, auto flag) {
+int topk_select(const TopkTensor* tensors, int64_t n, int dtype, bool absolute, int64_t counts,
+                const int64_t* ks, const uint64_t* bits, int64_t* nan) {
+  return dispatch(dtype, absolute, [&](auto type, auto flag) {
     *nan = Selector<decltype(type), decltype(flag)::value>(tensors, n).select(counts, ks, bits);
   });
 }
 
-void topk_tensors(const TopkTensor* tensors, int64_t n, int dtype, bool absolute, int64_t counts,
-                  const int64_t* ks, const uint64_t* bits, int64_t* nan) {
-  dispatch(dtype, absolute, [&](auto type, auto flag) {
+int topk_tensors(const TopkTensor* tensors, int64_t n, int dtype, bool absolute, int64_t counts,
+                 const int64_t* ks, const uint64_t* bits, int64_t* nan) {
+  return dispatch(dtype, absolute, [&](auto type, auto flag) {
     *nan = select_tensors<decltype(type), decltype(flag)::value>(tensors, n, counts, ks, bits);
   });
 }
 
-void topk_rows(const TopkTensor* tensors, int64_t n, int dtype, bool absolute, int64_t counts,
-               const int64_t* ks, const uint64_t* bits, int64_t* nan) {
-  dispatch(dtype, absolute, [&](auto type, auto flag) {
+int topk_rows(const TopkTensor* tensors, int64_t n, int dtype, bool absolute, int64_t counts,
+              const int64_t* ks, const uint64_t* bits, int64_t* nan) {
+  return dispatch(dtype, absolute, [&](auto type, auto flag) {
     *nan = select_rows<decltype(type), decltype(flag)::value>(tensors, n, counts, ks, bits);
   });
 }
 
-void topk_histogram(const TopkTensor* tensors, int64_t n, int dtype, bool absolute, const int64_t* lo,
-                    const int64_t* shift, int64_t bins, int64_t* out) {
+int topk_histogram(const TopkTensor* tensors, int64_t n, int dtype, bool absolute, const int64_t* lo,
+                   const int64_t* shift, int64_t bins, int64_t* out) {
   memset(out, 0, size_t(n * bins) * sizeof(int64_t));
-  dispatch(dtype, absolute, [&](auto type, auto flag) {
+  return dispatch(dtype, absolute, [&](auto type, auto flag) {
     Selector<decltype(type), decltype(flag)::value>(tensors, n).histogram(lo, shift, bins, out, true);
   });
 }
 
-void topk_write(const TopkTensor* tensors, int64_t n, int dtype, bool absolute, const int64_t* key,
-                const int64_t* take, const uint64_t* bits) {
-  dispatch(dtype, absolute, [&](auto type, auto flag) {
+int topk_write(const TopkTensor* tensors, int64_t n, int dtype, bool absolute, const int64_t* key,
+               const int64_t* take, const uint64_t* bits) {
+  return dispatch(dtype, absolute, [&](auto type, auto flag) {
     for (int64_t i = 0; i < n; ++i)
       Selector<decltype(type), decltype(flag)::value>(tensors + i, 1)
           .write(uint32_t(key[i]), take[i], bits + i);

@@ -17,6 +17,9 @@ struct TopkTensor {
 
 constexpr int kTopkBins = 2048;
 
+// What the functions for a CPU return.
+enum TopkResult : int { kTopkDone = 0, kTopkNoMemory = 1, kTopkNotFound = 2 };
+
 // Keys of -inf and inf: the least and the largest that a value can have.
 FU_HD uint32_t topk_key_min(bool absolute) {
   return absolute ? 1u : 0x007fffffu;
@@ -44,24 +47,24 @@ FU_HD float topk_unkey(uint32_t key, bool absolute) {
 
 // bits[d * n + i]: address of the bits of tensor i at the d-th count ks[d], at most the number of entries.
 // Writes all bits; *nan = entries that are NaN.
-FU_DECLARE(void, topk_select,
+FU_DECLARE(int, topk_select,
            (const fu::TopkTensor* tensors, int64_t n, int dtype, bool absolute, int64_t counts,
             const int64_t* ks, const uint64_t* bits, int64_t* nan))
 // The same with every tensor on its own; ks[d * n + i]: entries to keep in tensor i.
-FU_DECLARE(void, topk_tensors,
+FU_DECLARE(int, topk_tensors,
            (const fu::TopkTensor* tensors, int64_t n, int dtype, bool absolute, int64_t counts,
             const int64_t* ks, const uint64_t* bits, int64_t* nan))
 // The same with every row of every tensor on its own; ks[d * n + i]: entries to keep in each row of tensor i.
-FU_DECLARE(void, topk_rows,
+FU_DECLARE(int, topk_rows,
            (const fu::TopkTensor* tensors, int64_t n, int dtype, bool absolute, int64_t counts,
             const int64_t* ks, const uint64_t* bits, int64_t* nan))
 // out[i * bins + b] = entries of tensor i that are no NaN and have (key - lo[i]) >> shift[i] == b, for b <
 // bins.
-FU_DECLARE(void, topk_histogram,
+FU_DECLARE(int, topk_histogram,
            (const fu::TopkTensor* tensors, int64_t n, int dtype, bool absolute, const int64_t* lo,
             const int64_t* shift, int64_t bins, int64_t* out))
 // bits[i]: entries of tensor i with a key above key[i], and the first take[i] whose key is key[i].
-FU_DECLARE(void, topk_write,
+FU_DECLARE(int, topk_write,
            (const fu::TopkTensor* tensors, int64_t n, int dtype, bool absolute, const int64_t* key,
             const int64_t* take, const uint64_t* bits))
 

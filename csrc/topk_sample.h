@@ -3,6 +3,7 @@
 
 #include <cmath>
 #include <cstdlib>
+#include <new>
 
 #include "topk_scan.h"
 
@@ -18,6 +19,11 @@ constexpr int64_t kMostUnits = 1 << 16;
 constexpr int64_t kUnitsEach = 16;  // one unit in so many, until there are kMostUnits
 constexpr int64_t kSmall = 8192;    // entries below which a sample does not pay
 constexpr double kSigmas = 4.5;
+
+// Thrown where no other thread is waiting, and turned into the code that the functions of topk.h return.
+struct Failure {
+  int code;
+};
 
 int available_threads() {
 #if defined(_OPENMP)
@@ -64,7 +70,9 @@ template <class E>
 struct Array {
   E* p;
   int64_t n;
-  explicit Array(int64_t n_) : p(new E[size_t(n_)]()), n(n_) {}
+  explicit Array(int64_t n_) : p(new (std::nothrow) E[size_t(n_)]()), n(n_) {
+    if (!p) throw Failure{kTopkNoMemory};
+  }
   Array(const Array&) = delete;
   ~Array() { delete[] p; }
   E& operator[](int64_t i) { return p[i]; }
@@ -100,7 +108,7 @@ uint32_t kth_largest(const uint32_t* keys, int64_t n, int64_t r) {
     if (shift == 0) return lo + uint32_t(b);
     const int64_t count = bins[b];
     Buffer<uint32_t> next;
-    if (!next.resize(count)) abort();
+    if (!next.resize(count)) throw Failure{kTopkNoMemory};
     int64_t at = 0;
     for (int64_t i = 0; i < n && at < count; ++i) {
       next.p[at] = keys[i];
@@ -161,7 +169,7 @@ class Sampler {
     // A coarse bracket from every 32nd unit of the sample.
     const int64_t every = units >= 2048 ? 32 : 1, most = (units / every + 1) * kUnit;
     Buffer<uint32_t> coarse;
-    if (!coarse.resize(2 * most)) abort();
+    if (!coarse.resize(2 * most)) throw Failure{kTopkNoMemory};
     int64_t n = 0;
     for_units(units, every, 0, units, [&](const T* x) {
       for (int64_t j = 0; j < kUnit; ++j) coarse.p[n + j] = key_of<T, Abs>(x[j]);
@@ -226,6 +234,7 @@ class Sampler {
   void probe(int64_t units, int64_t counts, Probe* probes) {
     const int parts = units >= 2048 ? threads_ : 1;
     bool failed = false;
+    Array<Probe> of_parts(counts * parts);
     for (int64_t d = 0; d < counts; ++d) {
       probes[d].above = probes[d].sum = probes[d].squares = 0;
       probes[d].keys.n = 0;
@@ -234,7 +243,7 @@ class Sampler {
     {
       const int64_t part = thread_index(), piece = (units + parts - 1) / parts;
       const int64_t first = part * piece, last = first + piece < units ? first + piece : units;
-      Array<Probe> mine(counts);
+      Probe* mine = of_parts.p + part * counts;
       bool ok = true;
       for (int64_t d = 0; d < counts; ++d) ok &= mine[d].keys.reserve((last - first) / 2 + 2 * kUnit);
       if (ok)
@@ -278,7 +287,7 @@ class Sampler {
           memcpy(all.keys.p + at, mine[d].keys.p, size_t(mine[d].keys.n) * sizeof(uint32_t));
       }
     }
-    if (failed) abort();
+    if (failed) throw Failure{kTopkNoMemory};
   }
 
   // Order statistics of the whole sample around the share, found among its keys in [lo, hi]; false when they

@@ -6,6 +6,7 @@ tensor, and reads the addresses from a table. Whole blocks are read without a ma
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 
 import torch
@@ -101,6 +102,39 @@ def _kernel(
         _block(table, tensor, count, places, mask, KIND, GRAD, WEIGHT, ALIGNED, False)
 
 
+@triton.jit
+def _term(grads, weights, places, mask, KIND: tl.constexpr, WHOLE: tl.constexpr):
+    if WHOLE:
+        term = tl.load(grads + places).to(tl.float32)
+    else:
+        term = tl.load(grads + places, mask=mask, other=0.0).to(tl.float32)
+    if KIND == 0:
+        term = tl.abs(term)
+    elif KIND == 1:
+        term = term * term
+    elif KIND == 3:
+        if WHOLE:
+            weight = tl.load(weights + places).to(tl.float32)
+        else:
+            weight = tl.load(weights + places, mask=mask, other=0.0).to(tl.float32)
+        term = tl.abs(weight * term)
+    return term
+
+
+@triton.jit
+def _kernel_one(scores, grads, weights, numel, KIND: tl.constexpr, BLOCK: tl.constexpr):
+    """One tensor: its addresses are arguments, there is no table to upload."""
+    start = tl.program_id(0).to(tl.int64) * BLOCK
+    places = start + tl.arange(0, BLOCK)
+    mask = places < numel
+    if start + BLOCK <= numel:
+        term = _term(grads, weights, places, mask, KIND, True)
+        tl.store(scores + places, tl.load(scores + places) + term)
+    else:
+        term = _term(grads, weights, places, mask, KIND, False)
+        tl.store(scores + places, tl.load(scores + places, mask=mask, other=0.0) + term, mask=mask)
+
+
 def _one_code(tensors: Sequence[Tensor]) -> int:
     codes = {_CODES[t.dtype] for t in tensors}
     return codes.pop() if len(codes) == 1 else MIXED
@@ -110,29 +144,41 @@ def saliency_accumulate_(
     scores: Sequence[Tensor], grads: Sequence[Tensor], weights: Sequence[Tensor], kind: int, block: int = BLOCK
 ) -> None:
     """All tensors contiguous and on one device; `weights` is empty but for kind 3."""
-    keep = [i for i, s in enumerate(scores) if s.numel()]
-    if not keep:
+    sizes = [s.numel() for s in scores]
+    if not all(sizes):
+        keep = [i for i, n in enumerate(sizes) if n]
+        if not keep:
+            return
+        scores, grads, sizes = [scores[i] for i in keep], [grads[i] for i in keep], [sizes[i] for i in keep]
+        weights = [weights[i] for i in keep] if weights else []
+    if len(scores) == 1:
+        with torch.cuda.device_of(scores[0]):
+            _kernel_one[(-(-sizes[0] // block),)](
+                scores[0], grads[0].detach(), weights[0].detach() if weights else scores[0], sizes[0], kind, block,
+                num_warps=WARPS,
+            )  # fmt: skip
         return
-    scores, grads = [scores[i] for i in keep], [grads[i] for i in keep]
-    weights = [weights[i] for i in keep] if weights else []
-    first = [0]
-    for s in scores:
-        first.append(first[-1] + -(-s.numel() // block))
-    blocks = first.pop()
-    addresses = [
-        [s.data_ptr() for s in scores],
-        [g.data_ptr() for g in grads],
-        [w.data_ptr() for w in weights] or [0] * len(scores),
-    ]
+    device = scores[0].device
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "saliency_accumulate_: called with several tensors while a CUDA graph is captured; their table is uploaded anew "
+            "by every call and would be stale when the graph is replayed. Call it outside the graph, or with one tensor at a time"
+        )
+    blocks = 0
+    first = []
+    for n in sizes:
+        first.append(blocks)
+        blocks += -(-n // block)
+    addresses = [s.data_ptr() for s in scores] + [g.data_ptr() for g in grads]
+    addresses += [w.data_ptr() for w in weights] or [0] * len(scores)
     codes = [_CODES[g.dtype] for g in grads]
     if weights:
         codes = [c + 4 * _CODES[w.dtype] for c, w in zip(codes, weights)]
-    table = torch.tensor([*addresses, [s.numel() for s in scores], codes, first], dtype=torch.int64)
-    device = scores[0].device
+    table = torch.frombuffer(array("q", addresses + sizes + codes + first), dtype=torch.int64)
     if device.type == "cuda":
         # From pinned memory the copy is queued and the host does not wait for the device.
         table = table.pin_memory().to(device, non_blocking=True)
-    aligned = all(a % 16 == 0 for row in addresses for a in row)
+    aligned = all(a % 16 == 0 for a in addresses)
     with torch.cuda.device_of(scores[0]):
         _kernel[(blocks,)](
             table, len(scores), (len(scores) - 1).bit_length(), kind,

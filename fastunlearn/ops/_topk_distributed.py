@@ -53,22 +53,28 @@ class _Shard:
 
     def __init__(self, scores: Sequence[Tensor], absolute: bool):
         self.scores, self.absolute = topk.uniform(scores), absolute
+        self.shapes = topk.extents(self.scores)
         name = _backend.resolve(topk._OP, scores[0].device, topk.native_limits(self.scores))
         self.native = name == "native"
+        if self.native:
+            topk.refuse_capture(scores[0].device)
+
+    def _rows(self) -> list[Tensor]:
+        return [t.reshape(shape) for t, shape in zip(self.scores, self.shapes)]
 
     def histogram(self, lo: list[int], shift: int, bins: int) -> Tensor:
         """int64 [tensors, bins]."""
         shifts = [shift] * len(self.scores)
         if not self.native:
-            return reference.topk_histogram(self.scores, self.absolute, lo, shifts, bins)
+            return reference.topk_histogram(self._rows(), self.absolute, lo, shifts, bins)
         if _native.is_cuda(self.scores[0].device):
             counts = self.scores[0].new_empty(len(self.scores), topk.BINS, dtype=torch.int64)
             params = [[[0, low, shift, 0] for low in lo]]
-            call = topk.CudaCall(self.scores, [], params, self.absolute)
+            call = topk.CudaCall(self.scores, self.shapes, [], params, self.absolute)
             _native.library().topk_histogram_cuda(call.arguments, counts.data_ptr())
             return counts[:, :bins].cpu()
         out = torch.empty(len(self.scores), bins, dtype=torch.int64)
-        tensors, low, by = topk.table(self.scores), torch.tensor(lo), torch.tensor(shifts)
+        tensors, low, by = topk.table(self.scores, self.shapes), torch.tensor(lo), torch.tensor(shifts)
         dtype = _native.DTYPES[self.scores[0].dtype]
         head = (tensors.data_ptr(), len(self.scores), dtype, self.absolute)
         _native.library().topk_histogram_cpu(*head, low.data_ptr(), by.data_ptr(), bins, out.data_ptr())
@@ -77,14 +83,14 @@ class _Shard:
     def write(self, key: list[int], take: list[int]) -> list[Tensor]:
         """Bits of the entries above key[i] and of the first take[i] equal to it."""
         if not self.native:
-            return reference.topk_write(self.scores, self.absolute, key, take)
-        bits = topk.empty_bits(self.scores)
+            return reference.topk_write(self._rows(), self.absolute, key, take)
+        bits = topk.empty_bits(self.shapes, self.scores[0].device)
         if _native.is_cuda(self.scores[0].device):
             params = [[[0, threshold, 0, ties] for threshold, ties in zip(key, take)]]
-            call = topk.CudaCall(self.scores, [bits], params, self.absolute)
+            call = topk.CudaCall(self.scores, self.shapes, [bits], params, self.absolute)
             _native.library().topk_write_cuda(call.arguments)
             return bits
-        tensors, keys, ties = topk.table(self.scores), torch.tensor(key), torch.tensor(take)
+        tensors, keys, ties = topk.table(self.scores, self.shapes), torch.tensor(key), torch.tensor(take)
         out, dtype = topk.addresses([bits]), _native.DTYPES[self.scores[0].dtype]
         head = (tensors.data_ptr(), len(self.scores), dtype, self.absolute)
         _native.library().topk_write_cpu(*head, keys.data_ptr(), ties.data_ptr(), out.data_ptr())

@@ -153,6 +153,13 @@ class BitMask:
         self.bits = bits
         self.shape = torch.Size(shape)
 
+    @classmethod
+    def _of(cls, bits: Tensor, shape: torch.Size) -> BitMask:
+        """Wraps bits that are known to fit, without a check."""
+        mask = cls.__new__(cls)
+        mask.bits, mask.shape = bits, shape
+        return mask
+
     @staticmethod
     def pack(mask: Tensor) -> BitMask:
         """Packs a bool tensor of any shape.

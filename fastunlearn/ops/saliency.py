@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ Kind = Literal["abs", "square", "signed", "weight_grad"]
 #: names and numbers of the kinds (csrc/saliency.h: SaliencyKind)
 KINDS: dict[str, int] = {name: number for number, name in enumerate(get_args(Kind))}
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_DTYPES = frozenset(DTYPES)
 
 _OP = _backend.register("saliency_accumulate_", native=("cpu",), triton=("cuda",))
 
@@ -40,18 +42,18 @@ def _dispatch(scores: Sequence[Tensor], grads: Sequence[Tensor], weights: Sequen
 
         kernels.saliency_accumulate_(flat, grads, weights, KINDS[kind])
     else:
-        rows = [
-            (
-                s.data_ptr(),
-                grads[i].data_ptr(),
-                weights[i].data_ptr() if weights else 0,
-                s.numel(),
-                _native.DTYPES[grads[i].dtype],
-                _native.DTYPES[weights[i].dtype] if weights else 0,
-            )
-            for i, s in enumerate(flat)
-        ]
-        _native.library().saliency_accumulate_cpu(rows, KINDS[kind])
+        codes = _native.DTYPES
+        ours = [s.data_ptr() for s in flat]
+        theirs = [g.data_ptr() for g in grads]
+        sizes = [s.numel() for s in flat]
+        types = [codes[g.dtype] for g in grads]
+        if weights:
+            others, kinds = [w.data_ptr() for w in weights], [codes[w.dtype] for w in weights]
+        else:
+            others = kinds = [0] * len(flat)
+        _native.library().saliency_accumulate_cpu(list(zip(ours, theirs, others, sizes, types, kinds)), KINDS[kind])
+    # autograd learns of a change that it has not made itself.
+    torch.autograd.graph.increment_version([s for s in scores if not s.is_inference()])
     for s, f in zip(scores, flat):
         if f is not s:
             s.copy_(f)
@@ -72,17 +74,17 @@ def _(scores: list[Tensor], grads: list[Tensor], weights: list[Tensor], kind: st
     return None
 
 
-def _checked(what: str, tensor: object, i: int, score: Tensor) -> Tensor:
+def _checked(what: str, tensor: object, i: int, score: Tensor, device: torch.device) -> Tensor:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{what}[{i}]: want a tensor, got {type(tensor).__name__}")
     if tensor.layout != torch.strided:
         raise TypeError(f"{what}[{i}]: want a dense tensor, got {tensor.layout} ({what}[{i}].to_dense() converts)")
-    if tensor.dtype not in DTYPES:
+    if tensor.dtype not in _DTYPES:
         raise TypeError(f"{what}[{i}]: want float32, float16 or bfloat16, got {tensor.dtype}")
     if tensor.shape != score.shape:
         raise ValueError(f"{what}[{i}]: shape {tuple(tensor.shape)}, but scores[{i}] is {tuple(score.shape)}")
-    if tensor.device != score.device:
-        raise ValueError(f"{what}[{i}]: on {tensor.device}, but scores[{i}] is on {score.device}; move one of them")
+    if tensor.device != device:
+        raise ValueError(f"{what}[{i}]: on {tensor.device}, but scores[{i}] is on {device}; move one of them")
     return tensor
 
 
@@ -114,7 +116,8 @@ def saliency_accumulate_(
 
     Raises:
         TypeError: a score that is not float32, a gradient or weight of another type, a sparse tensor. ValueError: lists of
-        different lengths, shapes or devices that differ, all gradients None, one score twice, unknown kind, weights missing or not asked for.
+        different lengths, shapes or devices that differ, all gradients None, one score twice, unknown kind, weights missing or
+        not asked for. RuntimeError: several tensors while a CUDA graph is captured (one tensor a call can be captured).
 
     Example:
         >>> scores = [torch.zeros_like(p, dtype=torch.float32) for p in model.parameters()]
@@ -142,25 +145,30 @@ def saliency_accumulate_(
     to_scores: list[Tensor] = []
     to_grads: list[Tensor] = []
     to_weights: list[Tensor] = []
-    for i, score in enumerate(scores):
+    sharded: Any = ()
+    if "torch.distributed.tensor" in sys.modules:
+        sharded = sys.modules["torch.distributed.tensor"].DTensor
+    device: torch.device | None = None
+    for i, (score, grad) in enumerate(zip(scores, grads)):
         if not isinstance(score, Tensor):
             raise TypeError(f"scores[{i}]: want a tensor, got {type(score).__name__}")
         if score.dtype != torch.float32:
             raise TypeError(
                 f"scores[{i}]: want torch.float32, got {score.dtype} (torch.zeros_like(p, dtype=torch.float32) makes one)"
             )
-        score = local(score)
-        grad = grads[i]
         if grad is None:
             continue
+        if sharded:
+            score, grad = local(score), local(grad)
+        where = score.device
         to_scores.append(score)
-        to_grads.append(_checked("grads", local(grad), i, score))
+        to_grads.append(_checked("grads", grad, i, score, where))
         if weights is not None:
-            to_weights.append(_checked("weights", local(weights[i]), i, score))
-        if score.device != to_scores[0].device:
-            raise ValueError(
-                f"scores[{i}]: on {score.device}, the first on {to_scores[0].device}; call once for every device"
-            )
+            to_weights.append(_checked("weights", local(weights[i]), i, score, where))
+        if device is None:
+            device = where
+        elif where != device:
+            raise ValueError(f"scores[{i}]: on {where}, the first on {device}; call once for every device")
     if len(scores) and not to_scores:
         raise ValueError("grads: every gradient is None; call loss.backward() first (and zero_grad() only after this)")
     if torch.compiler.is_compiling():

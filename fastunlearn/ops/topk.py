@@ -10,7 +10,9 @@ import numbers
 import operator
 import sys
 import warnings
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterable, Sequence
+from itertools import chain
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
@@ -71,6 +73,7 @@ def _check_scores(scores: Any) -> list[Tensor]:
     if "torch.distributed.tensor" in sys.modules:
         sharded = sys.modules["torch.distributed.tensor"].DTensor
     out = []
+    device, plain = None, True
     for i, t in enumerate(scores):
         if not isinstance(t, Tensor):
             raise TypeError(f"scores[{i}]: want a tensor, got {type(t).__name__}")
@@ -78,10 +81,13 @@ def _check_scores(scores: Any) -> list[Tensor]:
             raise TypeError(
                 f"scores[{i}]: want float32, float16, bfloat16 or float64, got {t.dtype} (convert it: scores.float())"
             )
-        if t.device != scores[0].device:
-            raise ValueError(f"scores[{i}] is on {t.device}, scores[0] on {scores[0].device}: want one device")
-        out.append((t.to_local() if isinstance(t, sharded) else t).detach())
-    return out
+        if device is None:
+            device = t.device
+        elif t.device != device:
+            raise ValueError(f"scores[{i}] is on {t.device}, scores[0] on {device}: want one device")
+        plain = plain and not t.requires_grad
+        out.append(t.to_local() if sharded and isinstance(t, sharded) else t)
+    return out if plain else [t.detach() for t in out]
 
 
 def _check_density(density: Any) -> float:
@@ -113,10 +119,18 @@ def _check_amount(density: Any, k: Any) -> tuple[list[float] | None, int | None]
 
 
 def uniform(scores: Sequence[Tensor]) -> list[Tensor]:
-    """The scores as contiguous [rows, cols] of one dtype: the widest that is there, float32 for a mixture of 16 bits."""
+    """The scores contiguous and of one dtype: the widest that is there, float32 for a mixture of 16 bits."""
     dtypes = {t.dtype for t in scores}
-    dtype = dtypes.pop() if len(dtypes) == 1 else torch.float64 if torch.float64 in dtypes else torch.float32
-    return [t.reshape(rows_cols(t.shape)).to(dtype).contiguous() for t in scores]
+    if len(dtypes) == 1:
+        return [t if t.is_contiguous() else t.contiguous() for t in scores]
+    dtype = torch.float64 if torch.float64 in dtypes else torch.float32
+    return [t.to(dtype).contiguous() for t in scores]
+
+
+def extents(scores: Iterable[Tensor]) -> list[tuple[int, int]]:
+    """(rows, cols) of each tensor as a mask sees it."""
+    shapes = [t.shape for t in scores]
+    return [tuple(s) if len(s) == 2 else rows_cols(s) for s in shapes]  # type: ignore[misc]
 
 
 def native_limits(scores: Sequence[Tensor]) -> dict[str, str]:
@@ -126,17 +140,34 @@ def native_limits(scores: Sequence[Tensor]) -> dict[str, str]:
     return {}
 
 
-def table(scores: Sequence[Tensor]) -> Tensor:
-    """int64 [tensors, 4]: address, rows, cols, 0 (csrc/topk.h: TopkTensor)."""
-    return torch.tensor([[t.data_ptr(), t.shape[0], t.shape[1], 0] for t in scores], dtype=torch.int64)
+def integers(values: Iterable[int]) -> Tensor:
+    """int64 on the host."""
+    values = array("q", values)
+    return torch.frombuffer(values, dtype=torch.int64) if values else torch.empty(0, dtype=torch.int64)
 
 
-def empty_bits(scores: Sequence[Tensor]) -> list[Tensor]:
-    return [t.new_empty(t.shape[0], (t.shape[1] + 7) // 8, dtype=torch.uint8) for t in scores]
+def table(scores: Sequence[Tensor], shapes: Sequence[tuple[int, int]]) -> Tensor:
+    """int64: address, rows, cols, 0 of every tensor (csrc/topk.h: TopkTensor)."""
+    return integers(x for t, (rows, cols) in zip(scores, shapes) for x in (t.data_ptr(), rows, cols, 0))
+
+
+#: Every tensor's bits start on a multiple of this many bytes of the memory that they share.
+_ALIGNMENT = 16
+
+
+def empty_bits(shapes: Sequence[tuple[int, int]], device: torch.device) -> list[Tensor]:
+    """uint8 [rows, ceil(cols / 8)] for each tensor, all in one allocation."""
+    widths = [(cols + 7) // 8 for _, cols in shapes]
+    starts, end = [], 0
+    for (rows, _), width in zip(shapes, widths):
+        starts.append(end)
+        end += -(-rows * width // _ALIGNMENT) * _ALIGNMENT
+    memory = torch.empty(end, dtype=torch.uint8, device=device)
+    return [memory.as_strided((rows, width), (width, 1), at) for (rows, _), width, at in zip(shapes, widths, starts)]
 
 
 def addresses(bits: Sequence[Sequence[Tensor]]) -> Tensor:
-    return torch.tensor([[b.data_ptr() for b in row] for row in bits], dtype=torch.int64)
+    return integers(b.data_ptr() for row in bits for b in row)
 
 
 def warn_nan(nan: int, entries: int, wanted: int) -> None:
@@ -147,21 +178,32 @@ def warn_nan(nan: int, entries: int, wanted: int) -> None:
     warnings.warn(f"topk_mask: {nan} of {entries} scores are NaN and never selected{short}", UserWarning, stacklevel=5)
 
 
+def refuse_capture(device: torch.device) -> None:
+    """The tables of a call are uploaded from memory that is used again later: a graph would replay other contents."""
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "topk_mask: called while a CUDA graph is captured; its tables are uploaded anew by every call and would be stale "
+            "when the graph is replayed. Call it outside the graph and capture what uses the masks"
+        )
+
+
 def _select(
     scores: Sequence[Tensor], densities: Sequence[float] | None, k: int | None, scope: Scope, key: Key
 ) -> list[list[Tensor]]:
     """Bits for every density and tensor."""
-    shapes = [rows_cols(t.shape) for t in scores]
+    shapes = extents(scores)
     counts = [counts_of(d, k, scope, shapes) for d in (densities if densities is not None else [None])]
     device, absolute = scores[0].device, key == "abs"
     flat = uniform(scores)
     if _backend.resolve(_OP, device, native_limits(flat)) == "reference":
-        bits, nan = reference.topk_mask(flat, counts, scope, absolute)
+        rows = [t.reshape(shape) for t, shape in zip(flat, shapes)]
+        bits, nan = reference.topk_mask(rows, counts, scope, absolute)
         found: int | Tensor = int(nan)
     else:
-        bits = [empty_bits(flat) for _ in counts]
+        refuse_capture(device)
+        bits = [empty_bits(shapes, device) for _ in counts]
         select = _select_cuda if _native.is_cuda(device) else _select_cpu
-        found = select(flat, counts, scope, absolute, bits)
+        found = select(flat, shapes, counts, scope, absolute, bits)
     per_scope = shapes if scope == "row" else [(1, 1)] * len(shapes)
     wanted = max(sum(c * rows for c, (rows, _) in zip(row, per_scope)) for row in counts)
     entries = sum(rows * cols for rows, cols in shapes)
@@ -173,11 +215,16 @@ def _select(
 
 
 def _select_cpu(
-    flat: list[Tensor], counts: list[list[int]], scope: Scope, absolute: bool, bits: list[list[Tensor]]
+    flat: list[Tensor],
+    shapes: list[tuple[int, int]],
+    counts: list[list[int]],
+    scope: Scope,
+    absolute: bool,
+    bits: list[list[Tensor]],
 ) -> int:
     """Fills `bits`; returns the number of NaN."""
     library, dtype = _native.library(), _native.DTYPES[flat[0].dtype]
-    tensors, ks, out = table(flat), torch.tensor(counts, dtype=torch.int64), addresses(bits)
+    tensors, ks, out = table(flat, shapes), integers(chain.from_iterable(counts)), addresses(bits)
     call = getattr(library, {"global": "topk_select_cpu", "tensor": "topk_tensors_cpu", "row": "topk_rows_cpu"}[scope])
     return call(tensors.data_ptr(), len(flat), dtype, absolute, len(counts), ks.data_ptr(), out.data_ptr())
 
@@ -188,6 +235,7 @@ class CudaCall:
     def __init__(
         self,
         flat: list[Tensor],
+        shapes: Sequence[tuple[int, int]],
         bits: list[list[Tensor]],
         params: list[list[list[int]]],
         absolute: bool,
@@ -196,20 +244,18 @@ class CudaCall:
     ):
         """params [counts, scopes, 4]; rows: tiles are rows."""
         library, device = _native.library(), flat[0].device
-        table, entries, tiles, per_tile = [], 0, 0, library.topk_tile_bytes()
-        for t in flat:
-            height, width = t.shape
-            table += [t.data_ptr(), height, width, entries, tiles]
+        table: list[int] = []
+        entries, tiles, per_tile = 0, 0, library.topk_tile_bytes()
+        for t, (height, width) in zip(flat, shapes):
+            table += (t.data_ptr(), height, width, entries, tiles)
             entries += height * width
             if not width:
                 continue
             tiles += height if rows else -(-height * ((width + 7) // 8) // per_tile)
         places = [b.data_ptr() for row in bits for b in row]
-        host = torch.tensor(
-            [*table, *places, *(x for row in params for problem in row for x in problem)],
-            dtype=torch.int64,
-            pin_memory=device.type == "cuda",
-        )
+        host = integers(chain(table, places, chain.from_iterable(chain.from_iterable(params))))
+        if device.type == "cuda":
+            host = host.pin_memory()  # the copy is queued: the host does not wait for the device
         self.upload = host.to(device, non_blocking=True)
         scopes, dtype = len(params[0]), _native.DTYPES[flat[0].dtype]
         size = 0 if rows else library.topk_workspace_cuda(len(params), scopes, entries, tiles, dtype, pooled)
@@ -234,11 +280,16 @@ class CudaCall:
 
 
 def _select_cuda(
-    flat: list[Tensor], counts: list[list[int]], scope: Scope, absolute: bool, bits: list[list[Tensor]]
+    flat: list[Tensor],
+    shapes: list[tuple[int, int]],
+    counts: list[list[int]],
+    scope: Scope,
+    absolute: bool,
+    bits: list[list[Tensor]],
 ) -> int | Tensor:
     """Fills `bits` without waiting for the device; returns the number of NaN, on a GPU as a tensor."""
     params = [[[k, 0, 0, 0] for k in row] for row in counts]
-    call = CudaCall(flat, bits, params, absolute, pooled=len(params[0]) == 1, rows=scope == "row")
+    call = CudaCall(flat, shapes, bits, params, absolute, pooled=len(params[0]) == 1, rows=scope == "row")
     library = _native.library()
     (library.topk_rows_cuda if scope == "row" else library.topk_select_cuda)(call.arguments)
     return call.nan if call.nan.is_cuda else int(call.nan)
@@ -249,8 +300,6 @@ _pending: list[tuple[torch.cuda.Event, Tensor, int, int]] = []
 
 
 def _warn_later(nan: Tensor, entries: int, wanted: int) -> None:
-    if torch.cuda.is_current_stream_capturing():
-        return
     host = torch.empty((), dtype=torch.int64, pin_memory=True)
     host.copy_(nan, non_blocking=True)
     copied = torch.cuda.Event()
@@ -282,7 +331,8 @@ def check_nan(wait: bool = True) -> None:
 def _topk_mask(
     scores: Sequence[Tensor], densities: Sequence[float] | None, k: int | None, scope: str, key: str
 ) -> list[Tensor]:
-    return [b for bits in _select(scores, densities, k, scope, key) for b in bits]  # type: ignore[arg-type]
+    # Cloned: outputs of a library op share no memory.
+    return [b.clone() for bits in _select(scores, densities, k, scope, key) for b in bits]  # type: ignore[arg-type]
 
 
 @_topk_mask.register_fake
@@ -356,6 +406,7 @@ def topk_mask(
         TypeError: scores are not a list of floating-point tensors; density or k is not a number.
         ValueError: empty list, mixed devices, density outside [0, 1], k below 0 or beyond the entries of a scope, both or
             neither of density and k, unknown scope or key.
+        RuntimeError: a CUDA graph is being captured on the scores' device.
     """
     tensors = _check_scores(scores)
     densities, count = _check_amount(density, k)
@@ -373,5 +424,5 @@ def topk_mask(
         by_density = [out[i : i + len(tensors)] for i in range(0, len(out), len(tensors))]
     else:
         by_density = _select(tensors, densities, count, scope, key)
-    masks = [[BitMask(b, t.shape) for b, t in zip(bits, tensors)] for bits in by_density]
+    masks = [[BitMask._of(b, t.shape) for b, t in zip(bits, tensors)] for bits in by_density]
     return masks if isinstance(density, list | tuple) else masks[0]

@@ -81,8 +81,22 @@ def _cases(kinds):
 class TestExact(Saliency):
     """One rounding per entry: the same bits everywhere."""
 
-    cases = _cases(["abs", "signed"])
-    few = ("abs list", "abs blocks", "abs empty tensors", "signed mixed", "signed nothing", "abs bf16", "signed fp16")
+    cases = _cases(["abs", "signed"]) | {
+        f"signed one {n} {name}": (lambda device, n=n, d=d: _inputs([(n,)], "signed", [d], device=device))
+        for n in (BLOCK, 2 * BLOCK + 3)
+        for name, d in FLOATS.items()
+    }
+    few = (
+        "signed one 4096 fp32",
+        "signed one 8195 bf16",
+        "abs list",
+        "abs blocks",
+        "abs empty tensors",
+        "signed mixed",
+        "signed nothing",
+        "abs bf16",
+        "signed fp16",
+    )
     aot = [
         Aot(
             "fastunlearn.kernels.saliency:_kernel",
@@ -91,6 +105,14 @@ class TestExact(Saliency):
             {"num_warps": 8},
         )
         for kind, grad, weight, aligned in [(0, 0, 0, True), (1, 1, 0, True), (2, 2, 0, False), (3, -1, -1, True)]
+    ] + [
+        Aot(
+            "fastunlearn.kernels.saliency:_kernel_one",
+            {"scores": "*fp32", "grads": f"*{grad}", "weights": "*fp16", "numel": "i64"},
+            {"KIND": kind, "BLOCK": BLOCK},
+            {"num_warps": 8},
+        )
+        for kind, grad in [(0, "bf16"), (3, "fp32")]
     ]
 
     def oracle(self, args):
@@ -101,8 +123,21 @@ class TestProducts(Saliency):
     """A product may or may not be rounded before it is added (FMA): within the error of torch's own fp32."""
 
     exact = False
-    cases = _cases(["square", "weight_grad"])
-    few = ("square list", "square mixed", "weight_grad blocks", "weight_grad mixed", "weight_grad bf16")
+    cases = _cases(["square", "weight_grad"]) | {
+        f"weight_grad one {n}": (
+            lambda device, n=n: _inputs([(n,)], "weight_grad", [torch.float16], [torch.float32], device)
+        )
+        for n in (BLOCK, BLOCK + 3)
+    }
+    few = (
+        "weight_grad one 4096",
+        "weight_grad one 4099",
+        "square list",
+        "square mixed",
+        "weight_grad blocks",
+        "weight_grad mixed",
+        "weight_grad bf16",
+    )
     aot = TestExact.aot
 
     def oracle(self, args):
@@ -262,6 +297,43 @@ def test_bad_input(call, error, words):
     with pytest.raises(error, match=words):
         call()
     assert _same.eq(0).all()
+
+
+@pytest.mark.parametrize("backend", ["reference", "native", "triton"])
+@pytest.mark.parametrize("tensors", [1, 3])
+def test_autograd_sees_the_change(backend, tensors):
+    scores = [torch.zeros(5, 7) for _ in range(tensors)]
+    leaf = torch.ones(5, 7, requires_grad=True)
+    saved = leaf * scores[-1]
+    before = [s._version for s in scores]
+    with fastunlearn.backend(backend):
+        ops.saliency_accumulate_(scores, [torch.ones(5, 7)] * tensors)
+    assert all(s._version > b for s, b in zip(scores, before))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        saved.sum().backward()
+
+
+@pytest.mark.parametrize("backend", ["reference", "native", "triton"])
+def test_inference_tensors(backend):
+    with torch.inference_mode(), fastunlearn.backend(backend):
+        (got,) = ops.saliency_accumulate_([torch.zeros(5)], [-torch.ones(5)])
+        assert got.tolist() == [1.0] * 5
+
+
+@pytest.mark.gpu
+def test_in_a_cuda_graph():
+    """A list needs a table, which a replay would find stale: refused. One tensor has none."""
+    scores = [torch.zeros(5000, device="cuda") for _ in range(2)]
+    grads = [torch.ones(5000, device="cuda") for _ in range(2)]
+    with fastunlearn.backend("triton"):
+        ops.saliency_accumulate_(scores[:1], grads[:1])
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            with pytest.raises(RuntimeError, match="while a CUDA graph is captured"):
+                ops.saliency_accumulate_(scores, grads)
+            ops.saliency_accumulate_(scores[:1], grads[:1])
+        graph.replay()
+    assert scores[0].eq(2).all()
 
 
 def test_kinds_match_the_native_numbers():

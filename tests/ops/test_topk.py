@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import os
+import subprocess
+import sys
 import warnings
 from fractions import Fraction
 
@@ -16,6 +18,7 @@ import fastunlearn
 from fastunlearn import BitMask, _native, ops
 from fastunlearn.ops.mask import rows_cols
 from fastunlearn.ops.topk import floor_count
+from tests.conftest import ROOT
 from tests.proof import OpProof, assert_equal
 
 pytestmark = pytest.mark.filterwarnings("ignore:topk_mask. .* NaN:UserWarning")
@@ -257,6 +260,46 @@ def test_flushing_of_subnormals_changes_nothing():
         torch.set_flush_denormal(False)
 
 
+@pytest.mark.parametrize("isa", [0, 3, 99])
+@pytest.mark.parametrize("scope", ["global", "tensor", "row"])
+def test_flushing_of_subnormal_halves_changes_nothing(isa, scope):
+    scores = [(torch.randn(2048, 1024) * 2e-5).half().abs()]
+    with fastunlearn.backend("reference"):
+        want = ops.topk_mask(scores, 0.1, scope=scope)
+    before = _native._C.set_isa_level(isa)
+    assert torch.set_flush_denormal(True)
+    try:
+        with fastunlearn.backend("native"):
+            assert_equal(ops.topk_mask(scores, 0.1, scope=scope), want)
+    finally:
+        torch.set_flush_denormal(False)
+        _native._C.set_isa_level(before)
+
+
+def test_masks_share_an_allocation():
+    """One allocation for all bits: every mask starts on 16 bytes, and a change of one is none of another."""
+    with fastunlearn.backend("native"):
+        first, second = ops.topk_mask(_random((7, 13), (1000,)), 0.3)
+    assert first.bits.untyped_storage().data_ptr() == second.bits.untyped_storage().data_ptr()
+    assert (second.bits.data_ptr() - first.bits.data_ptr()) % 16 == 0
+    assert (first.bits.shape, second.bits.shape) == ((7, 2), (1, 125))
+    kept = second.clone()
+    first.bits.fill_(255)
+    assert second.equal(kept)
+
+
+@pytest.mark.gpu
+def test_refused_while_a_cuda_graph_is_captured():
+    scores = [torch.rand(1000, device="cuda")]
+    with fastunlearn.backend("native"):
+        ops.topk_mask(scores, 0.1)
+        with (
+            torch.cuda.graph(torch.cuda.CUDAGraph()),
+            pytest.raises(RuntimeError, match="while a CUDA graph is captured"),
+        ):
+            ops.topk_mask(scores, 0.1)
+
+
 def test_non_contiguous():
     t = _random((300, 401))[0]
     assert_equal(
@@ -335,6 +378,29 @@ def test_bad_input(name):
     positional, named, error, match = BAD[name]
     with pytest.raises(error, match=match):
         ops.topk_mask(*positional, **named)
+
+
+_OUT_OF_MEMORY = """
+import resource
+import torch
+from fastunlearn import _native
+counts = 4_000_000
+ks, bits, scores = torch.full((counts,), 3), torch.zeros(8, dtype=torch.uint8), torch.rand(64)
+tensors = torch.tensor([scores.data_ptr(), 1, 64, 0])
+out = torch.full((counts,), bits.data_ptr())
+size = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (size + (16 << 20), size + (16 << 20)))
+try:
+    _native._C.topk_select_cpu(tensors.data_ptr(), 1, 0, False, counts, ks.data_ptr(), out.data_ptr())
+except RuntimeError as error:
+    print(error)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits the memory of a process as Linux does")
+def test_out_of_memory_is_an_error():
+    done = subprocess.run([sys.executable, "-c", _OUT_OF_MEMORY], capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, done.stdout.strip()) == (0, "topk_mask: out of memory for its workspace"), done.stderr
 
 
 @pytest.mark.slow
