@@ -17,6 +17,8 @@ from importlib import resources
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 
 from fastunlearn import _native
 
@@ -53,7 +55,24 @@ class _Op:
 
 
 _ops: dict[str, _Op] = {}
-_stack: list[str] = []
+# A list for all threads: an entry is removed by itself, as blocks of two threads may end in any order.
+_stack: list[list[str]] = []
+
+
+def traced(*tensors: torch.Tensor) -> bool:
+    """Whether a call goes through its torch.library op: the tensors have no memory to hand to a kernel, or someone watches.
+
+    So it is under torch.compile, export, make_fx and any other dispatch mode, inside torch.func's transforms, and for fake,
+    functional and meta tensors.
+    """
+    if torch.compiler.is_compiling():
+        return True
+    if torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None:
+        return True
+    return any(
+        t.device.type == "meta" or isinstance(t, FakeTensor | FunctionalTensor) or torch._is_functional_tensor(t)
+        for t in tensors
+    )
 
 
 def register(name: str, **backends: tuple[str, ...]) -> _Op:
@@ -73,7 +92,7 @@ def _checked(name: str, source: str) -> str:
 def current_backend() -> str:
     """The backend in force: the innermost `backend(...)`, else the environment variable FASTUNLEARN_BACKEND, else "auto"."""
     if _stack:
-        return _stack[-1]
+        return _stack[-1][0]
     return _checked(os.environ.get(_ENV) or "auto", f"environment variable {_ENV}")
 
 
@@ -91,11 +110,12 @@ def backend(name: BackendName) -> Iterator[None]:
         >>> with fastunlearn.backend("reference"):
         ...     masks = fastunlearn.ops.topk_mask(scores, density=0.1)
     """
-    _stack.append(_checked(name, "backend"))
+    entry = [_checked(name, "backend")]
+    _stack.append(entry)
     try:
         yield
     finally:
-        _stack.pop()
+        _stack[:] = [other for other in _stack if other is not entry]
 
 
 @cache

@@ -170,7 +170,7 @@ class BitMask:
         if mask.dtype != torch.bool:
             raise TypeError(f"mask: want a torch.bool tensor, got {mask.dtype} (write mask != 0 for a 0/1 mask)")
         flat = mask.reshape(rows_cols(mask.shape))
-        return BitMask(mask_pack(flat) if torch.compiler.is_compiling() else _pack(flat), mask.shape)
+        return BitMask(mask_pack(flat) if _backend.traced(flat) else _pack(flat), mask.shape)
 
     @staticmethod
     def zeros(shape: Sequence[int], device: torch.device | str | None = None) -> BitMask:
@@ -186,12 +186,12 @@ class BitMask:
     def unpack(self) -> Tensor:
         """The mask as a bool tensor of `shape`."""
         cols = rows_cols(self.shape)[1]
-        flat = mask_unpack(self.bits, cols) if torch.compiler.is_compiling() else _unpack(self.bits, cols)
+        flat = mask_unpack(self.bits, cols) if _backend.traced(self.bits) else _unpack(self.bits, cols)
         return flat.reshape(self.shape)
 
     def count(self) -> Tensor:
         """Number of set bits: int64 scalar on the mask's device (no host synchronisation)."""
-        return mask_count(self.bits) if torch.compiler.is_compiling() else _count(self.bits)
+        return mask_count(self.bits) if _backend.traced(self.bits) else _count(self.bits)
 
     def prefix_counts(self, chunk: int = 64) -> Tensor:
         """int64 [ceil(bytes / chunk) + 1]: set bits before byte i * chunk, row-major: where an entry stands among the set ones.
@@ -201,7 +201,7 @@ class BitMask:
         """
         if chunk < 1:
             raise ValueError(f"chunk: want at least 1 byte, got {chunk}")
-        return mask_prefix(self.bits, chunk) if torch.compiler.is_compiling() else _prefix(self.bits, chunk)
+        return mask_prefix(self.bits, chunk) if _backend.traced(self.bits) else _prefix(self.bits, chunk)
 
     @property
     def density(self) -> float:

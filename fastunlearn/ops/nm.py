@@ -117,4 +117,4 @@ def nm_mask(scores: Tensor, n: int, m: int) -> BitMask:
     rows, cols = rows_cols(scores.shape)
     _check_pattern(n, m, cols, "scores")
     flat = scores.detach().reshape(rows, cols)
-    return BitMask(_nm_mask_op(flat, n, m) if torch.compiler.is_compiling() else _nm_bits(flat, n, m), scores.shape)
+    return BitMask(_nm_mask_op(flat, n, m) if _backend.traced(flat) else _nm_bits(flat, n, m), scores.shape)
