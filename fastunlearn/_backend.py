@@ -59,20 +59,21 @@ _ops: dict[str, _Op] = {}
 _stack: list[list[str]] = []
 
 
-def traced(*tensors: torch.Tensor) -> bool:
+def traced(*tensors: Any) -> bool:
     """Whether a call goes through its torch.library op: the tensors have no memory to hand to a kernel, or someone watches.
 
-    So it is under torch.compile, export, make_fx and any other dispatch mode, inside torch.func's transforms, and for fake,
-    functional and meta tensors.
+    So it is under torch.compile, export, make_fx and every other dispatch mode, inside torch.func's transforms, and for fake and
+    functional tensors. Arguments may be tensors or lists of them; what is neither is left to the checks of the op.
     """
     if torch.compiler.is_compiling():
         return True
     if torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None:
         return True
-    return any(
-        t.device.type == "meta" or isinstance(t, FakeTensor | FunctionalTensor) or torch._is_functional_tensor(t)
-        for t in tensors
-    )
+    for value in tensors:
+        for t in value if isinstance(value, list | tuple) else (value,):
+            if isinstance(t, (FakeTensor, FunctionalTensor)):
+                return True
+    return False
 
 
 def register(name: str, **backends: tuple[str, ...]) -> _Op:
@@ -183,7 +184,12 @@ def resolve(op: _Op, device: torch.device, unsupported: Mapping[str, str] | None
 
     Args:
         unsupported: backend -> why this very input (its dtype, its layout) is beyond that backend.
+
+    Raises:
+        BackendError: inside FakeTensorMode, where no tensor has memory (what can be traced does not come here: `traced`).
     """
+    if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None:
+        raise BackendError(f"{op.name}: fake tensors have no memory to work on; call it outside FakeTensorMode")
     name, _, reasons = _choose(op, device, unsupported or {})
     if name == "reference":
         for reason in reasons:

@@ -43,6 +43,70 @@ def test_context_nests_and_restores():
     assert _backend.current_backend() == "auto"
 
 
+def test_blocks_of_two_threads_end_in_any_order():
+    first, second = fastunlearn.backend("reference"), fastunlearn.backend("native")
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert _backend.current_backend() == "native"
+    second.__exit__(None, None, None)
+    assert _backend.current_backend() == "auto"
+
+
+# In a process of its own: a kernel that is given the address of a fake tensor ends the interpreter.
+TRACED = """
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils.flop_counter import FlopCounterMode
+from fastunlearn import BackendError, BitMask, backend, explain, ops, optim
+
+def run(w, g):
+    mask = ops.nm_mask(w, 2, 4)
+    packed = BitMask.pack(g > 0)
+    s = torch.zeros_like(w)
+    ops.saliency_accumulate_([s], [g])
+    top = ops.topk_mask([s], density=0.5)[0]
+    ops.masked_adamw_([w], [g], [None], [torch.zeros(w.numel())], [torch.zeros(w.numel())], [1])
+    ops.masked_sgd_([w], [g], [None], [None], [1])
+    return mask.unpack(), packed.bits, packed.prefix_counts(3), top.count(), ops.masked_grad_norm([g], [None]), w
+
+def inputs():
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(6, 12, generator=generator), torch.randn(6, 12, generator=generator)
+
+want = run(*inputs())
+with FakeTensorMode() as mode:
+    got = run(torch.rand(6, 12), torch.rand(6, 12))
+    assert [(t.shape, t.dtype) for t in got] == [(t.shape, t.dtype) for t in want]
+    layer = torch.nn.Linear(4, 4)
+    optimiser = optim.MaskedAdamW(layer.parameters(), None, lr=0.1)
+    layer(torch.rand(2, 4)).sum().backward()
+    try:
+        optimiser.step()
+    except BackendError as error:
+        assert "fake tensors have no memory" in str(error)
+    else:
+        raise AssertionError("stepped on fake tensors")
+outside = [mode.from_tensor(t) for t in inputs()]
+assert ops.nm_mask(outside[0], 2, 4).bits.shape == (6, 2)
+for tracing in ("real", "fake", "symbolic"):
+    graph = make_fx(lambda w: ops.nm_mask(w, 2, 4).unpack(), tracing_mode=tracing)(inputs()[0])
+    assert "fastunlearn.nm_mask" in graph.code, graph.code
+    assert torch.equal(graph(inputs()[0]), want[0])
+with FlopCounterMode(display=False):
+    got = run(*inputs())
+assert all(torch.equal(a, b) for a, b in zip(got, want))
+assert torch.equal(torch.func.functionalize(lambda w: ops.nm_mask(w, 2, 4).unpack())(inputs()[0]), want[0])
+print("done")
+"""
+
+
+def test_tensors_without_memory_never_reach_a_kernel():
+    done = subprocess.run([sys.executable, "-c", TRACED], capture_output=True, text=True)
+    assert done.stdout.strip() == "done", (done.returncode, done.stderr[-3000:])
+
+
 def test_context_is_left_after_an_error():
     with pytest.raises(RuntimeError, match="inside"), fastunlearn.backend("reference"):
         raise RuntimeError("inside")

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastunlearn import _backend
 from fastunlearn.ops._masked_step import Options, adamw_batch, sgd_batch, sumsq_batch
 from fastunlearn.ops._slots import Batch, Slot, check_param, local
 from fastunlearn.ops.mask import BitMask
@@ -142,7 +143,7 @@ def masked_adamw_(
     Raises:
         TypeError, ValueError: before any work, naming the argument.
     """
-    if torch.compiler.is_compiling():
+    if _backend.traced(params, grads):
         torch.ops.fastunlearn.masked_adamw_(
             params, grads, _bits(masks), exp_avgs, exp_avg_sqs, torch.as_tensor(steps), lr, betas[0], betas[1], eps,
             weight_decay, maximize, _filled(lr_scales, params), _filled(masters, params), grad_scale, stochastic_rounding,
@@ -202,7 +203,7 @@ def masked_sgd_(
     Raises:
         TypeError, ValueError: before any work, naming the argument.
     """
-    if torch.compiler.is_compiling():
+    if _backend.traced(params, grads):
         torch.ops.fastunlearn.masked_sgd_(
             params, grads, _bits(masks), _filled(momentum_buffers, params), torch.as_tensor(steps), lr, momentum, dampening,
             weight_decay, nesterov, maximize, _filled(lr_scales, params), _filled(masters, params), grad_scale,
@@ -251,7 +252,7 @@ def masked_grad_norm(grads: Sequence[Tensor], masks: Sequence[Mask]) -> Tensor:
     for i, grad in enumerate(grads):
         check_param(grad, f"grads[{i}]")
     _one_device(grads)
-    if torch.compiler.is_compiling():
+    if _backend.traced(grads):
         return torch.ops.fastunlearn.masked_grad_norm(grads, _bits(masks))
     with torch.no_grad():
         batch = Batch()

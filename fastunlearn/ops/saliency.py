@@ -171,7 +171,7 @@ def saliency_accumulate_(
             raise ValueError(f"scores[{i}]: on {where}, the first on {device}; call once for every device")
     if len(scores) and not to_scores:
         raise ValueError("grads: every gradient is None; call loss.backward() first (and zero_grad() only after this)")
-    if torch.compiler.is_compiling():
+    if _backend.traced(to_scores, to_grads, to_weights):
         _saliency_op(to_scores, to_grads, to_weights, kind)
     elif to_scores:
         places = [s.data_ptr() for s in to_scores if s.numel()]

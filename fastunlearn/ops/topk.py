@@ -418,7 +418,7 @@ def topk_mask(
         from fastunlearn.ops import _topk_distributed
 
         by_density = _topk_distributed.select(tensors, densities, count, scope, key, process_group)
-    elif torch.compiler.is_compiling():
+    elif _backend.traced(tensors):
         counts_of(None, count, scope, [rows_cols(t.shape) for t in tensors]) if count is not None else None
         out = _topk_mask(tensors, densities, count, scope, key)
         by_density = [out[i : i + len(tensors)] for i in range(0, len(out), len(tensors))]
