@@ -88,6 +88,12 @@ def _checked(what: str, tensor: object, i: int, score: Tensor, device: torch.dev
     return tensor
 
 
+def _shared(scores: Sequence[Tensor]) -> bool:
+    """Whether tensors with entries begin at the same place: empty ones may."""
+    places = [s.data_ptr() for s in scores if s.numel()]
+    return len(set(places)) != len(places)
+
+
 def saliency_accumulate_(
     scores: Sequence[Tensor],
     grads: Sequence[Tensor | None],
@@ -162,7 +168,15 @@ def saliency_accumulate_(
             score, grad = local(score), local(grad)
         where = score.device
         to_scores.append(score)
-        to_grads.append(_checked("grads", grad, i, score, where))
+        if not (
+            isinstance(grad, Tensor)
+            and grad.dtype in _DTYPES
+            and grad.shape == score.shape
+            and grad.device == where
+            and grad.layout is torch.strided
+        ):
+            _checked("grads", grad, i, score, where)
+        to_grads.append(grad)
         if weights is not None:
             to_weights.append(_checked("weights", local(weights[i]), i, score, where))
         if device is None:
@@ -174,8 +188,8 @@ def saliency_accumulate_(
     if _backend.traced(to_scores, to_grads, to_weights):
         _saliency_op(to_scores, to_grads, to_weights, kind)
     elif to_scores:
-        places = [s.data_ptr() for s in to_scores if s.numel()]
-        if len(set(places)) != len(places):
+        places = [s.data_ptr() for s in to_scores]
+        if len(set(places)) != len(places) and _shared(to_scores):
             raise ValueError("scores: the same memory twice in the list; a shared parameter has one score")
         _dispatch(to_scores, to_grads, to_weights, kind)
     return scores
