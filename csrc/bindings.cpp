@@ -263,8 +263,13 @@ void bind_topk(py::module_& m) {
 #endif
 }
 
+// The interface of this module; fastunlearn/_native.py (ABI) wants the same. Goes up when a signature
+// changes.
+constexpr int kAbi = 1;
+
 py::dict build_info() {
   py::dict d;
+  d["abi"] = kAbi;
   d["isa"] = fu::isa_level() >= 4 ? "x86-64-v4" : fu::isa_level() == 3 ? "x86-64-v3" : "baseline";
   d["compiler"] = __VERSION__;
 #if defined(_OPENMP)

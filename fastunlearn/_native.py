@@ -8,16 +8,32 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from types import ModuleType
 
 import torch  # before _C: both then share the OpenMP runtime (and so the threads) that torch brings
+
+#: The interface of csrc/bindings.cpp (kAbi there) that this Python calls: both go up when a signature changes.
+ABI = 1
+
+
+def _stale(module: ModuleType) -> str | None:
+    """None, or why a module that loads is not the one these sources call."""
+    abi = module.build_info().get("abi")
+    if abi == ABI:
+        return None
+    return f"fastunlearn._C was built from other sources: rebuild (its interface is {abi}, this one is {ABI})"
+
 
 _C: ModuleType | None
 _why_missing: str | None
 try:
     from fastunlearn import _C  # type: ignore[attr-defined, no-redef]
 
-    _why_missing = None
+    assert _C is not None
+    _why_missing = _stale(_C)
+    if _why_missing:
+        _C = None
 except ImportError as error:
     _C = None
     _why_missing = (
@@ -59,10 +75,42 @@ def unusable(device: torch.device) -> str | None:
         return None
     if device.type != "cuda":
         return f"no native code for {device.type} tensors"
-    if not _C.build_info()["cuda"]:
+    info = _C.build_info()
+    if not info["cuda"]:
         return "built without CUDA: put nvcc on PATH (or set CUDA_HOME) and reinstall the package"
     count, why = _C.cuda_devices()
-    return None if count else f"the CUDA runtime finds no device ({why})"
+    if not count:
+        return f"the CUDA runtime finds no device ({why})"
+    return _no_code_for(info["cuda_archs"], device.index if device.index is not None else torch.cuda.current_device())
+
+
+@cache
+def _no_code_for(archs: str, index: int) -> str | None:
+    return no_code_for(archs, torch.cuda.get_device_capability(index))
+
+
+def no_code_for(archs: str, capability: tuple[int, int]) -> str | None:
+    """None, or why a build for `archs` ("80,86,90a") does not run on a GPU of this compute capability.
+
+    Machine code runs on its own major version from its own minor version on, that of an architecture with a letter on exactly
+    its own; PTX, which there is of the newest architecture without a letter (setup.py: arch_flags), on it and all later ones.
+    """
+    major, minor = capability
+    built = [a.strip() for a in archs.split(",") if a.strip()]
+    portable = [divmod(int(a), 10) for a in built if a.isdigit()]
+    tied = [divmod(int(a[:-1]), 10) for a in built if not a.isdigit()]
+    if capability in tied or any(major == x and minor >= y for x, y in portable):
+        return None
+    if portable and capability >= max(portable):
+        return None
+    name = f"sm_{major}{minor}"
+    lacks = (
+        "is older than all of them" if capability < min(portable + tied, default=(0, 0)) else "has no code among them"
+    )
+    return (
+        f"built for sm_{', sm_'.join(built)}, and this GPU ({name}) {lacks}: "
+        f"reinstall the package with FASTUNLEARN_CUDA_ARCHS={major}{minor}"
+    )
 
 
 def stream(device: torch.device) -> tuple[int, int]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -177,3 +179,55 @@ def test_triton_without_gpu_says_how_to_get_it():
     assert done.returncode != 0
     assert "BackendError" in done.stderr
     assert "TRITON_INTERPRET=1" in done.stderr or "pip install 'triton" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("archs", "capability", "words"),
+    [
+        ("80,86,89,90a,100,120", (8, 0), None),
+        ("80,86,89,90a,100,120", (8, 7), None),
+        ("80,86,89,90a,100,120", (9, 0), None),
+        ("80,86,89,90a,100,120", (10, 3), None),
+        ("80,86,89,90a,100,120", (12, 1), None),
+        ("80,86,89,90a,100,120", (13, 0), None),
+        ("80,86,89,90a,100,120", (7, 5), r"sm_120, and this GPU \(sm_75\) is older than all of them.*ARCHS=75"),
+        ("80,86,89,90a,100,120", (11, 0), r"this GPU \(sm_110\) has no code among them"),
+        ("90a", (9, 0), None),
+        ("90a", (10, 0), "has no code among them"),
+        ("86", (8, 0), "is older than all of them"),
+        ("80,90a", (10, 0), None),
+    ],
+)
+def test_a_gpu_without_code_is_told(archs, capability, words):
+    why = _native.no_code_for(archs, capability)
+    if words is None:
+        assert why is None
+    else:
+        assert re.search(words, why)
+
+
+def test_native_code_on_a_gpu_looks_at_its_capability(monkeypatch):
+    module = SimpleNamespace(build_info=lambda: {"cuda": True, "cuda_archs": "80,90a"}, cuda_devices=lambda: (1, ""))
+    monkeypatch.setattr(_native, "_C", module)
+    _native._no_code_for.cache_clear()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: ((7, 5), (9, 0))[index])
+    assert "this GPU (sm_75) is older" in _native.unusable(torch.device("cuda:0"))
+    assert _native.unusable(torch.device("cuda:1")) is None
+    _native._no_code_for.cache_clear()
+
+
+@pytest.mark.parametrize("info", [{"cuda": False}, {"cuda": False, "abi": _native.ABI - 1}])
+def test_a_module_of_other_sources_is_not_used(info):
+    code = (
+        "import sys, types\n"
+        "stale = sys.modules['fastunlearn._C'] = types.ModuleType('fastunlearn._C')\n"
+        f"stale.build_info = lambda: {info}\n"
+        "import torch, fastunlearn\n"
+        "assert fastunlearn._native._C is None\n"
+        "print(fastunlearn.explain('bitmask', 'cpu').reason)\n"
+        "fastunlearn.BitMask.pack(torch.ones(3, dtype=torch.bool))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "fastunlearn._C was built from other sources: rebuild" in done.stdout
+    assert "FallbackWarning" in done.stderr

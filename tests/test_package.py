@@ -74,23 +74,28 @@ def test_ops_import_no_model_library(folder):
 
 @pytest.mark.serial
 def test_import_is_light():
-    out = python(
-        "import sys, time, torch; t = time.perf_counter(); import fastunlearn; "
-        "print(time.perf_counter() - t); print(*sorted({m.split('.')[0] for m in sys.modules}))"
+    code = (
+        "import sys, time; t = time.perf_counter(); import torch; u = time.perf_counter(); import fastunlearn; "
+        "print(u - t, time.perf_counter() - u); print(*sorted({m.split('.')[0] for m in sys.modules}))"
     )
-    seconds, modules = out.splitlines()
-    assert float(seconds) < 1.5
+    outs = [python(code).splitlines() for _ in range(3)]
+    # As a share of what torch costs in the same process: that holds on a busy or slow machine too.
+    share = sorted(float(ours) / float(torchs) for torchs, ours in (line.split() for line, _ in outs))[1]
+    assert share < 0.5, outs
+    modules = outs[0][1]
     assert not {"transformers", "diffusers", "peft", "datasets", "triton"} & set(modules.split())
 
 
-def test_kernels_live_at_the_root():
+def test_kernels_live_at_the_root(tmp_path):
     link = PACKAGE / "kernels"
     assert link.is_symlink()
     assert os.readlink(link) == "../kernels"
     assert not (ROOT / "kernels" / "__init__.py").exists()
-    # A package named `kernels` that someone has installed wins over the folder, which has no __init__.py.
-    shadow = "import sys, types; sys.modules.pop('kernels', None); import importlib.util as u; s = u.find_spec('kernels'); print(s is None or s.origin)"
-    assert python(shadow) in {"None", "True"} or "site-packages" in python(shadow)
+    # An installed package of that name wins, though the repository root comes before it: the folder has no __init__.py.
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / "__init__.py").write_text("MARKER = 'installed'\n")
+    code = f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(tmp_path)!r}]; import kernels; print(kernels.MARKER)"
+    assert python(code) == "installed"
 
 
 def test_top_level_holds_what_the_design_says():

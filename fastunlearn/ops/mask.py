@@ -22,6 +22,7 @@ from fastunlearn.reference import mask as reference
 
 _OP = _backend.register("bitmask", native=("cpu", "cuda"))
 _FORMAT = "fastunlearn.masks"
+_VERSION = "1"
 
 
 def rows_cols(shape: Sequence[int]) -> tuple[int, int]:
@@ -165,8 +166,10 @@ class BitMask:
         """Packs a bool tensor of any shape.
 
         Raises:
-            TypeError: not a bool tensor.
+            TypeError: no tensor, or not of torch.bool.
         """
+        if not isinstance(mask, Tensor):
+            raise TypeError(f"mask: want a torch.bool tensor, got {type(mask).__name__} (torch.tensor(...) makes one)")
         if mask.dtype != torch.bool:
             raise TypeError(f"mask: want a torch.bool tensor, got {mask.dtype} (write mask != 0 for a 0/1 mask)")
         flat = mask.reshape(rows_cols(mask.shape))
@@ -181,7 +184,7 @@ class BitMask:
     @staticmethod
     def ones(shape: Sequence[int], device: torch.device | str | None = None) -> BitMask:
         """A mask with every bit set."""
-        return ~BitMask.zeros(shape, device)
+        return BitMask.zeros(shape, device).invert()
 
     def unpack(self) -> Tensor:
         """The mask as a bool tensor of `shape`."""
@@ -245,11 +248,15 @@ class BitMask:
         self._same(other, "|")
         return BitMask(self.bits | other.bits, self.shape)
 
-    def __invert__(self) -> BitMask:
+    def invert(self) -> BitMask:
+        """The mask of the other entries: `~mask`, in the words that torch.compile(fullgraph=True) can trace."""
         bits = ~self.bits
         if self.cols % 8:
             bits[:, -1] &= (1 << self.cols % 8) - 1
         return BitMask(bits, self.shape)
+
+    def __invert__(self) -> BitMask:
+        return self.invert()
 
     def equal(self, other: BitMask) -> bool:
         """Same shape and the same bits."""
@@ -262,13 +269,16 @@ class BitMask:
         return f"BitMask(shape={tuple(self.shape)}, density={self.density:.4g}, device={self.device})"
 
 
-def save_masks(masks: Mapping[str, BitMask], path: str | os.PathLike[str]) -> None:
+def save_masks(masks: Mapping[str, BitMask], path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
     """Writes masks by name into one safetensors file (bits as uint8 tensors, shapes in the metadata).
 
     The file is written under a temporary name and renamed: an interrupted save leaves no half file behind.
 
+    Args:
+        overwrite: replace a file that is there already.
+
     Raises:
-        TypeError: a value is not a BitMask. ValueError: no masks.
+        TypeError: a value is not a BitMask. ValueError: no masks. FileExistsError: there is a file and `overwrite` is False.
     """
     from safetensors.torch import save_file
 
@@ -279,10 +289,12 @@ def save_masks(masks: Mapping[str, BitMask], path: str | os.PathLike[str]) -> No
             raise TypeError(f"masks[{name!r}]: want a BitMask, got {type(mask).__name__} (BitMask.pack(tensor))")
     metadata = {
         "format": _FORMAT,
-        "version": "1",
+        "version": _VERSION,
         "shapes": json.dumps({name: list(mask.shape) for name, mask in masks.items()}),
     }
     path = Path(path)
+    if path.exists() and not overwrite:
+        raise FileExistsError(f"path: {path} exists; save_masks(..., overwrite=True) replaces it")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -292,39 +304,78 @@ def save_masks(masks: Mapping[str, BitMask], path: str | os.PathLike[str]) -> No
         temporary.unlink(missing_ok=True)
 
 
+def _padding_is_zero(mask: BitMask) -> bool:
+    return mask.bits.numel() == 0 or mask.cols % 8 == 0 or not bool((mask.bits[:, -1] >> mask.cols % 8).any())
+
+
+def _read_mask(file: Any, path: Path, name: str, shape: Any) -> BitMask:
+    """One mask of an open safetensors file."""
+    if not isinstance(shape, list) or not all(type(size) is int and size >= 0 for size in shape):
+        raise ValueError(
+            f"{path}: the shape of {name} is {shape!r}, want a list of sizes; write it again with save_masks"
+        )
+    if name not in file.keys():  # noqa: SIM118 (it has no __contains__)
+        raise ValueError(f"{path}: its metadata names {name}, but there is no tensor of that name")
+    try:
+        mask = BitMask(file.get_tensor(name), shape)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {name} is no mask of shape {tuple(shape)}: {error}") from error
+    if not _padding_is_zero(mask):
+        raise ValueError(f"{path}: {name} has bits set behind its {mask.cols} columns; was it written by save_masks?")
+    return mask
+
+
+def _read_shapes(metadata: Mapping[str, str], path: Path) -> dict[str, Any]:
+    """Name -> shape, of a file's metadata."""
+    if metadata.get("format") != _FORMAT:
+        raise ValueError(
+            f"{path} is a safetensors file but holds no fastunlearn masks (its format: {metadata.get('format')!r})"
+        )
+    if metadata.get("version") != _VERSION:
+        raise ValueError(
+            f"{path}: mask files of version {metadata.get('version')!r} are unknown here (known: {_VERSION!r}); "
+            "a newer fastunlearn may read it"
+        )
+    try:
+        shapes = json.loads(metadata["shapes"])
+    except (KeyError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path}: its metadata 'shapes' is missing or damaged ({error})") from error
+    if not isinstance(shapes, dict):
+        raise ValueError(f"{path}: its metadata 'shapes' is a {type(shapes).__name__}, want a dict of name -> shape")
+    return shapes
+
+
 def load_masks(
     path: str | os.PathLike[str],
     like: torch.nn.Module | Mapping[str, Any] | None = None,
+    *,
     device: torch.device | str = "cpu",
 ) -> dict[str, BitMask]:
     """Reads masks that `save_masks` wrote.
 
     Args:
         like: the model (or name -> tensor) the masks are for; then every mask must have a parameter of its name and shape.
+        device: where the masks go.
 
     Raises:
-        FileNotFoundError: no such file. ValueError: truncated, not a mask file, or of another model.
+        FileNotFoundError: no such file. TypeError: `like` is neither a module nor a mapping. ValueError: truncated, not a
+        mask file, of an unknown version, damaged (the message names what), or of another model.
     """
     from safetensors import SafetensorError, safe_open
 
+    if like is not None and not isinstance(like, torch.nn.Module | Mapping):
+        raise TypeError(f"like: want a module or name -> tensor, got {type(like).__name__} (the device is device=...)")
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"path: no mask file at {path}")
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != _FORMAT:
-                raise ValueError(
-                    f"{path} is a safetensors file but holds no fastunlearn masks (its format: {metadata.get('format')!r})"
-                )
-            shapes = json.loads(metadata["shapes"])
-            masks = {name: BitMask(file.get_tensor(name), shape).to(device) for name, shape in shapes.items()}
+            shapes = _read_shapes(file.metadata() or {}, path)
+            masks = {name: _read_mask(file, path, name, shape).to(device) for name, shape in shapes.items()}
     except SafetensorError as error:
         raise ValueError(
             f"{path} is truncated or no safetensors file ({error}); write it again with save_masks"
         ) from error
-    except (KeyError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path}: its metadata is damaged ({error}); write it again with save_masks") from error
     if like is not None:
         tensors = dict(like.named_parameters()) if isinstance(like, torch.nn.Module) else dict(like)
         wrong = [f"{name}: the model has no such parameter" for name in masks if name not in tensors]

@@ -150,10 +150,75 @@ def test_file_of_something_else(tmp_path):
     save_file(
         {"a": torch.zeros(1, 1, dtype=torch.uint8)},
         path,
-        {"format": "fastunlearn.masks", "shapes": json.dumps({"b": [8]})},
+        {"format": "fastunlearn.masks", "version": "1", "shapes": json.dumps({"b": [8]})},
     )
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="names b, but there is no tensor of that name"):
         load_masks(path)
+
+
+DAMAGED = {
+    "padding": ({"a": torch.full((2, 1), 255, dtype=torch.uint8)}, {}, "a has bits set behind its 5 columns"),
+    "version": ({}, {"version": "2"}, "version '2' are unknown"),
+    "no_version": ({}, {"version": None}, "version None are unknown"),
+    "no_shapes": ({}, {"shapes": None}, "'shapes' is missing or damaged"),
+    "broken_shapes": ({}, {"shapes": "{"}, "'shapes' is missing or damaged"),
+    "list": ({}, {"shapes": json.dumps([["a", 2, 5]])}, "'shapes' is a list, want a dict"),
+    "shape_of_words": ({}, {"shapes": json.dumps({"a": "2x5"})}, "the shape of a is '2x5', want a list"),
+    "negative": ({}, {"shapes": json.dumps({"a": [-2, 5]})}, "the shape of a is .-2, 5., want a list"),
+    "dtype": ({"a": torch.zeros(2, 1)}, {}, "a is no mask of shape .*want torch.uint8, got torch.float32"),
+    "size": ({"a": torch.zeros(2, 2, dtype=torch.uint8)}, {}, "a is no mask of shape .*bits of shape"),
+    "missing": ({}, {"shapes": json.dumps({"a": [2, 5], "b": [3]})}, "names b, but there is no tensor"),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGED)
+def test_damaged_file(case, tmp_path):
+    tensors, changed, words = DAMAGED[case]
+    path = tmp_path / "masks.safetensors"
+    metadata = {"format": "fastunlearn.masks", "version": "1", "shapes": json.dumps({"a": [2, 5]}), **changed}
+    save_file(
+        {"a": torch.full((2, 1), 31, dtype=torch.uint8), **tensors},
+        path,
+        {key: value for key, value in metadata.items() if value is not None},
+    )
+    with pytest.raises(ValueError, match=words) as error:
+        load_masks(path)
+    assert str(path) in str(error.value)
+    assert "truncated" not in str(error.value)
+
+
+def test_files_are_not_overwritten_unasked(tmp_path):
+    path = tmp_path / "masks.safetensors"
+    save_masks({"a": BitMask.ones((3,))}, path)
+    with pytest.raises(FileExistsError, match=r"overwrite=True\) replaces it"):
+        save_masks({"a": BitMask.zeros((3,))}, path)
+    assert int(load_masks(path)["a"].count()) == 3
+    save_masks({"a": BitMask.zeros((3,))}, path, overwrite=True)
+    assert int(load_masks(path)["a"].count()) == 0
+
+
+def test_load_masks_arguments(tmp_path):
+    path = tmp_path / "masks.safetensors"
+    save_masks({"a": BitMask.ones((3,))}, path)
+    with pytest.raises(TypeError, match="like: want a module or name -> tensor, got str"):
+        load_masks(path, "cpu")
+    with pytest.raises(TypeError, match="positional"):
+        load_masks(path, None, "cpu")
+    assert load_masks(path, {"a": torch.zeros(3)}, device="meta")["a"].device.type == "meta"
+
+
+@pytest.mark.parametrize("shape", [(5, 13), (4, 16), (9,)])
+def test_inverting_compiles_as_one_graph(shape):
+    bools = _mask(shape)
+
+    def run(bools):
+        mask = BitMask.pack(bools)
+        return mask.invert().unpack(), BitMask.ones(mask.shape).bits
+
+    torch._dynamo.reset()
+    inverse, ones = torch.compile(run, fullgraph=True, backend="aot_eager")(bools)
+    assert torch.equal(inverse, ~bools)
+    assert torch.equal(ones, numpy_bits(torch.ones(shape, dtype=torch.bool)))
 
 
 def test_file_of_another_model(tmp_path):
@@ -170,6 +235,7 @@ def test_file_of_another_model(tmp_path):
     ("call", "error", "words"),
     [
         (lambda: BitMask.pack(torch.ones(3)), TypeError, "torch.bool"),
+        (lambda: BitMask.pack([True]), TypeError, "mask: want a torch.bool tensor, got list"),
         (lambda: BitMask(torch.zeros(2, 2, dtype=torch.int32), (2, 16)), TypeError, "torch.uint8"),
         (lambda: BitMask(torch.zeros(2, 2, dtype=torch.uint8), (2, 17)), ValueError, "bits of shape"),
         (lambda: BitMask.zeros((2, 3)) & BitMask.zeros((3, 2)), ValueError, "shapes differ"),
