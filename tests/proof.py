@@ -9,7 +9,7 @@
 
         def run(self, args): ...                         # calls the public op on (copies of) args; a tensor or a list of them
         def oracle(self, args): ...                      # optional: the closed form, another way than the reference
-        def library_calls(self, args): ...               # optional: [(torch.ops.fastunlearn.x.default, positional args)]
+        def library_calls(self, args): ...               # unless compiled = False: [(torch.ops.fastunlearn.x.default, positional args)]
 
 Rungs, in this order: the reference against the oracle (and finite differences in float64 where the op has a gradient),
 opcheck, fullgraph compile, native C++ in every instruction set, the Triton kernel through the interpreter, the kernel
@@ -120,6 +120,8 @@ class OpProof:
     cuda_bodies: ClassVar[bool] = False
     differentiable: ClassVar[bool] = False
     exact: ClassVar[bool] = True
+    #: whether it is a torch.library op; False: there is nothing to opcheck and to compile
+    compiled: ClassVar[bool] = True
     eps: ClassVar[float] = 1e-6
     cases: ClassVar[dict[str, Callable[[str], Any]]]
     aot: ClassVar[Sequence[Aot]] = ()
@@ -156,6 +158,8 @@ class OpProof:
         """Whether this rung exists for the op: what an op does not have is not collected rather than skipped."""
         return {
             "test_gradient": cls.differentiable,
+            "test_opcheck": cls.compiled,
+            "test_fullgraph": cls.compiled,
             "test_native": "native" in cls.backends,
             "test_triton": "triton" in cls.backends,
             "test_ahead_of_time": "triton" in cls.backends,
@@ -201,7 +205,9 @@ class OpProof:
             assert torch.autograd.gradcheck(f, leaves)
 
     def test_opcheck(self, few_case: str) -> None:
-        for op, positional in self.library_calls(self.cases[few_case]("cpu")):
+        calls = list(self.library_calls(self.cases[few_case]("cpu")))
+        assert calls, "library_calls(args) lists no torch.library op (compiled = False: the op has none)"
+        for op, positional in calls:
             # A tensor list that is mutated cannot be traced dynamically by opcheck's last test (torch 2.11 - 2.13).
             torch.library.opcheck(
                 op, positional, test_utils=("test_schema", "test_autograd_registration", "test_faketensor")
@@ -209,9 +215,14 @@ class OpProof:
 
     def test_fullgraph(self, few_case: str) -> None:
         args = self.cases[few_case]("cpu")
+        cpu = "cpu" in _backend._ops[self.op].backends.get("native", ())
+        backend = "native" if cpu and _native._C is not None else "reference"
         torch._dynamo.reset()
         compiled = torch.compile(self.run, fullgraph=True, backend="aot_eager")
-        assert_equal(compiled(args), self.run(args))
+        with fastunlearn.backend(backend):
+            out = compiled(args)
+        assert fastunlearn.explain(self.op).last == f"{backend}:cpu"
+        assert_equal(out, self._run(backend, args))
 
     def test_native(self, native_case: str, isa: str) -> None:
         if _native._C is None:
