@@ -14,8 +14,10 @@ from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, overload
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.nn import Module, Parameter
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from fastunlearn.ops.mask import BitMask
@@ -24,6 +26,11 @@ from fastunlearn.ops.topk import Key, Scope, topk_mask
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+
+_CAME_BACK = (
+    "SaliencyCollector: a gradient is back after it was counted: an active DistributedDataParallel writes gradients again "
+    "at the end of the backward pass; run the forward passes on its .module inside `with ddp.no_sync():`, then call collector.all_reduce()"
+)
 
 Patterns = str | Sequence[str] | None
 
@@ -45,6 +52,18 @@ class SaliencyCollector:
 
     The block may be entered again: scores go on from where they were, until `reset()`.
 
+    Replicas (DistributedDataParallel): collect on the bare module on every rank, each with its own batches, then add up the
+    ranks. The forward passes go through the bare module too, or through the wrapper inside its `no_sync()`; otherwise the
+    wrapper writes gradients again after they were counted, which is refused.
+
+        >>> with ddp.no_sync(), SaliencyCollector(ddp.module) as collector:
+        ...     for batch in my_part_of_the_forget_set:
+        ...         ddp.module(**batch).loss.backward()
+        >>> collector.all_reduce()
+        >>> masks = collector.masks(density=0.1)
+
+    Shards (FSDP2): wrap, collect, and give `masks` the process group; there the gradients are already of all ranks.
+
     Args:
         model: the module; or name -> parameter, or (name, parameter) pairs. Of a module the gradients of the parameters that
             are not selected are freed as well.
@@ -60,13 +79,16 @@ class SaliencyCollector:
 
     Raises:
         ValueError: unknown kind, nothing selected, a pattern that fits nothing; on entering: gradients are there already.
-        TypeError: model is none of these, a parameter that is not floating.
+        TypeError: model is none of these or a DistributedDataParallel, a parameter that is not floating.
+        RuntimeError: gradients that were counted come back (an active DistributedDataParallel).
 
     Example:
         >>> with SaliencyCollector(model, kind="abs", include="model.layers.*.mlp") as collector:
         ...     for batch in forget_set:
         ...         model(**batch).loss.backward()
         >>> masks = collector.masks(density=0.1)
+        >>> trained = [(n, p) for n, p in model.named_parameters() if n in masks]
+        >>> optimizer = fastunlearn.optim.MaskedAdamW(trained, masks, lr=1e-5)
     """
 
     def __init__(
@@ -81,6 +103,11 @@ class SaliencyCollector:
         if kind not in KINDS:
             raise ValueError(f"kind: want one of {', '.join(map(repr, KINDS))}, got {kind!r}")
         if isinstance(model, Module):
+            if any(isinstance(module, DistributedDataParallel) for module in model.modules()):
+                raise TypeError(
+                    "model: a DistributedDataParallel writes gradients again after they were counted; collect on model.module "
+                    "inside `with model.no_sync():`, then add up the ranks by collector.all_reduce()"
+                )
             named: list[tuple[str, Any]] = list(model.named_parameters())
         elif isinstance(model, Mapping):
             named = list(model.items())
@@ -121,6 +148,8 @@ class SaliencyCollector:
         self.counts = dict.fromkeys(self._parameters, 0)
         self._handles: list[Any] = []
         self._warned = False
+        self._reduced = False
+        self._last: Tensor | None = None
 
     @property
     def scores(self) -> dict[str, Tensor]:
@@ -132,10 +161,15 @@ class SaliencyCollector:
         for name, score in self._scores.items():
             score.zero_()
             self.counts[name] = 0
+        self._reduced = False
 
     def __enter__(self) -> SaliencyCollector:
         if self._handles:
             raise RuntimeError("SaliencyCollector: already collecting; leave the block before entering it again")
+        if self._reduced:
+            raise RuntimeError(
+                "SaliencyCollector: the scores are of all ranks already; call reset() before collecting again"
+            )
         held = [name for name, p in self._parameters.items() if p.grad is not None]
         held += ["a parameter that is not selected"] * any(p.grad is not None for p in self._others)
         if held:
@@ -154,6 +188,9 @@ class SaliencyCollector:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        last, self._last = self._last, None
+        if last is not None and last.grad is not None and not any(exception):
+            raise RuntimeError(_CAME_BACK)
 
     def _counting(self, name: str) -> Callable[[Tensor], None]:
         def hook(parameter: Tensor) -> None:
@@ -164,6 +201,9 @@ class SaliencyCollector:
                     "or an optimiser in the backward pass active?"
                 )
             parameter.grad = None
+            if self._last is not None and self._last.grad is not None:
+                raise RuntimeError(_CAME_BACK)
+            self._last = parameter
             self._add(name, local(parameter.detach()), local(grad))
             self.counts[name] += 1
 
@@ -187,6 +227,41 @@ class SaliencyCollector:
             score.add_(term.to(score.device))
         else:
             saliency_accumulate_([score], [grad.to(score.device)], kind=self.kind)
+
+    def all_reduce(self, group: ProcessGroup | None = None) -> None:
+        """Adds up scores and counts over ranks that each hold the whole model (replicas); all ranks call it, after the block.
+
+        Scores are then those of one process that ran the backward passes of all ranks one after the other: with "abs" the
+        sum over all micro-batches of |g| (SPARE's sum), with "square" of g^2, with "weight_grad" of |w * g|; with "signed"
+        the sum of g itself, so that what one rank pushes up and another down cancels. Gradients are not averaged first. Every
+        rank holds the same bits, so `masks()` without a process group gives every rank the same masks.
+
+        Args:
+            group: the ranks to add up; None: all.
+
+        Raises:
+            RuntimeError: inside the block; twice without `reset()`; torch.distributed is not initialised. ValueError: a
+            parameter is sharded (a DTensor) and no group was given: name the ranks that hold the same shards, or, where
+            every rank holds other shards, leave this out and give `masks` the group.
+        """
+        if self._handles:
+            raise RuntimeError("all_reduce: still collecting; call it after the block")
+        if self._reduced:
+            raise RuntimeError("all_reduce: the scores are of all ranks already; call reset() first")
+        if not (dist.is_available() and dist.is_initialized()):
+            raise RuntimeError("all_reduce: torch.distributed has no process group; call init_process_group first")
+        sharded = [name for name, p in self._parameters.items() if local(p) is not p]
+        if sharded and group is None:
+            raise ValueError(
+                f"group: {sharded[0]} is a DTensor: its ranks hold shards, which are not added up; pass the group of those "
+                "that hold the same shards, or leave all_reduce out and call masks(process_group=...)"
+            )
+        for score in self._scores.values():
+            dist.all_reduce(score, group=group)
+        counts = torch.tensor(list(self.counts.values()), device=next(iter(self._scores.values())).device)
+        dist.all_reduce(counts, group=group)
+        self.counts = dict(zip(self.counts, counts.tolist(), strict=True))
+        self._reduced = True
 
     @staticmethod
     def _beside(score: Tensor, grad: Tensor) -> bool:
@@ -236,14 +311,19 @@ class SaliencyCollector:
         """The masks of the highest scores; of kind "signed", of the highest |sum of g|.
 
         Args:
-            density, k, scope, process_group: as `fastunlearn.ops.topk_mask`.
+            density, k, scope: as `fastunlearn.ops.topk_mask`.
+            process_group: the ranks that hold the shards of one model, rank r the r-th rows of every parameter (FSDP2). Not
+                for replicas: after `all_reduce()` every rank has all scores and takes None.
 
         Returns:
-            name -> BitMask; for a list of densities a list of such dicts.
+            name -> BitMask; for a list of densities a list of such dicts. There is a mask for every parameter that is scored:
+            the selected ones that require grad.
 
         Raises:
-            ValueError: nothing has been counted; or as topk_mask.
+            ValueError: nothing has been counted; a process group after `all_reduce()`; or as topk_mask.
         """
+        if self._reduced and process_group is not None:
+            raise ValueError("process_group: after all_reduce() every rank holds the whole scores; leave it out")
         if not any(self.counts.values()):
             raise ValueError("masks: no backward pass has been counted; every score is 0")
         scores = list(self._scores.values())

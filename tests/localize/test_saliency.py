@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastunlearn import BitMask, ops
+from fastunlearn import BitMask, ops, optim
 from fastunlearn.localize.saliency import SaliencyCollector, matches
 from fastunlearn.ops.saliency import KINDS
 from tests.proof import assert_equal
@@ -329,3 +329,22 @@ def test_bad_input():
     collector = SaliencyCollector(model)
     with collector, pytest.raises(RuntimeError, match="already collecting"):
         collector.__enter__()
+
+
+def test_masks_go_to_an_optimiser_where_some_parameters_are_frozen():
+    """The way of the docstring: masks cover what is trained, and the optimiser gets just that."""
+    model = _model()
+    model.layers[0].requires_grad_(False)
+    with SaliencyCollector(model) as collector:
+        _loss(model, 0).backward()
+    masks = collector.masks(density=0.1)
+    assert set(masks) == {n for n, p in model.named_parameters() if p.requires_grad}
+    trained = [(n, p) for n, p in model.named_parameters() if n in masks]
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    optimiser = optim.MaskedAdamW(trained, masks, lr=0.1)
+    _loss(model, 0).backward()
+    optimiser.step()
+    for name, p in model.named_parameters():
+        moved = p.detach() != before[name]
+        assert not (moved & ~masks[name].unpack()).any() if name in masks else not moved.any()
+    assert (model.embed.weight != before["embed.weight"]).any()
