@@ -41,6 +41,14 @@ inline int multiprocessors(int index) {
                "cudaDeviceGetAttribute");
   return counts[index];
 }
+// Blocks of `threads` threads of a kernel that one multiprocessor of the current device holds at a time.
+template <class Kernel>
+inline int resident_blocks(Kernel kernel, int threads) {
+  int blocks = 0;
+  cuda_check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, 0),
+             "cudaOccupancyMaxActiveBlocksPerMultiprocessor");
+  return blocks > 0 ? blocks : 1;
+}
 inline void memset_async(void* p, int value, size_t bytes, uintptr_t stream) {
   cuda_check(cudaMemsetAsync(p, value, bytes, reinterpret_cast<cudaStream_t>(stream)), "cudaMemsetAsync");
 }
@@ -368,6 +376,10 @@ struct DeviceGuard {
 };
 inline int multiprocessors(int) {
   return 2;
+}
+template <class Kernel>
+inline int resident_blocks(Kernel, int) {
+  return 4;
 }
 inline void memset_async(void* p, int value, size_t bytes, uintptr_t) {
   memset(p, value, bytes);

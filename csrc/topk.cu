@@ -36,6 +36,8 @@ __global__ void topk_begin(Job job, int what) {
     job.problems[q] = p;
   }
   for (int64_t i = me; i < all * kTopkBins; i += step) job.histograms[i] = 0;
+  if (job.first)
+    for (int64_t i = me; i < kTopkBins; i += step) job.first[i] = 0;
   if (me == 0 && job.nan) *job.nan = 0;
 }
 
@@ -61,11 +63,11 @@ __global__ void __launch_bounds__(kThreads) topk_digit(Job job) {
       if (p.done) continue;
       owner = d;
       clear();
-      const T* values = static_cast<const T*>(job.values) + d * job.room;
+      const Pool<T, Abs> pool(job, p, d, 0);
       const uint32_t lo = p.lo, shift = p.shift, bins = p.bins;
       for (int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x; i < int64_t(p.pool);
            i += int64_t(gridDim.x) * kThreads) {
-        const uint32_t x = topk_key(float_bits(to_float(values[i])), Abs);
+        const uint32_t x = pool.key(i);
         if (x >= lo && (x - lo) >> shift < bins) atomicAdd(&counts[(x - lo) >> shift], 1u);
       }
       flush();
@@ -86,11 +88,11 @@ __global__ void __launch_bounds__(kThreads) topk_digit(Job job) {
       for (int i = 0; i < kPerThread; ++i) {
         const int64_t byte = tile.byte + i * kThreads + threadIdx.x;
         if (byte >= tile.bytes) break;
-        T v[8];
+        Eight<T> v;
         load8(*tile.tensor, byte, v);
 #pragma unroll
         for (int j = 0; j < 8; ++j) {
-          const uint32_t x = topk_key(float_bits(to_float(v[j])), Abs);
+          const uint32_t x = topk_key(float_bits(widen(v[j])), Abs);
           if (x != 0 && x >= lo && (x - lo) >> shift < bins) atomicAdd(&counts[(x - lo) >> shift], 1u);
         }
       }
@@ -151,10 +153,9 @@ __global__ void __launch_bounds__(kThreads) topk_ties(Job job) {
       const int64_t warps = int64_t(gridDim.x) * (kThreads / 32);
       for (int64_t tile = int64_t(blockIdx.x) * (kThreads / 32) + warp; tile < job.tiles; tile += warps) {
         const int64_t record = d * job.tiles + tile;
-        const T* values = static_cast<const T*>(job.values) + d * job.room + job.start[record];
+        const Pool<T, Abs> pool(job, p, d, job.start[record]);
         u64 ties = 0;
-        for (uint32_t i = lane; i < job.count[record]; i += 32)
-          ties += topk_key(float_bits(to_float(values[i])), Abs) == p.key;
+        for (uint32_t i = lane; i < job.count[record]; i += 32) ties += pool.key(i) == p.key;
         ties = warp_sum(ties);
         if (lane == 0) job.before[record] = ties;
       }
@@ -171,10 +172,10 @@ __global__ void __launch_bounds__(kThreads) topk_ties(Job job) {
       for (int i = 0; i < kPerThread; ++i) {
         const int64_t byte = tile.byte + i * kThreads + threadIdx.x;
         if (byte >= tile.bytes) break;
-        T v[8];
+        Eight<T> v;
         load8(*tile.tensor, byte, v);
 #pragma unroll
-        for (int j = 0; j < 8; ++j) ties += topk_key(float_bits(to_float(v[j])), Abs) == p.key;
+        for (int j = 0; j < 8; ++j) ties += topk_key(float_bits(widen(v[j])), Abs) == p.key;
       }
       if (ties) atomicAdd(&found, ties);
       __syncthreads();
@@ -195,11 +196,22 @@ __global__ void __launch_bounds__(kWide) topk_before(Job job) {
     if (scope + 1 < job.n) last = job.tensors[scope + 1].first_tile;
   }
   u64 carry = 0, sum;
-  for (int64_t from = first; from < last; from += kWide) {
-    const int64_t i = from + threadIdx.x;
-    const u64 mine = i < last ? job.before[d * job.tiles + i] : 0;
-    const u64 upto = block_scan(mine, &sum);
-    if (i < last) job.before[d * job.tiles + i] = carry + upto - mine;
+  u64* before = job.before + d * job.tiles;
+  constexpr int kEach = 16;
+  for (int64_t from = first; from < last; from += kWide * kEach) {
+    const int64_t mine = from + int64_t(threadIdx.x) * kEach;
+    u64 ties[kEach], own = 0;
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) {
+      ties[i] = mine + i < last ? before[mine + i] : 0;
+      own += ties[i];
+    }
+    u64 upto = carry + block_scan(own, &sum) - own;
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) {
+      if (mine + i < last) before[mine + i] = upto;
+      upto += ties[i];
+    }
     carry += sum;
   }
 }
@@ -224,8 +236,7 @@ __global__ void __launch_bounds__(kThreads) topk_patch(Job job) {
         const int64_t record = d * job.tiles + i;
         const uint32_t n = job.count[record];
         if (n == 0) continue;
-        const T* values = static_cast<const T*>(job.values) + d * job.room + job.start[record];
-        const uint16_t* places = job.places + d * job.room + job.start[record];
+        const Pool<T, Abs> pool(job, p, d, job.start[record]);
         // Ties at places below `limit` are taken.
         uint32_t limit = p.take > 0 ? 8u * kTileBytes : 0;
         if (shares_ties(p)) {
@@ -234,8 +245,7 @@ __global__ void __launch_bounds__(kThreads) topk_patch(Job job) {
           while (low < limit) {
             const uint32_t mid = (low + limit) / 2;
             u64 below = 0;
-            for (uint32_t c = lane; c < n; c += 32)
-              below += places[c] < mid + 1 && topk_key(float_bits(to_float(values[c])), Abs) == p.key;
+            for (uint32_t c = lane; c < n; c += 32) below += pool.place(c) < mid + 1 && pool.key(c) == p.key;
             if (warp_sum(below) > left)
               limit = mid;
             else
@@ -246,9 +256,8 @@ __global__ void __launch_bounds__(kThreads) topk_patch(Job job) {
         const Tile tile = at(job, w);
         uint8_t* bits = bits_of(job, d, tile.index);
         for (uint32_t c = lane; c < n; c += 32) {
-          const uint32_t x = topk_key(float_bits(to_float(values[c])), Abs);
-          if (x > p.key || (x == p.key && places[c] < limit))
-            set_bit(bits, tile.byte + places[c] / 8, places[c] % 8);
+          const uint32_t x = pool.key(c), place = pool.place(c);
+          if (x > p.key || (x == p.key && place < limit)) set_bit(bits, tile.byte + place / 8, place % 8);
         }
       }
       continue;
@@ -264,11 +273,11 @@ __global__ void __launch_bounds__(kThreads) topk_patch(Job job) {
         const int64_t byte = tile.byte + i * kThreads + threadIdx.x;
         uint32_t over = 0, equal = 0;
         if (byte < tile.bytes) {
-          T v[8];
+          Eight<T> v;
           load8(*tile.tensor, byte, v);
 #pragma unroll
           for (int j = 0; j < 8; ++j) {
-            const uint32_t x = topk_key(float_bits(to_float(v[j])), Abs);
+            const uint32_t x = topk_key(float_bits(widen(v[j])), Abs);
             over |= uint32_t(x > p.key) << j;
             equal |= uint32_t(x == p.key && x != 0) << j;
           }
@@ -298,16 +307,18 @@ __global__ void __launch_bounds__(kThreads) topk_patch(Job job) {
 
 // ---- the host's side ------------------------------------------------------------------------------------
 
-int64_t samples_for(int64_t total) {
+// A multiple of kWide. With 16 bits the pool has room for fewer entries of their own kind (two bytes of three
+// are places): the bracket has to be narrower.
+int64_t samples_for(int64_t total, int64_t item) {
   if (total <= kSmall) return 0;
-  const int64_t want = total / 64;
-  return want < 8192 ? 8192 : want < 262144 ? want : 262144;
+  const int64_t want = item == 2 ? total / 32 : total / 64, most = item == 2 ? 262144 : 131072;
+  return want < 8192 ? 8192 : want < most ? want / kWide * kWide : most;
 }
 
 // Entries of the pool: together with the sample and the tables 2 % of the scores' bytes.
 int64_t room_for(int64_t total, int64_t item) {
   const int64_t room = int64_t(double(total) * double(item) * 0.016 / double(item + 2));
-  return room < kSmall ? kSmall : room;
+  return room < kSmall ? kSmall : room / 8 * 8;
 }
 
 struct Layout {
@@ -327,12 +338,12 @@ int64_t lay_out(Job& job, uintptr_t base, int item, bool pooled) {
   job.histograms = reinterpret_cast<u64*>(base + l.take(problems * kTopkBins * 8));
   job.before = reinterpret_cast<u64*>(base + l.take(job.counts * job.tiles * 8));
   if (pooled) {
-    job.samples = samples_for(job.total);
+    job.samples = samples_for(job.total, item);
     job.room = room_for(job.total, item);
     job.start = reinterpret_cast<uint32_t*>(base + l.take(job.counts * job.tiles * 4));
     job.count = reinterpret_cast<uint32_t*>(base + l.take(job.counts * job.tiles * 4));
-    job.values = reinterpret_cast<void*>(base + l.take(job.counts * job.room * item));
-    job.places = reinterpret_cast<uint16_t*>(base + l.take(job.counts * job.room * 2));
+    job.pool = reinterpret_cast<char*>(base + l.take(job.counts * job.room * (item + 2)));
+    job.first = reinterpret_cast<uint32_t*>(base + l.take(kTopkBins * 4));
     job.sample = reinterpret_cast<void*>(base + l.take(job.samples * item));
   }
   return l.bytes;
@@ -426,13 +437,14 @@ void topk_select(const TopkCudaCall& call) {
     using T = decltype(type);
     constexpr bool kAbs = decltype(flag)::value;
     if (pooled) {
-      const auto sample = topk_sample<T>;
+      const auto sample = topk_sample<T, kAbs>;
       const auto bracket = topk_bracket<T, kAbs>;
       const auto stream = topk_stream<T, kAbs>;
-      if (job.samples > 0)
-        FU_LAUNCH(sample, unsigned(ceil_div(job.samples, kThreads)), kThreads, 0, call.stream, job);
+      if (job.samples > 0) FU_LAUNCH(sample, unsigned(job.samples / kWide), kWide, 0, call.stream, job);
       FU_LAUNCH(bracket, unsigned(job.counts), kWide, 0, call.stream, job);
-      FU_LAUNCH(stream, grid, kThreads, 0, call.stream, job);
+      // One wave: every block has its share of the tiles from the start.
+      const int resident = resident_blocks(stream, kThreads);
+      FU_LAUNCH(stream, grid_for(job.tiles, call.device, resident), kThreads, 0, call.stream, job);
       FU_LAUNCH(topk_judge, 1, kThreads, 0, call.stream, job);
     }
     find_keys<T, kAbs>(job, grid, call.stream);

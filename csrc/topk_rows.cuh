@@ -7,11 +7,6 @@
 namespace fu::cuda {
 namespace {
 
-__device__ inline uint32_t lane_sum(uint32_t v) {
-  for (int d = 16; d > 0; d /= 2) v += __shfl_xor_sync(0xffffffffu, v, d);
-  return v;
-}
-
 // A warp a row of at most 256 entries; lane l holds byte l of the row's bits.
 template <class T, bool Abs>
 __global__ void __launch_bounds__(kThreads) topk_short_rows(Job job) {
@@ -25,14 +20,14 @@ __global__ void __launch_bounds__(kThreads) topk_short_rows(Job job) {
     if (width > 32) continue;
     uint32_t x[8];
     uint32_t valid = 0;
-    T v[8];
+    Eight<T> v;
     if (lane < width) load8(t, first + lane, v);
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
-      x[j] = lane < width ? topk_key(float_bits(to_float(v[j])), Abs) : 0;
+      x[j] = lane < width ? topk_key(float_bits(widen(v[j])), Abs) : 0;
       valid += x[j] != 0;
     }
-    valid = lane_sum(valid);
+    valid = warp_sum32(valid);
     if (lane == 0 && valid < uint32_t(t.cols)) atomicAdd(job.nan, u64(t.cols) - valid);
     for (int d = 0; d < job.counts; ++d) {
       const u64 k = u64(job.params[4 * (int64_t(d) * job.n + tensor)]);
@@ -44,7 +39,7 @@ __global__ void __launch_bounds__(kThreads) topk_short_rows(Job job) {
         uint32_t reach = 0;
 #pragma unroll
         for (int j = 0; j < 8; ++j) reach += x[j] >= trial;
-        if (lane_sum(reach) >= rank) key = trial;
+        if (warp_sum32(reach) >= rank) key = trial;
       }
       if (rank == 0) key = 0xffffffffu;
       uint32_t above = 0, equal = 0;
@@ -53,7 +48,7 @@ __global__ void __launch_bounds__(kThreads) topk_short_rows(Job job) {
         above |= uint32_t(x[j] > key) << j;
         equal |= uint32_t(x[j] == key) << j;
       }
-      const uint32_t left = rank - lane_sum(__popc(above));
+      const uint32_t left = rank - warp_sum32(__popc(above));
       uint32_t upto = __popc(equal);
       for (int s = 1; s < 32; s *= 2) {
         const uint32_t u = __shfl_up_sync(0xffffffffu, upto, s);
@@ -82,11 +77,11 @@ __global__ void __launch_bounds__(kThreads) topk_long_rows(Job job) {
         for (int i = threadIdx.x; i < kTopkBins; i += kThreads) counts[i] = 0;
         __syncthreads();
         for (int64_t b = threadIdx.x; b < width; b += kThreads) {
-          T v[8];
+          Eight<T> v;
           load8(t, first + b, v);
 #pragma unroll
           for (int j = 0; j < 8; ++j) {
-            const uint32_t x = topk_key(float_bits(to_float(v[j])), Abs);
+            const uint32_t x = topk_key(float_bits(widen(v[j])), Abs);
             if (x != 0 && x >= lo && (x - lo) >> shift < bins) atomicAdd(&counts[(x - lo) >> shift], 1u);
           }
         }
@@ -117,11 +112,11 @@ __global__ void __launch_bounds__(kThreads) topk_long_rows(Job job) {
         const int64_t b = from + threadIdx.x;
         uint32_t above = 0, equal = 0;
         if (b < width) {
-          T v[8];
+          Eight<T> v;
           load8(t, first + b, v);
 #pragma unroll
           for (int j = 0; j < 8; ++j) {
-            const uint32_t x = topk_key(float_bits(to_float(v[j])), Abs);
+            const uint32_t x = topk_key(float_bits(widen(v[j])), Abs);
             above |= uint32_t(x > lo) << j;
             equal |= uint32_t(x == lo && x != 0) << j;
           }

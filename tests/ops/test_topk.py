@@ -16,6 +16,7 @@ from hypothesis import given
 
 import fastunlearn
 from fastunlearn import BitMask, _native, ops
+from fastunlearn.ops import topk
 from fastunlearn.ops.mask import rows_cols
 from fastunlearn.ops.topk import floor_count
 from tests.conftest import ROOT
@@ -161,6 +162,46 @@ def test_workspace_on_a_gpu(entries, tensors, dtype, size, simt_module):
     tiles = entries // (8 * simt_module.topk_tile_bytes()) + tensors
     taken = simt_module.topk_workspace_cuda(1, 1, entries, tiles, _native.DTYPES[dtype], True)
     assert 0 < taken <= 0.02 * entries * size
+
+
+@pytest.mark.parametrize(
+    ("what", "dtype", "density"),
+    [("normal", torch.bfloat16, 0.3), ("products", torch.bfloat16, 0.5), ("normal", torch.float16, 0.5)],
+)
+def test_ordinary_scores_are_read_once_on_a_gpu(what, dtype, density, simt_module, monkeypatch):
+    """The entries inside the bracket fit their pool, also where ties widen it: no digits are counted over the scores."""
+    scores = torch.randn(2048, 4096).abs()
+    if what == "products":  # as Wanda's |w| times the norm of an input
+        scores *= torch.rand(4096) + 0.5
+    scores = scores.to(dtype)
+    calls = []
+
+    class Kept(topk.CudaCall):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            calls.append(self)
+
+    monkeypatch.setattr(topk, "CudaCall", Kept)
+    with fastunlearn.backend("native"):
+        want = ops.topk_mask([scores], density)
+        with _native.host_cuda(simt_module):
+            assert_equal(ops.topk_mask([scores], density), want)
+    (call,) = calls
+    # csrc/topk_device.cuh: the workspace starts with the problem, which starts with its mode (0: from the pool).
+    assert call.workspace[:4].view(torch.int32).item() == 0
+
+
+@pytest.mark.parametrize("k", [1, 40_000, 90_000, 100_001, 149_999])
+def test_brackets_around_zero_on_a_gpu(k, simt_module):
+    """-0.0 and 0.0 are one value at either end of a bracket; few values of 16 bits share 16 bits with their place."""
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        t = torch.where(torch.arange(150_000) % 3 == 0, -0.0, 0.0).to(dtype)
+        t[::5] = -torch.rand(30_000).to(dtype) * 1e-6
+        t[1::5] = torch.linspace(-2, 2, 30_000).to(dtype)
+        with fastunlearn.backend("native"):
+            want = ops.topk_mask([t], k=k)
+            with _native.host_cuda(simt_module):
+                assert_equal(ops.topk_mask([t], k=k), want)
 
 
 VALUES = st.sampled_from([0.0, -0.0, 1.0, 1.0, -1.0, 2.0, INF, -INF, NAN, 1e-45, -1e-45, 3e38, 0.5])
