@@ -261,6 +261,8 @@ class MaskedOptimizer(Optimizer):
             if options:
                 factor = None if scale is None else scale.to(work.device, non_blocking=True)
                 self._run(work.batch, options, factor, work.tables)
+                if work.sharded:
+                    torch.autograd.graph.increment_version(work.sharded)
             work.batch.release()
         return loss
 
@@ -285,7 +287,6 @@ class MaskedOptimizer(Optimizer):
         self._sign, self._works = None, []
         first, second = (*self._compact, "")[:2]
         by_device: dict[torch.device, Work] = {}
-        keeps = True
         for place, (param, grad, group, state) in enumerate(
             zip(moving.params, moving.grads, moving.groups, moving.states)
         ):
@@ -311,13 +312,14 @@ class MaskedOptimizer(Optimizer):
                 work.places.append(place)
             else:
                 work.idle.append(state)
-            keeps = keeps and not hasattr(param, "to_local")
+            if hasattr(param, "to_local"):
+                work.sharded.append(param)
         works = list(by_device.values())
         for work in works:
             key = work.device
             work.tables = self._tables.setdefault((key, "step"), work.tables)
             work.norm_tables = self._tables.setdefault((key, "norm"), work.norm_tables)
-        if keeps and not any(work.batch.copied for work in works):
+        if not any(work.sharded or work.batch.copied for work in works):
             self._works, self._sign, self._addresses = works, moving.signature(names), moving.addresses()
         return works
 

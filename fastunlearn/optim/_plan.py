@@ -26,6 +26,7 @@ class Work:
         self.params: list[Tensor] = []
         self.members: list[tuple[dict[str, Any], dict[str, Any]]] = []  #: (state, group) of the batch's tensors
         self.places: list[int] = []  #: of the batch's tensors among all that have a gradient
+        self.sharded: list[Tensor] = []  #: DTensors, whose version is not that of the shard
         self.idle: list[dict[str, Any]] = []  #: states of those of which nothing may move
         self.tables, self.norm_tables = engine.Tables(), engine.Tables()
 

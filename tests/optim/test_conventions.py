@@ -256,8 +256,10 @@ def test_masks_on_sharded_parameters() -> None:
         for i in range(3):
             grad = torch.randn(6, 10, generator=torch.Generator().manual_seed(i))
             p.grad, q.grad = distribute_tensor(grad, mesh, [Shard(0)]), grad
+            before = p._version
             sharded.step()
             plain.step()
+            assert p._version > before
         assert torch.equal(p.to_local(), q)
         saved = sharded.state_dict()
         assert isinstance(saved["state"][0]["exp_avg"], DTensor)
