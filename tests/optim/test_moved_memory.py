@@ -198,8 +198,8 @@ def test_momentum_may_be_turned_on() -> None:
     p = torch.zeros(4, requires_grad=True)
     q = torch.zeros(4, requires_grad=True)
     masked, dense = optim.MaskedSGD([p], lr=0.1), torch.optim.SGD([q], lr=0.1)
+    p.grad = q.grad = torch.arange(4.0)
     for i in range(4):
-        p.grad = q.grad = torch.arange(4.0) + i
         for optimizer in (masked, dense):
             optimizer.param_groups[0]["momentum"] = 0.9 if i > 1 else 0.0
             optimizer.step()
