@@ -6,7 +6,7 @@
 #   make fuzz         the property tests with 10,000 cases an op
 #   make bench        every op beside its peers on this CPU -> benchmarks/results/, tables in README.md
 #   make bench-plots  time against limit, from the committed results
-#   make gpu-test     on a GPU machine: PYTHON=python3 OUT=folder, package installed -> test report, gpu_runs.json
+#   make gpu-test     on a GPU machine: PYTHON=python3 OUT=folder, installed with -e -> test report, gpu_runs.json
 #   make gpu-bench    on a GPU machine: PYTHON=python3 OUT=folder -> one JSON of results
 #   make wheel        a wheel in dist/
 #   make clean        removes what was built, not .venv
@@ -56,7 +56,7 @@ help:
 
 .venv/.dev: .venv/.base .venv/.demo $(NATIVE)
 	@echo "building fastunlearn, installing the tools of the tests ..."
-	$(PIP) --no-build-isolation -e '.[dev,llm]'
+	FASTUNLEARN_NATIVE=1 $(PIP) --no-build-isolation -e '.[dev,llm]'
 	@touch $@ .venv/.installed
 
 demo: .venv/.installed .venv/.demo
@@ -81,15 +81,21 @@ bench: .venv/.dev
 bench-plots: .venv/.dev
 	$(BIN)/python -m benchmarks plot
 
+# Both stop where the native module does not load: the tests would say nothing about the kernels.
+HAS_NATIVE = $(PYTHON) -c "import sys; from fastunlearn import _native; sys.exit(_native._why_missing and 'fastunlearn: ' + _native._why_missing + ' (pip install --no-build-isolation -e .)')"
+
 gpu-test:
 	mkdir -p $(OUT)
-	FASTUNLEARN_GPU_RUNS=$(OUT)/gpu_runs.json HYPOTHESIS_PROFILE=quick timeout 400 \
-	  $(PYTHON) -m pytest -q -m "not serial" --junitxml=$(OUT)/gpu-test.xml $(PYTEST_ARGS) 2>&1 | tee $(OUT)/gpu-test.log
-	timeout 120 compute-sanitizer --tool memcheck --error-exitcode 1 \
-	  $(PYTHON) -m tests.sanitize 2>&1 | tee $(OUT)/sanitizer.log
+	$(HAS_NATIVE)
+	tests=0; FASTUNLEARN_GPU_RUNS=$(OUT)/gpu_runs.json HYPOTHESIS_PROFILE=quick timeout 400 \
+	  $(PYTHON) -m pytest -q -m "not serial" --junitxml=$(OUT)/gpu-test.xml $(PYTEST_ARGS) > $(OUT)/gpu-test.log 2>&1 || tests=$$?; \
+	  tail -30 $(OUT)/gpu-test.log; \
+	  timeout 120 compute-sanitizer --tool memcheck --error-exitcode 1 $(PYTHON) -m tests.sanitize 2>&1 | tee $(OUT)/sanitizer.log; \
+	  exit $$tests
 
 gpu-bench:
 	mkdir -p $(OUT)
+	$(HAS_NATIVE)
 	timeout 530 $(PYTHON) -m benchmarks run --device cuda --out $(OUT) $(if $(OPS),--ops $(OPS)) 2>&1 | tee $(OUT)/gpu-bench.log
 
 wheel: .venv/.base

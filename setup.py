@@ -66,14 +66,23 @@ def ninja_binary() -> str:
     return str(Path(ninja.BIN_DIR) / "ninja")
 
 
-def arch_flags(archs: str) -> list[str]:
-    names = [a.strip() for a in archs.replace(",", ";").split(";") if a.strip()]
+def architectures(nvcc: str) -> list[str]:
+    """FASTUNLEARN_CUDA_ARCHS, or those of the default that this nvcc knows."""
+    asked = os.environ.get("FASTUNLEARN_CUDA_ARCHS")
+    names = [a.strip() for a in (asked or DEFAULT_ARCHS).replace(",", ";").split(";") if a.strip()]
+    if asked:
+        return names
+    listed = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True).stdout.split()
+    known = {line.removeprefix("compute_") for line in listed}
+    return [a for a in names if not known or a.rstrip("a") in known]
+
+
+def arch_flags(names: list[str]) -> list[str]:
     flags = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in names]
-    # PTX of the newest architecture without the letter that ties it to one chip, for GPUs to come.
-    portable = [a for a in names if a.isdigit()]
-    if portable:
-        newest = max(portable, key=int)
-        flags.append(f"-gencode=arch=compute_{newest},code=compute_{newest}")
+    # PTX without the letter that ties it to one chip: of the oldest architecture for those between, of the newest for
+    # GPUs to come.
+    portable = sorted((a for a in names if a.isdigit()), key=int)
+    flags += [f"-gencode=arch=compute_{a},code=compute_{a}" for a in dict.fromkeys(portable[:1] + portable[-1:])]
     return flags
 
 
@@ -97,8 +106,8 @@ def write_ninja(path: Path, target: Path, *, cxx: str, nvcc: str | None, simt_mo
     if simt_module:
         defines += ["-DFU_WITH_CUDA", "-DFU_HOST_SIMT", f"-DFU_MODULE={simt_module}", '-DFU_CUDA_ARCHS=\\"host\\"']
     elif nvcc:
-        archs = os.environ.get("FASTUNLEARN_CUDA_ARCHS", DEFAULT_ARCHS)
-        defines += ["-DFU_WITH_CUDA", f'-DFU_CUDA_ARCHS=\\"{archs.replace(";", ",")}\\"']
+        archs = architectures(nvcc)
+        defines += ["-DFU_WITH_CUDA", f'-DFU_CUDA_ARCHS=\\"{",".join(archs)}\\"']
         cuda_home = cuda_root(nvcc)
         includes.append(f"-isystem {cuda_home / 'include'}")
         flags.append(f"-isystem {cuda_home / 'include'}")
@@ -174,9 +183,17 @@ class BuildNative(build_ext):
         super().run()
 
     def give_up(self, why: str) -> None:
-        if wanted("FASTUNLEARN_NATIVE") == "1":
-            raise RuntimeError(f"fastunlearn: FASTUNLEARN_NATIVE=1, but {why}")
+        for name in ("FASTUNLEARN_NATIVE", "FASTUNLEARN_CUDA"):
+            if wanted(name) == "1":
+                raise RuntimeError(f"fastunlearn: {name}=1, but {why}")
         print(f"fastunlearn: {why}", file=sys.stderr)
+        # What an earlier build left would be loaded in the place of what could not be built now.
+        for ext in self.extensions or []:
+            for stale in {
+                self.get_ext_fullpath(ext.name),
+                str(Path(__file__).parent / self.get_ext_filename(ext.name)),
+            }:
+                Path(stale).unlink(missing_ok=True)
         self.extensions = []
 
     def build_extension(self, ext: Extension) -> None:
@@ -205,4 +222,8 @@ class BuildNative(build_ext):
 
 
 if __name__ == "__main__":
-    setup(ext_modules=[Extension("fastunlearn._C", sources=[])], cmdclass={"build_ext": BuildNative})
+    # The sources are listed for the source distribution; BuildNative compiles them.
+    listed = [f"csrc/{p.name}" for p in sorted(CSRC.iterdir()) if p.suffix in {".cpp", ".cu"}]
+    headers = [f"csrc/{p.name}" for p in sorted(CSRC.iterdir()) if p.suffix in {".h", ".cuh"}]
+    extension = Extension("fastunlearn._C", sources=listed, depends=headers)
+    setup(ext_modules=[extension], cmdclass={"build_ext": BuildNative})

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -118,3 +119,46 @@ def test_a_broken_compiler_still_installs(tmp_path):
 def test_native_code_demanded_and_not_there_fails(tmp_path):
     with pytest.raises(AssertionError, match="FASTUNLEARN_NATIVE=1, but no C\\+\\+ compiler found"):
         build(tmp_path, CXX="/nonexistent/g++", FASTUNLEARN_NATIVE="1")
+
+
+def test_a_failed_rebuild_leaves_no_stale_module(tmp_path):
+    """Else the code of an earlier build would run, and nobody would know."""
+    folder = tmp_path / "tree"
+    keep = shutil.ignore_patterns(
+        ".git", ".venv", "build", "*.egg-info", "__pycache__", "tests", ".*_cache", "*.so", "results"
+    )
+    shutil.copytree(ROOT, folder, symlinks=True, ignore=keep)
+    suffix = subprocess.run(
+        [sys.executable, "-c", "import sysconfig; print(sysconfig.get_config_var('EXT_SUFFIX'))"],
+        capture_output=True,
+        text=True,
+    ).stdout.strip()
+    stale = folder / "fastunlearn" / f"_C{suffix}"
+    stale.write_bytes(b"from an earlier build")
+    done = subprocess.run(
+        [sys.executable, "setup.py", "-q", "build_ext", "--inplace"],
+        cwd=folder,
+        env={**os.environ, "CXX": "/nonexistent/g++", "NVCC": "/nonexistent/nvcc"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "no C++ compiler found" in done.stderr
+    assert not stale.exists()
+
+
+def test_the_source_distribution_holds_the_native_sources(tmp_path):
+    source = tmp_path / "source"
+    keep = shutil.ignore_patterns(
+        ".git", ".venv", "build", "*.so", "*.egg-info", "__pycache__", "tests", ".*_cache", "results"
+    )
+    shutil.copytree(ROOT, source, symlinks=True, ignore=keep)
+    code = "from setuptools.build_meta import build_sdist; print(build_sdist('out'))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=source, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (archive,) = (source / "out").glob("*.tar.gz")
+    with tarfile.open(archive) as file:
+        names = {name.split("/", 1)[1] for name in file.getnames() if "/" in name}
+    native = {f"csrc/{p.name}" for p in (ROOT / "csrc").iterdir()}
+    assert native <= names, native - names
+    assert "fastunlearn/kernels/_common.py" in names

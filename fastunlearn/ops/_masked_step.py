@@ -20,9 +20,11 @@ from fastunlearn.ops._slots import Batch, units
 from fastunlearn.reference import adamw as reference
 from fastunlearn.reference.stochastic import rounding_keys
 
-_ADAMW = _backend.register("masked_adamw_", native=("cpu", "cuda"), triton=("cuda",))
-_SGD = _backend.register("masked_sgd_", native=("cpu", "cuda"), triton=("cuda",))
-_NORM = _backend.register("masked_grad_norm", native=("cpu", "cuda"), triton=("cuda",))
+# On a GPU "auto" takes Triton, which has passed its tests on one; the CUDA kernels, made because Triton's miss their limit,
+# take its place when they have too (fastunlearn/gpu_runs.json).
+_ADAMW = _backend.register("masked_adamw_", triton=("cuda",), native=("cpu", "cuda"))
+_SGD = _backend.register("masked_sgd_", triton=("cuda",), native=("cpu", "cuda"))
+_NORM = _backend.register("masked_grad_norm", triton=("cuda",), native=("cpu", "cuda"))
 
 #: entries of a unit of work of the C++ and CUDA code (csrc/adamw.h: kUnit)
 _UNIT = 32 * 1024
