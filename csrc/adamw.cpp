@@ -15,16 +15,6 @@ namespace {
 
 using namespace fu::masked;
 
-// Round to nearest even; NaN stays NaN.
-inline f16 to_f16(float x) {
-  const uint32_t u = float_bits(x), sign = u >> 16 & 0x8000u, a = u & 0x7fffffffu;
-  const uint32_t normal = (a + 0xfffu + (a >> 13 & 1u) - 0x38000000u) >> 13;
-  // Added to 0.5, whose last place is the smallest half, a subnormal half is rounded by the addition itself.
-  const uint32_t small = float_bits(bits_float(a) + 0.5f) - 0x3f000000u;
-  const uint32_t large = a > 0x7f800000u ? 0x7e00u : 0x7c00u;
-  return f16{uint16_t(sign | (a >= 0x47800000u ? large : a < 0x38800000u ? small : normal))};
-}
-
 // What is written of a result: itself, or its rounding to nearest or (bf16) at random.
 inline float rounded(float x, uint32_t, bool, const float*) {
   return x;

@@ -107,6 +107,15 @@ int main() {
     memcpy(&h, &bits, 2);
     const float want = float(h), got = fu::to_float(fu::f16{bits});
     CHECK((want != want && got != got) || fu::float_bits(want) == fu::float_bits(got));
+    CHECK(want != want || fu::to_f16(want).bits == bits);
+    // Between this half and the next: nearest, ties to even, as the compiler rounds.
+    for (float nudge : {0.25f, 0.5f, 0.75f}) {
+      const float between = want + nudge * (float(fu::to_float(fu::f16{uint16_t(bits ^ 1)})) - want);
+      const _Float16 rounded = _Float16(between);
+      uint16_t expect;
+      memcpy(&expect, &rounded, 2);
+      CHECK(between != between || fu::to_f16(between).bits == expect);
+    }
     const float wide = fu::to_float(fu::bf16{bits});
     CHECK(wide != wide || fu::to_bf16(wide).bits == bits);
   }
