@@ -19,7 +19,7 @@ LAYERS = [
     {"cli"},
     {"methods"},
     {"trainer"},
-    {"localize", "objectives", "updates", "parametrize", "optim", "data", "evaluation", "report"},
+    {"checkpoint", "localize", "objectives", "updates", "parametrize", "optim", "data", "evaluation", "report"},
     {"ops"},
     {"reference", "kernels", "_C", "_native", "_backend", "_version"},
 ]

