@@ -4,7 +4,7 @@ SmolLM2-135M-Instruct is pruned to 2:4 (of every four consecutive weights two ar
 part of it with NPO (Zhang et al. 2024, "Negative Preference Optimization") plus the loss on what must stay. Both loops are
 the plain PyTorch a user would write; fastunlearn comes in as drop-in ops in three places:
 
-    prune_nm          -> ops.nm_mask: which weights are left, one bit each
+    localize.prune    -> ops.nm_mask: which weights are left, one bit each
     optim.MaskedAdamW -> moves, and keeps state for, those weights only: the pattern survives any training
     save_masks        -> the masks beside the saved model
 
@@ -36,11 +36,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 import fastunlearn
-from fastunlearn import BitMask, optim, save_masks
+from fastunlearn import BitMask, localize, optim, save_masks
 from fastunlearn.cli.doctor import cpu_name
 from fastunlearn.data.general_text import GENERAL_TEXT
 from fastunlearn.data.register import Fact, Register, answer_logprobs, encode, exact_recall, reply
-from fastunlearn.localize.wanda import nm_violations, prune_nm
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 #: import name -> name on PyPI
@@ -143,14 +142,7 @@ def prune(model: Any, tokenizer: Any, *, length: int = 512, precision: torch.dty
     length = len(tokens) // rows
     text = torch.tensor(tokens[: rows * length]).view(rows, length)
     with autocast(model, precision):
-        return prune_nm(
-            model,
-            model.base_model.layers,
-            lambda: model.base_model(input_ids=text, use_cache=False),
-            n=2,
-            m=4,
-            progress=lambda blocks: bar(blocks, "pruning", "block"),
-        )
+        return localize.prune(model, method="wanda", pattern="2:4", calibration=text, batch_size=rows)
 
 
 # Small parts of the loops.
@@ -393,7 +385,7 @@ def main(argv: Sequence[str]) -> int:
         )
     with phase("asking once more", seconds):
         stages["after forgetting"] = measure(model, tokenizer, parts, precision)
-        violations = nm_violations(model, masks, n=2, m=4)
+        violations = localize.nm_violations(model, masks, n=2, m=4)
         violations += [f"the mask of {name} changed" for name, mask in masks.items() if not mask.equal(kept[name])]
 
     print(f"\n{table(stages, (options.forget, options.people - options.forget))}\n")

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastunlearn.localize import input_norms, nm_violations, prune_nm, wanda_scores
+from fastunlearn.localize import input_norms, nm_violations, prune, wanda_scores
 from tests.tiny_chat import tiny_llama
 
 TEXT = torch.arange(2 * 40).reshape(2, 40) * 7 % 127 + 1
@@ -53,7 +53,7 @@ def test_prune_is_the_naive_computation(n, m):
             for rows in (TEXT, TEXT[:1, :17]):
                 model(input_ids=rows, use_cache=False)
 
-    masks = prune_nm(model, model.model.layers, lambda: run(model), n, m)
+    masks = prune(model, method="wanda", pattern=(n, m), calibration=lambda: run(model))
     expected = naive(other, run, n, m)
     assert set(masks) == set(expected)
     assert len(masks) == 2 * 7
@@ -73,7 +73,7 @@ def test_a_block_sees_what_the_pruned_blocks_before_it_give():
     names = {name: layer for name, layer in dense.model.layers[1].named_modules() if isinstance(layer, nn.Linear)}
     with torch.no_grad(), input_norms(names) as norms:
         dense(input_ids=TEXT, use_cache=False)
-    masks = prune_nm(model, model.model.layers, lambda: model(input_ids=TEXT, use_cache=False))
+    masks = prune(model, calibration=TEXT)
     from fastunlearn import ops
 
     same = [
@@ -94,7 +94,7 @@ def test_pruning_under_autocast_uses_the_pruned_weights():
             model(input_ids=TEXT, use_cache=False)
 
     with torch.autocast("cpu", torch.bfloat16):
-        masks = prune_nm(model, model.model.layers, lambda: model(input_ids=TEXT, use_cache=False))
+        masks = prune(model, calibration=TEXT)
     with torch.no_grad():
         expected = naive(other, run, 2, 4)
     agree = [np.mean(mask.unpack().numpy() == expected[name]) for name, mask in masks.items()]
@@ -123,7 +123,7 @@ def test_blocks_may_return_tuples_and_take_other_arguments():
     model = Model()
     x = torch.randn(5, 8)
     second = copy.deepcopy(model)
-    masks = prune_nm(model, model.blocks, lambda: model(x))
+    masks = prune(model, calibration=x, blocks=model.blocks, batch_size=5)
     assert list(masks) == [f"blocks.{i}.linear.weight" for i in range(3)]
     with torch.no_grad():
         for i in range(3):
@@ -154,7 +154,7 @@ def test_scores_and_norms():
 
 def test_nm_violations_sees_both_kinds():
     model = tiny_llama()
-    masks = prune_nm(model, model.model.layers, lambda: model(input_ids=TEXT, use_cache=False))
+    masks = prune(model, calibration=TEXT)
     name = "model.layers.1.mlp.up_proj.weight"
     weight = model.get_parameter(name)
     outside = (~masks[name].unpack()).nonzero()[5]
@@ -175,19 +175,5 @@ def test_nm_violations_sees_both_kinds():
 
 
 def test_bad_input():
-    model = tiny_llama()
-    layers = model.model.layers
     with pytest.raises(ValueError, match=r"input_norm: .* got weight \(2, 3\), norm \(2,\)"):
         wanda_scores(torch.ones(2, 3), torch.ones(2))
-    with pytest.raises(ValueError, match="calibrate: runs the model with a cache"):
-        prune_nm(model, layers, lambda: model(input_ids=TEXT, use_cache=True))
-    with pytest.raises(ValueError, match=r"calibrate: want it to run every block .* \[0, 0\]"):
-        prune_nm(model, layers, lambda: None)
-    with pytest.raises(
-        ValueError, match=r"blocks: want at least one, all part of the model; got 1, not in it: \['Linear'\]"
-    ):
-        prune_nm(model, [nn.Linear(4, 4)], lambda: None)
-    with pytest.raises(ValueError, match="blocks: want at least one"):
-        prune_nm(model, [], lambda: None)
-    with pytest.raises(ValueError, match="no multiple of m = 5"):
-        prune_nm(model, layers, lambda: model(input_ids=TEXT, use_cache=False), 2, 5)

@@ -1,0 +1,1 @@
+"""Did it forget, did it keep."""
