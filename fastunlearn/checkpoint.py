@@ -31,7 +31,7 @@ from typing import Any, Literal, Self
 import torch
 from torch import Tensor, nn
 
-from fastunlearn.localize.wanda import nm_violations
+from fastunlearn.localize.patterns import nm_violations
 from fastunlearn.ops.mask import BitMask, load_masks, save_masks
 from fastunlearn.report.files import dump_json
 
