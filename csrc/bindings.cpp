@@ -6,6 +6,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <stdexcept>
 #include <string>
 #include <tuple>
@@ -15,6 +16,7 @@
 #include "common.h"
 #include "mask.h"
 #include "nm.h"
+#include "redistribute.h"
 #include "saliency.h"
 #include "topk.h"
 
@@ -57,6 +59,12 @@ void bind_mask(py::module_& m) {
   m.def(
       "mask_count_cpu",
       [](Address bits, int64_t bytes) { return FU_CALL(mask_count, at<const uint8_t>(bits), bytes); },
+      no_gil);
+  m.def(
+      "mask_counts_cpu",
+      [](Address masks, int64_t n, Address out) {
+        FU_CALL(mask_counts, at<const int64_t>(masks), n, at<int64_t>(out));
+      },
       no_gil);
   m.def(
       "mask_prefix_cpu",
@@ -162,6 +170,29 @@ void bind_nm(py::module_& m) {
 #endif
 }
 
+void bind_redistribute(py::module_& m) {
+  // `tensors`: RedistributeItem for each, but for first_row and first_unit, which are filled in here.
+  m.def(
+      "redistribute_cpu",
+      [](Address tensors, int64_t count, float beta, float clip) -> int64_t {
+        auto* items = at<fu::RedistributeItem>(tensors);
+        std::vector<fu::RedistributeUnit> units;
+        int64_t rows = 0;
+        for (int64_t t = 0; t < count; ++t) {
+          items[t].first_row = rows;
+          items[t].first_unit = int64_t(units.size());
+          const int64_t step = fu::redistribute_unit_rows(items[t].cols);
+          for (int64_t row = 0; row < items[t].rows; row += step)
+            units.push_back({t, row, std::min(step, items[t].rows - row), 0, 0, 0.0});
+          rows += items[t].rows;
+        }
+        std::vector<float> row_scale(static_cast<size_t>(rows)), normaliser(static_cast<size_t>(count));
+        return FU_CALL(redistribute, items, count, beta, clip, units.data(), int64_t(units.size()),
+                       row_scale.data(), normaliser.data());
+      },
+      no_gil);
+}
+
 void bind_saliency(py::module_& m) {
   // Rows of (address of scores, of the gradient, of the weight or 0, entries, dtype of both).
   using Row = std::tuple<Address, Address, Address, int64_t, int, int>;
@@ -265,7 +296,7 @@ void bind_topk(py::module_& m) {
 
 // The interface of this module; fastunlearn/_native.py (ABI) wants the same. Goes up when a signature
 // changes.
-constexpr int kAbi = 1;
+constexpr int kAbi = 2;
 
 py::dict build_info() {
   py::dict d;
@@ -316,6 +347,7 @@ PYBIND11_MODULE(FU_MODULE, m) {
   bind_mask(m);
   bind_adamw(m);
   bind_nm(m);
+  bind_redistribute(m);
   bind_saliency(m);
   bind_topk(m);
 }

@@ -121,6 +121,16 @@ int64_t mask_count(const uint8_t* bits, int64_t bytes) {
   return total;
 }
 
+void mask_counts(const int64_t* masks, int64_t n, int64_t* out) {
+  int64_t bytes = 0;
+  for (int64_t i = 0; i < n; ++i) bytes += masks[2 * i + 1];
+#pragma omp parallel for schedule(dynamic, 1) if (n > 1 && bytes > 4 * kGrain)
+  for (int64_t i = 0; i < n; ++i) {
+    const auto* bits = reinterpret_cast<const uint8_t*>(masks[2 * i]);
+    out[i] = n > 1 ? count_run(bits, masks[2 * i + 1]) : mask_count(bits, masks[2 * i + 1]);
+  }
+}
+
 void mask_prefix(const uint8_t* bits, int64_t bytes, int64_t chunk, int64_t* out) {
   const int64_t n = (bytes + chunk - 1) / chunk;
 #pragma omp parallel for schedule(static) if (bytes > kGrain)

@@ -10,6 +10,8 @@
 FU_DECLARE(void, mask_pack, (const uint8_t* bools, int64_t rows, int64_t cols, uint8_t* bits))
 FU_DECLARE(void, mask_unpack, (const uint8_t* bits, int64_t rows, int64_t cols, uint8_t* bools))
 FU_DECLARE(int64_t, mask_count, (const uint8_t* bits, int64_t bytes))
+// `masks` [n, 2]: address and bytes of each; out [n]: their counts.
+FU_DECLARE(void, mask_counts, (const int64_t* masks, int64_t n, int64_t* out))
 // out[i] = number of set bits in bytes [0, i * chunk), i = 0 .. ceil(bytes / chunk); the last entry is the
 // count.
 FU_DECLARE(void, mask_prefix, (const uint8_t* bits, int64_t bytes, int64_t chunk, int64_t* out))

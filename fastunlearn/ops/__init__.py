@@ -3,6 +3,7 @@
 from fastunlearn.ops.adamw import masked_adamw_, masked_grad_norm, masked_sgd_
 from fastunlearn.ops.mask import BitMask, load_masks, save_masks
 from fastunlearn.ops.nm import nm_mask
+from fastunlearn.ops.redistribute import redistribution
 from fastunlearn.ops.saliency import saliency_accumulate_
 from fastunlearn.ops.topk import topk_mask
 
@@ -13,6 +14,7 @@ __all__ = [
     "masked_grad_norm",
     "masked_sgd_",
     "nm_mask",
+    "redistribution",
     "saliency_accumulate_",
     "save_masks",
     "topk_mask",

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 
 from fastunlearn import _backend, _native
+from fastunlearn.ops._later import check_nan as check_nan
+from fastunlearn.ops._later import say_later
 from fastunlearn.ops.mask import BitMask, rows_cols
 from fastunlearn.reference import topk as reference
 
@@ -208,7 +210,7 @@ def _select(
     wanted = max(sum(c * rows for c, (rows, _) in zip(row, per_scope)) for row in counts)
     entries = sum(rows * cols for rows, cols in shapes)
     if isinstance(found, Tensor):
-        _warn_later(found, entries, wanted)
+        say_later(found, lambda nan: warn_nan(int(nan), entries, wanted))
     else:
         warn_nan(found, entries, wanted)
     return bits
@@ -293,37 +295,6 @@ def _select_cuda(
     library = _native.library()
     (library.topk_rows_cuda if scope == "row" else library.topk_select_cuda)(call.arguments)
     return call.nan if call.nan.is_cuda else int(call.nan)
-
-
-# Counts of NaN on their way from a GPU: (copied, pinned count, entries, entries asked for).
-_pending: list[tuple[torch.cuda.Event, Tensor, int, int]] = []
-
-
-def _warn_later(nan: Tensor, entries: int, wanted: int) -> None:
-    host = torch.empty((), dtype=torch.int64, pin_memory=True)
-    host.copy_(nan, non_blocking=True)
-    copied = torch.cuda.Event()
-    copied.record(torch.cuda.current_stream(nan.device))
-    _pending.append((copied, host, entries, wanted))
-    check_nan(wait=False)
-
-
-def check_nan(wait: bool = True) -> None:
-    """Warns of NaN in the scores of earlier calls on a GPU, which wait for nothing and so cannot warn themselves.
-
-    Every later `topk_mask` on a GPU does the same without waiting.
-
-    Args:
-        wait: for the calls that the device has not finished yet.
-    """
-    for entry in list(_pending):
-        copied, nan, entries, wanted = entry
-        if wait:
-            copied.synchronize()
-        elif not copied.query():
-            continue
-        _pending.remove(entry)
-        warn_nan(int(nan), entries, wanted)
 
 
 # What torch.compile sees; bits of all tensors for the first density, then for the next one.

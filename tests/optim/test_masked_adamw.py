@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 
-from fastunlearn import BitMask, backend, explain, optim
+from fastunlearn import BitMask, backend, explain, ops, optim
 
 SHAPES = [(130, 77), (3000,), (64, 3, 3, 3), (1,), (40, 64)]
 BACKENDS = ["reference", "native", "triton"]
@@ -110,29 +110,43 @@ def test_memory_is_that_of_the_entries_that_may_move() -> None:
             assert masked.state[p][name].dtype == torch.float32
 
 
-def test_scaling_the_gradient_does_nothing_but_lr_scale_does() -> None:
-    """Why SAU's redistribution is a factor on the update: Adam divides a factor on the gradient out again."""
-    start = torch.randn(5000)
-    may = torch.rand(5000) < 0.5
-    factor = torch.rand(5000) * 4 + 0.5
+@pytest.mark.parametrize("optimizer", ["AdamW", "SGD"])
+def test_redistribution_belongs_on_the_update(optimizer: str) -> None:
+    """Why SAU's redistribution is a factor on the update: Adam divides a factor on the gradient out again. SGD does not."""
+    rows, cols = 60, 90
+    start, importance = torch.randn(rows, cols), torch.randn(rows, cols).square()
+    may = torch.rand(rows, cols) < 0.5
+    factors = ops.redistribution(importance, BitMask.pack(may))
+    full = torch.zeros(rows, cols).masked_scatter_(may, factors)
+    assert factors.std() > 0.3
     moved = {}
     for name in ("plain", "gradient", "update", "full"):
         p = start.clone().requires_grad_()
-        scale = {"update": factor[may], "full": factor}.get(name)
-        masked = optim.MaskedAdamW(
-            [p], [may], lr=1e-2, weight_decay=0.0, lr_scale=None if scale is None else [scale], eps=1e-12
+        options = {"eps": 1e-12} if optimizer == "AdamW" else {}
+        scale = {"update": factors, "full": full}.get(name)
+        masked = getattr(optim, f"Masked{optimizer}")(
+            [p], [may], lr=1e-2, weight_decay=0.0, lr_scale=None if scale is None else [scale], **options
         )
+        total = torch.zeros(int(may.sum()), dtype=torch.float64)
         for i in range(5):
             give_grads([p], i)
+            # The update alone, free of what is lost when it is added to a larger weight.
+            p.data[may] = 0
             if name == "gradient":
-                p.grad *= factor
+                p.grad *= full
             masked.step()
-        moved[name] = (p.detach() - start)[may].double()
+            total += p.detach()[may].double()
+        moved[name] = total
     size = moved["plain"].norm()
-    assert (moved["gradient"] - moved["plain"]).norm() < 1e-4 * size
-    assert (moved["update"] - moved["plain"] * factor[may]).norm() < 1e-4 * size
-    assert (moved["update"] - moved["plain"]).norm() > size
+    by_gradient, by_update = ((moved[name] - moved["plain"]).norm() / size for name in ("gradient", "update"))
+    assert by_update > 0.3
+    torch.testing.assert_close(moved["update"], moved["plain"] * factors.double(), rtol=1e-5, atol=1e-8)
     assert torch.equal(moved["update"], moved["full"])
+    if optimizer == "AdamW":
+        assert by_gradient < 1e-6
+    else:
+        assert by_gradient > 0.3
+        torch.testing.assert_close(moved["gradient"], moved["update"], rtol=1e-5, atol=1e-8)
 
 
 def test_small_steps_move_bfloat16_in_expectation() -> None:

@@ -1,0 +1,449 @@
+#include "redistribute.h"
+
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+#if defined(__AVX2__)
+#include <immintrin.h>
+#if defined(__GNUC__) && !defined(__clang__)
+// GCC 12 takes the deliberately undefined operand inside its own AVX-512 intrinsics for a mistake.
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
+#endif
+
+namespace fu::FU_ISA {
+namespace {
+
+using Item = RedistributeItem;
+using Unit = RedistributeUnit;
+
+constexpr int64_t kSerial = 1 << 17;     // entries that are done before the other threads are awake
+constexpr int64_t kCached = 6 << 20;     // bytes of a tensor that is still in the cache when it is read again
+constexpr int64_t kStreamed = 16 << 20;  // bytes of results that are not kept in the cache
+constexpr int64_t kBlock = 2048;         // columns summed in fp32 before the sum is widened
+constexpr double kLargest = 3.4028234663852886e38;
+
+#if defined(__AVX512BW__)
+
+constexpr int kLanes = 16;
+using Reg = __m512;
+using Bits = uint16_t;
+inline Reg load(const float* p) {
+  return _mm512_loadu_ps(p);
+}
+inline Reg load(const bf16* p) {
+  return _mm512_castsi512_ps(
+      _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))), 16));
+}
+inline Reg load(const f16* p) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+inline Reg splat(float x) {
+  return _mm512_set1_ps(x);
+}
+inline Reg add(Reg a, Reg b) {
+  return _mm512_add_ps(a, b);
+}
+inline Reg mul(Reg a, Reg b) {
+  return _mm512_mul_ps(a, b);
+}
+inline Reg fma(Reg a, Reg b, Reg c) {
+  return _mm512_fmadd_ps(a, b, c);
+}
+inline Reg least(Reg a, Reg b) {
+  return _mm512_min_ps(a, b);
+}
+inline Reg kept_of(Bits bits, Reg x) {
+  return _mm512_maskz_mov_ps(bits, x);
+}
+inline Reg lost_of(Bits bits, Reg x) {
+  return _mm512_maskz_mov_ps(Bits(~bits), x);
+}
+inline Reg either(Reg a, Reg b) {
+  return _mm512_or_ps(a, b);
+}
+inline bool any_sign(Reg x) {
+  return _mm512_movepi32_mask(_mm512_castps_si512(x)) != 0;
+}
+inline Reg packed(Bits bits, Reg x) {
+  return _mm512_maskz_compress_ps(bits, x);
+}
+inline void store(float* p, Reg x) {
+  _mm512_storeu_ps(p, x);
+}
+inline void stream(float* p, Reg x) {
+  _mm512_stream_ps(p, x);
+}
+inline double sum(Reg x) {
+  return double(_mm512_reduce_add_ps(x));
+}
+
+#elif defined(__AVX2__)
+
+constexpr int kLanes = 8;
+using Reg = __m256;
+using Bits = uint8_t;
+inline Reg load(const float* p) {
+  return _mm256_loadu_ps(p);
+}
+inline Reg load(const bf16* p) {
+  return _mm256_castsi256_ps(
+      _mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))), 16));
+}
+inline Reg load(const f16* p) {
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+inline Reg splat(float x) {
+  return _mm256_set1_ps(x);
+}
+inline Reg add(Reg a, Reg b) {
+  return _mm256_add_ps(a, b);
+}
+inline Reg mul(Reg a, Reg b) {
+  return _mm256_mul_ps(a, b);
+}
+inline Reg fma(Reg a, Reg b, Reg c) {
+  return _mm256_fmadd_ps(a, b, c);
+}
+inline Reg least(Reg a, Reg b) {
+  return _mm256_min_ps(a, b);
+}
+inline Reg lanes_of(Bits bits) {
+  const __m256i place = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+  return _mm256_castsi256_ps(_mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(bits), place), place));
+}
+inline Reg kept_of(Bits bits, Reg x) {
+  return _mm256_and_ps(lanes_of(bits), x);
+}
+inline Reg lost_of(Bits bits, Reg x) {
+  return _mm256_andnot_ps(lanes_of(bits), x);
+}
+inline Reg either(Reg a, Reg b) {
+  return _mm256_or_ps(a, b);
+}
+inline bool any_sign(Reg x) {
+  return _mm256_movemask_ps(x) != 0;
+}
+// For every byte the places of its set bits, ascending.
+struct Places {
+  alignas(32) int32_t of[256][8];
+  constexpr Places() : of{} {
+    for (int byte = 0; byte < 256; ++byte) {
+      int n = 0;
+      for (int bit = 0; bit < 8; ++bit)
+        if (byte >> bit & 1) of[byte][n++] = bit;
+    }
+  }
+};
+constexpr Places kPlaces;
+inline Reg packed(Bits bits, Reg x) {
+  return _mm256_permutevar8x32_ps(x, _mm256_load_si256(reinterpret_cast<const __m256i*>(kPlaces.of[bits])));
+}
+inline void store(float* p, Reg x) {
+  _mm256_storeu_ps(p, x);
+}
+inline void stream(float* p, Reg x) {
+  _mm256_stream_ps(p, x);
+}
+inline double sum(Reg x) {
+  alignas(32) float lane[8];
+  _mm256_store_ps(lane, x);
+  return (double(lane[0]) + lane[4]) + (double(lane[1]) + lane[5]) + (double(lane[2]) + lane[6]) +
+         (double(lane[3]) + lane[7]);
+}
+
+#else
+
+constexpr int kLanes = 1;
+
+#endif
+
+inline bool bit(const uint8_t* bits, int64_t c) {
+  return bits[c / 8] >> (c % 8) & 1;
+}
+
+inline float factor(float x, float scale, float clip) {
+  const float f = 1.f + scale * x;
+  return f < clip ? f : clip;
+}
+
+struct Row {
+  double kept = 0, lost = 0;
+  int64_t survivors = 0;
+};
+
+inline int64_t count_row(const uint8_t* bits, int64_t cols) {
+  const int64_t bytes = (cols + 7) / 8;
+  int64_t n = 0, i = 0;
+  for (; i + 8 <= bytes; i += 8) {
+    uint64_t word;
+    memcpy(&word, bits + i, 8);
+    n += __builtin_popcountll(word);
+  }
+  for (; i < bytes; ++i) n += __builtin_popcount(bits[i]);
+  return n;
+}
+
+// False: something in the row is no importance.
+template <class T>
+bool is_importance(const T* p, int64_t cols) {
+  for (int64_t c = 0; c < cols; ++c) {
+    const float x = to_float(p[c]);
+    if (!(x >= 0.f && x <= float(kLargest))) return false;
+  }
+  return true;
+}
+
+template <class T>
+bool sums_of(const T* p, const uint8_t* bits, int64_t cols, Row& row) {
+  bool signs = false;
+  int64_t c = 0;
+#if defined(__AVX2__)
+  Reg sign = splat(0.f);
+  const int64_t whole = cols / kLanes * kLanes;
+  while (c < whole) {
+    const int64_t end = whole - c < kBlock ? whole : c + kBlock;
+    Reg kept[2] = {splat(0.f), splat(0.f)}, lost[2] = {splat(0.f), splat(0.f)};
+    for (; c + 2 * kLanes <= end; c += 2 * kLanes) {
+#pragma GCC unroll 2
+      for (int k = 0; k < 2; ++k) {
+        Bits here;
+        memcpy(&here, bits + (c + k * kLanes) / 8, sizeof(here));
+        const Reg x = load(p + c + k * kLanes);
+        kept[k] = add(kept[k], kept_of(here, x));
+        lost[k] = add(lost[k], lost_of(here, x));
+        sign = either(sign, x);
+      }
+    }
+    for (; c < end; c += kLanes) {
+      Bits here;
+      memcpy(&here, bits + c / 8, sizeof(here));
+      const Reg x = load(p + c);
+      kept[0] = add(kept[0], kept_of(here, x));
+      lost[0] = add(lost[0], lost_of(here, x));
+      sign = either(sign, x);
+    }
+    row.kept += sum(add(kept[0], kept[1]));
+    row.lost += sum(add(lost[0], lost[1]));
+  }
+  signs = any_sign(sign);
+#endif
+  for (; c < cols; ++c) {
+    const float x = to_float(p[c]);
+    (bit(bits, c) ? row.kept : row.lost) += double(x);
+    signs |= float_bits(x) >> 31 != 0;
+  }
+  row.survivors = count_row(bits, cols);
+  // A sign may be that of -0.0; a NaN or an infinity is in the sums.
+  if (!(row.kept <= kLargest && row.lost <= kLargest)) return false;
+  return !signs || is_importance(p, cols);
+}
+
+// r = (lost / kept) * importance / (kept / survivors) is `scale / beta` times the importance.
+inline float scale_of(const Row& row, float beta) {
+  if (!(row.kept > 0)) return 0.f;
+  const double scale = double(beta) * (row.lost / row.kept) * (double(row.survivors) / row.kept);
+  return float(scale < kLargest ? scale : kLargest);
+}
+
+template <class T>
+double sumsq_of(const T* p, const uint8_t* bits, int64_t cols, float scale, float clip) {
+  double total = 0;
+  int64_t c = 0;
+#if defined(__AVX2__)
+  const Reg a = splat(scale), one = splat(1.f), most = splat(clip);
+  const int64_t whole = cols / kLanes * kLanes;
+  while (c < whole) {
+    const int64_t end = whole - c < kBlock ? whole : c + kBlock;
+    Reg part[2] = {splat(0.f), splat(0.f)};
+    for (int k = 0; c < end; c += kLanes, k ^= 1) {
+      Bits here;
+      memcpy(&here, bits + c / 8, sizeof(here));
+      const Reg f = kept_of(here, least(fma(a, load(p + c), one), most));
+      part[k] = fma(f, f, part[k]);
+    }
+    total += sum(add(part[0], part[1]));
+  }
+#endif
+  for (; c < cols; ++c)
+    if (bit(bits, c)) {
+      const float f = factor(to_float(p[c]), scale, clip);
+      total += double(f) * f;
+    }
+  return total;
+}
+
+// What is left of a row is gathered here and written in whole cache lines.
+class Writer {
+ public:
+  Writer(float* to, bool streamed) : to_(to), streamed_(streamed) {}
+  void put(float x) {
+    held_[n_++] = x;
+    if (n_ >= kHeld) flush();
+  }
+#if defined(__AVX2__)
+  void put(Bits bits, Reg x) {
+    store(held_ + n_, packed(bits, x));
+    n_ += __builtin_popcount(bits);
+    if (n_ >= kHeld) flush();
+  }
+#endif
+  void finish() {
+    flush();
+    for (int i = 0; i < n_; ++i) *to_++ = held_[i];
+    n_ = 0;
+  }
+
+ private:
+  static constexpr int kHeld = 1024;
+
+  void flush() {
+    int i = 0;
+#if defined(__AVX2__)
+    constexpr uintptr_t kLine = kLanes * sizeof(float);
+    for (; i < n_ && reinterpret_cast<uintptr_t>(to_) % kLine; ++i) *to_++ = held_[i];
+    for (; i + kLanes <= n_; i += kLanes, to_ += kLanes)
+      streamed_ ? stream(to_, load(held_ + i)) : store(to_, load(held_ + i));
+#else
+    (void)streamed_;
+    for (; i < n_; ++i) *to_++ = held_[i];
+#endif
+    memmove(held_, held_ + i, size_t(n_ - i) * sizeof(float));
+    n_ -= i;
+  }
+
+  alignas(64) float held_[kHeld + 16];
+  float* to_;
+  int n_ = 0;
+  bool streamed_;
+};
+
+template <class T>
+void write_row(const T* p, const uint8_t* bits, int64_t cols, float scale, float clip, float normaliser,
+               Writer& out) {
+  int64_t c = 0;
+#if defined(__AVX2__)
+  const Reg a = splat(scale), one = splat(1.f), most = splat(clip), by = splat(normaliser);
+  for (; c + kLanes <= cols; c += kLanes) {
+    Bits here;
+    memcpy(&here, bits + c / 8, sizeof(here));
+    out.put(here, mul(least(fma(a, load(p + c), one), most), by));
+  }
+#endif
+  for (; c < cols; ++c)
+    if (bit(bits, c)) out.put(factor(to_float(p[c]), scale, clip) * normaliser);
+}
+
+struct Call {
+  const Item* items;
+  int64_t count;
+  float beta, clip;
+  Unit* units;
+  int64_t n_units;
+  float *row_scale, *normaliser;
+  bool streamed;
+
+  int64_t end_of(int64_t tensor) const { return tensor + 1 < count ? items[tensor + 1].first_unit : n_units; }
+
+  template <class T>
+  void measure_as(Unit& u) const {
+    const Item& t = items[u.tensor];
+    const int64_t width = (t.cols + 7) / 8;
+    u.survivors = 0;
+    u.sumsq = 0;
+    for (int64_t row = u.row; row < u.row + u.rows; ++row) {
+      const T* p = static_cast<const T*>(t.importance) + row * t.cols;
+      const uint8_t* bits = t.bits + row * width;
+      Row sums;
+      const bool good = sums_of(p, bits, t.cols, sums);
+      const float scale = scale_of(sums, beta);
+      row_scale[t.first_row + row] = scale;
+      u.survivors += sums.survivors;
+      u.sumsq += good ? sumsq_of(p, bits, t.cols, scale, clip) : __builtin_nan("");
+    }
+  }
+
+  template <class T>
+  void write_as(const Unit& u) const {
+    const Item& t = items[u.tensor];
+    const int64_t width = (t.cols + 7) / 8;
+    Writer out(t.out + u.start, streamed);
+    for (int64_t row = u.row; row < u.row + u.rows; ++row)
+      write_row(static_cast<const T*>(t.importance) + row * t.cols, t.bits + row * width, t.cols,
+                row_scale[t.first_row + row], clip, normaliser[u.tensor], out);
+    out.finish();
+  }
+
+  void measure(int64_t i) const {
+    const int64_t dtype = items[units[i].tensor].dtype;
+    dtype == kF32   ? measure_as<float>(units[i])
+    : dtype == kF16 ? measure_as<f16>(units[i])
+                    : measure_as<bf16>(units[i]);
+  }
+
+  void write(int64_t i) const {
+    const int64_t dtype = items[units[i].tensor].dtype;
+    dtype == kF32   ? write_as<float>(units[i])
+    : dtype == kF16 ? write_as<f16>(units[i])
+                    : write_as<bf16>(units[i]);
+  }
+
+  // Units in their order, so that the sum does not depend on the number of threads.
+  void finish(int64_t tensor) const {
+    double sumsq = 0;
+    int64_t survivors = 0;
+    for (int64_t i = items[tensor].first_unit; i < end_of(tensor); ++i) {
+      units[i].start = survivors;
+      survivors += units[i].survivors;
+      sumsq += units[i].sumsq;
+    }
+    normaliser[tensor] =
+        survivors > 0 || sumsq != sumsq ? float(__builtin_sqrt(double(survivors) / sumsq)) : 1.f;
+  }
+};
+
+}  // namespace
+
+int64_t redistribute(const Item* items, int64_t count, float beta, float clip, Unit* units, int64_t n_units,
+                     float* row_scale, float* normaliser) {
+  int64_t entries = 0;
+  for (int64_t t = 0; t < count; ++t) entries += items[t].rows * items[t].cols;
+  const Call call{items, count, beta, clip, units, n_units, row_scale, normaliser, entries * 2 > kStreamed};
+  int threads = 1;
+#if defined(_OPENMP)
+  threads = omp_get_max_threads();
+#endif
+  // A thread that has a small tensor to itself finds it in the cache for the second pass.
+  const bool many = count >= 4 * threads;
+  const auto own = [&](int64_t t) {
+    return many && items[t].rows * items[t].cols * (items[t].dtype == kF32 ? 4 : 2) <= kCached;
+  };
+#pragma omp parallel if (entries > kSerial)
+  {
+#pragma omp for schedule(dynamic, 1) nowait
+    for (int64_t t = 0; t < count; ++t) {
+      if (!own(t)) continue;
+      for (int64_t i = items[t].first_unit; i < call.end_of(t); ++i) call.measure(i);
+      call.finish(t);
+      for (int64_t i = items[t].first_unit; i < call.end_of(t); ++i) call.write(i);
+    }
+#pragma omp for schedule(dynamic, 8)
+    for (int64_t i = 0; i < n_units; ++i)
+      if (!own(units[i].tensor)) call.measure(i);
+#pragma omp single
+    for (int64_t t = 0; t < count; ++t)
+      if (!own(t)) call.finish(t);
+    // Backwards: what was read last is still in the cache.
+#pragma omp for schedule(dynamic, 8)
+    for (int64_t i = n_units - 1; i >= 0; --i)
+      if (!own(units[i].tensor)) call.write(i);
+#if defined(__AVX2__)
+    _mm_sfence();
+#endif
+  }
+  for (int64_t t = 0; t < count; ++t)
+    if (normaliser[t] != normaliser[t]) return t;
+  return -1;
+}
+
+}  // namespace fu::FU_ISA
