@@ -28,7 +28,7 @@ from fastunlearn.checkpoint import (
     named_weights,
     save_checkpoint,
 )
-from fastunlearn.localize import prune_nm
+from fastunlearn.localize import prune
 from tests.tiny_chat import char_tokenizer, tiny_llama
 
 pytest.importorskip("transformers")
@@ -39,7 +39,7 @@ PRUNING = {"method": "wanda", "pattern": "2:4", "density": 0.5}
 
 def pruned(seed: int = 0):
     model = tiny_llama(seed)
-    return model, prune_nm(model, model.model.layers, lambda: model(input_ids=TEXT, use_cache=False))
+    return model, prune(model, calibration=TEXT)
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -161,11 +161,18 @@ def _batches(model: nn.Module, calibration: Calibration, batch_size: int) -> Ite
 def _first_pass(
     blocks: Sequence[nn.Module], runs: Iterable[Callable[[], Any]]
 ) -> tuple[list[Tensor], list[list[_Call]]]:
-    """Runs the dense model once a batch: the hidden states before block 0 and, block by block, its other arguments."""
+    """Runs the dense model: the hidden states before block 0, one tensor a batch, and, block by block, its other arguments.
+
+    The first batch goes through the dense blocks. Where each of them gave one tensor and the next took that very tensor, the
+    other arguments (masks, positions) do not depend on what the blocks compute, and the blocks are left out of later batches.
+    """
     hidden: list[Tensor] = []
     others: list[list[_Call]] = [[] for _ in blocks]
+    ahead: list[Any] = []
+    chained = True
 
     def record(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        nonlocal chained
         if not args or not isinstance(args[0], Tensor):
             raise TypeError("blocks: want modules that take the hidden states as their first positional argument")
         cache = [k for k in ("past_key_values", "past_key_value", "layer_past") if kwargs.get(k) is not None]
@@ -173,19 +180,46 @@ def _first_pass(
             raise ValueError(f"calibration: runs the model with a cache ({cache[0]}); call it with use_cache=False")
         if index == 0:
             hidden.append(args[0].detach())
+        else:
+            chained &= bool(ahead) and ahead[-1] is args[0]
         others[index].append((args[1:], kwargs))
+
+    def remember(out: Any) -> None:
+        ahead[:] = [out]
 
     with ExitStack() as hooks:
         for i, block in enumerate(blocks):
-            handle = block.register_forward_pre_hook(lambda _, a, k, i=i: record(i, a, k), with_kwargs=True)
-            hooks.callback(handle.remove)
-        for run in runs:
-            run()
+            pre = block.register_forward_pre_hook(lambda _, a, k, i=i: record(i, a, k), with_kwargs=True)
+            hooks.callback(pre.remove)
+        with ExitStack() as first:
+            for block in blocks:
+                first.callback(block.register_forward_hook(lambda _, a, out: remember(out)).remove)
+            for number, run in enumerate(runs):
+                if number == 1:
+                    first.close()
+                    if chained and isinstance(ahead[-1] if ahead else None, Tensor):
+                        for block in blocks:
+                            hooks.enter_context(_replaced(block, "forward", lambda hidden, *_, **__: hidden))
+                run()
     if not hidden or any(len(calls) != len(hidden) for calls in others):
         raise ValueError(
             f"calibration: want it to run every block once a batch; calls of the blocks: {[len(calls) for calls in others]}"
         )
     return hidden, others
+
+
+@contextmanager
+def _replaced(module: nn.Module, name: str, value: Any) -> Iterator[None]:
+    """An attribute of the instance, and what it was afterwards."""
+    before = vars(module).get(name)
+    setattr(module, name, value)
+    try:
+        yield
+    finally:
+        if before is None:
+            delattr(module, name)
+        else:
+            setattr(module, name, before)
 
 
 @contextmanager

@@ -290,3 +290,36 @@ def test_m_that_does_not_divide():
             masks = prune(other, method=method, pattern="2:4", calibration=TEXT, skip_indivisible=True)
         assert len(masks) == LAYERS
         assert torch.equal(other.model.layers[1].mlp.extra.weight, dense)
+
+
+class Between(nn.Module):
+    """What happens between the blocks is `between`; counts its blocks' own forward passes."""
+
+    def __init__(self, between):
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(3))
+        self.between, self.count = between, 0
+        for block in self.blocks:
+            block[1].register_forward_hook(self.add)
+
+    def add(self, *_):
+        self.count += 1
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = self.between(block(x))
+        return x
+
+
+@pytest.mark.parametrize(("between", "dense"), [(lambda x: x, 3), (lambda x: x * 2, 4 * 3)])
+def test_later_batches_skip_dense_blocks_where_nothing_lies_between(between, dense):
+    torch.manual_seed(0)
+    model = Between(between)
+    other = copy.deepcopy(model)
+    x = torch.randn(8, 8)
+    masks = prune(model, calibration=x, blocks=model.blocks, batch_size=2)
+    # Statistics of three blocks, outputs of two.
+    assert model.count == dense + 4 * 5
+    assert all("forward" not in vars(block) for block in model.blocks)
+    again = prune(other, calibration=lambda: [other(rows) for rows in x.split(2)], blocks=other.blocks)
+    assert all(mask.equal(again[name]) for name, mask in masks.items())
