@@ -18,6 +18,7 @@ from benchmarks.shapes import Shapes, numel
 Device = Literal["cpu", "cuda"]
 #: Names of providers that do less than the op (one read, one copy): a yardstick, never "the best peer".
 FLOOR = "floor: "
+COPY = FLOOR + "copy of as many bytes"
 BOTH: tuple[str, ...] = ("cpu", "cuda")
 
 
@@ -181,6 +182,27 @@ def close(rtol: float, atol: float) -> Callable[[Inputs, Any, Any], str | None]:
         return None
 
     return check
+
+
+def copy_of(nbytes: int, device: torch.device) -> Callable[[], Tensor]:
+    """A copy that reads and writes `nbytes` together: the yardstick COPY."""
+    half = nbytes // 2
+    step = min(half, 2**29)
+    source = torch.ones(step, dtype=torch.uint8, device=device)
+    target = torch.zeros_like(source)
+
+    def run() -> Tensor:
+        for start in range(0, half, step):
+            length = min(step, half - start)
+            target[:length].copy_(source[:length])
+        return target
+
+    return run
+
+
+def copied(_: Inputs, output: Tensor, expected: Any) -> str | None:
+    """Check of `copy_of`."""
+    return None if bool((output == 1).all()) else "not copied"
 
 
 def touched_bytes(bits: Tensor, cols: int, itemsize: int, line: int) -> int:

@@ -151,20 +151,22 @@ void bind_adamw(py::module_& m) {
 #endif
 }
 
+// `items`, `one`: addresses of NmItem.
 void bind_nm(py::module_& m) {
   m.def(
       "nm_mask_cpu",
-      [](Address scores, int dtype, int64_t rows, int64_t cols, int n, int group, Address bits) {
-        return FU_CALL(nm_mask, at<const void>(scores), dtype, rows, cols, n, group, at<uint8_t>(bits)) != 0;
+      [](Address items, int64_t count, int n, int group) {
+        return FU_CALL(nm_mask, at<fu::NmItem>(items), count, n, group) != 0;
       },
       no_gil);
 #if defined(FU_WITH_CUDA)
+  m.def("nm_tile_bytes", [] { return fu::cuda::kNmTile; });
   m.def(
       "nm_mask_cuda",
-      [](Address scores, int dtype, int64_t rows, int64_t cols, int n, int group, Address bits,
+      [](Address items, Address one, int64_t count, int64_t tiles, int dtype, int n, int group,
          Address nan_seen, int device, Address stream) {
-        fu::cuda::nm_mask(at<const void>(scores), dtype, rows, cols, n, group, at<uint8_t>(bits),
-                          at<int>(nan_seen), device, stream);
+        fu::cuda::nm_mask(at<const fu::NmItem>(items), at<const fu::NmItem>(one), count, tiles, dtype, n,
+                          group, at<int>(nan_seen), device, stream);
       },
       no_gil);
 #endif
@@ -296,7 +298,7 @@ void bind_topk(py::module_& m) {
 
 // The interface of this module; fastunlearn/_native.py (ABI) wants the same. Goes up when a signature
 // changes.
-constexpr int kAbi = 2;
+constexpr int kAbi = 3;
 
 py::dict build_info() {
   py::dict d;

@@ -10,6 +10,8 @@ namespace fu::FU_ISA {
 namespace {
 
 constexpr int64_t kGrain = 1 << 16;
+// Entries up to which one thread is done before the others are awake.
+constexpr int64_t kSerial = 1 << 20;
 
 // Eight bytes of any value -> eight bits. The comparison makes every byte 0 or 1; the multiplication gathers
 // the eight low bits in the top byte.
@@ -91,7 +93,7 @@ void for_pieces(int64_t rows, int64_t cols, F f) {
   }
   const int64_t per_row = (cols + kGrain - 1) / kGrain;
   const int64_t n = rows * per_row;
-#pragma omp parallel for schedule(static) if (rows * cols > kGrain)
+#pragma omp parallel for schedule(static) if (rows * cols > kSerial)
   for (int64_t i = 0; i < n; ++i) {
     const int64_t row = i / per_row, at = i % per_row * kGrain;
     f(at, cols - at < kGrain ? cols - at : kGrain, row, cols);

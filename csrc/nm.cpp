@@ -1,5 +1,7 @@
 #include "nm.h"
 
+#include <utility>
+
 #if defined(__AVX2__)
 #include <immintrin.h>
 #if defined(__GNUC__) && !defined(__clang__)
@@ -255,29 +257,129 @@ bool run_fixed(const T* p, int64_t count, int n, uint8_t* out) {
   return nan;
 }
 
-// Any m up to kMaxGroup: the bits of a group are appended to a word that is written when it is full.
-template <class T>
-bool run_any(const T* p, int64_t count, int n, int m, uint8_t* out) {
-  bool nan = false;
+// ---- any m up to kMaxGroup
+// --------------------------------------------------------------------------------- As many groups at a time
+// as a register has lanes, a group a lane: their keys are transposed, a copy is sorted by a network, and the
+// n-th largest of every group says what is kept. Keys of 16-bit scores carry their column, so that no two are
+// equal; of fp32 scores a tie at the n-th largest is looked at once more.
+
+#if defined(__AVX512F__)
+constexpr int kGroups = 16;
+#elif defined(__AVX2__)
+constexpr int kGroups = 8;
+#else
+constexpr int kGroups = 4;
+#endif
+typedef int32_t Lanes __attribute__((vector_size(4 * kGroups)));
+
+template <int... I>
+inline void interleave(const Lanes& a, const Lanes& b, Lanes& low, Lanes& high,
+                       std::integer_sequence<int, I...>) {
+#if defined(__clang__)
+  low = __builtin_shufflevector(a, b, (I / 2 + I % 2 * kGroups)...);
+  high = __builtin_shufflevector(a, b, (kGroups / 2 + I / 2 + I % 2 * kGroups)...);
+#else
+  low = __builtin_shuffle(a, b, Lanes{(I / 2 + I % 2 * kGroups)...});
+  high = __builtin_shuffle(a, b, Lanes{(kGroups / 2 + I / 2 + I % 2 * kGroups)...});
+#endif
+}
+
+// log2(kGroups) perfect shuffles of kGroups x kGroups keys are a transposition.
+inline void transpose(Lanes* x) {
+  constexpr std::make_integer_sequence<int, kGroups> lanes;
+  Lanes y[kGroups];
+  for (int stage = 1; stage < kGroups; stage *= 2) {
+    for (int i = 0; i < kGroups / 2; ++i) interleave(x[i], x[i + kGroups / 2], y[2 * i], y[2 * i + 1], lanes);
+    for (int i = 0; i < kGroups; ++i) x[i] = y[i];
+  }
+}
+
+inline bool any(const Lanes& x) {
+  uint64_t words[kGroups / 2], all = 0;
+  memcpy(words, &x, sizeof(words));
+  for (uint64_t word : words) all |= word;
+  return all != 0;
+}
+
+// Consecutive scores as keys: nm::key_of of fp32; of 16 bits 64 times a key of the same kind.
+inline void load_lanes(const float* p, Lanes& key, Lanes& nan) {
+  Lanes x;
+  memcpy(&x, p, sizeof(x));
+  const Lanes rest = x & 0x7fffffff, sign = x >> 31, bad = rest > 0x7f800000;
+  nan |= bad;
+  key = (((rest ^ sign) - sign) & ~bad) | (bad & kNanKey);
+}
+inline void load_lanes(const uint16_t* p, int32_t infinity, Lanes& key, Lanes& nan) {
+  uint16_t narrow __attribute__((vector_size(2 * kGroups)));
+  memcpy(&narrow, p, sizeof(narrow));
+  const Lanes x = __builtin_convertvector(narrow, Lanes);
+  const Lanes rest = x & 0x7fff, sign = -(x >> 15), bad = rest > infinity;
+  nan |= bad;
+  key = ((((rest ^ sign) - sign) & ~bad) | (bad & -0x7fff)) << 6;
+}
+inline void load_lanes(const f16* p, Lanes& key, Lanes& nan) {
+  load_lanes(reinterpret_cast<const uint16_t*>(p), 0x7c00, key, nan);
+}
+inline void load_lanes(const bf16* p, Lanes& key, Lanes& nan) {
+  load_lanes(reinterpret_cast<const uint16_t*>(p), 0x7f80, key, nan);
+}
+
+#if defined(__AVX512F__)
+// Unrolled, with the keys in registers.
+template <int A, int B>
+inline void order(Lanes* key) {
+  const Lanes a = key[A], b = key[B], less = a < b;
+  key[A] = less ? a : b;
+  key[B] = less ? b : a;
+}
+template <int M, int... I>
+inline void sort(Lanes* key, std::integer_sequence<int, I...>) {
+  (order<nm::kNetwork<M>.low[I], nm::kNetwork<M>.high[I]>(key), ...);
+}
+template <int M>
+inline void sort(Lanes* key) {
+  sort<M>(key, std::make_integer_sequence<int, nm::Network<M>::count()>());
+}
+#else
+template <int M>
+inline void sort(Lanes* key) {
+  for (int i = 0; i < nm::Network<M>::count(); ++i) {
+    Lanes &low = key[nm::kNetwork<M>.low[i]], &high = key[nm::kNetwork<M>.high[i]];
+    const Lanes a = low, b = high, less = a < b;
+    low = less ? a : b;
+    high = less ? b : a;
+  }
+}
+#endif
+
+// kept[half]: bit c % 32 of a lane is that of column c of the lane's group.
+template <int M, bool Unique>
+inline void select(const Lanes* key, int n, int m, Lanes* kept) {
+  Lanes sorted[M];
+  for (int c = 0; c < M; ++c) sorted[c] = key[c];
+  sort<M>(sorted);
+  const Lanes last = sorted[M - n];
+  kept[0] = kept[1] = Lanes{};
+  if (Unique || !any(sorted[M - n - 1] == last)) {
+    for (int c = 0; c < m; ++c) kept[c / 32] |= (key[c] >= last) & int32_t(1u << (c % 32));
+    return;
+  }
+  // Of those equal to the last one that is kept, the lowest columns.
+  Lanes left = Lanes{} + n;
+  for (int c = 0; c < m; ++c) left += key[c] > last;
+  for (int c = 0; c < m; ++c) {
+    const Lanes equal = (key[c] == last) & (left > 0);
+    left += equal;
+    kept[c / 32] |= ((key[c] > last) | equal) & int32_t(1u << (c % 32));
+  }
+}
+
+// The bits of a group are appended to a word that is written when it is full.
+struct BitWriter {
+  uint8_t* out;
   uint64_t word = 0;
   int filled = 0;
-  int32_t key[kMaxGroup], rank[kMaxGroup];
-  for (int64_t g = 0; g < count; g += m) {
-    load_keys(p + g, m, key, nan);
-    for (int i = 0; i < m; ++i) rank[i] = i;
-    for (int i = 1; i < m; ++i) {
-      // Column i against the lower ones: whoever is greater, or lower and equal, comes first.
-      const int32_t own = key[i];
-      int32_t passed = 0;
-      for (int j = 0; j < i; ++j) {
-        const int32_t before = own > key[j];
-        rank[j] += before;
-        passed += before;
-      }
-      rank[i] -= passed;
-    }
-    uint64_t bits = 0;
-    for (int i = 0; i < m; ++i) bits |= uint64_t(rank[i] < n) << i;
+  inline void put(uint64_t bits, int m) {
     word |= bits << filled;
     if (filled + m >= 64) {
       memcpy(out, &word, 8);
@@ -289,8 +391,46 @@ bool run_any(const T* p, int64_t count, int n, int m, uint8_t* out) {
       filled += m;
     }
   }
-  for (int at = 0; at < filled; at += 8) *out++ = uint8_t(word >> at);
-  return nan;
+  inline void finish() {
+    for (int at = 0; at < filled; at += 8) *out++ = uint8_t(word >> at);
+  }
+};
+
+// M: the power of two that m is filled up to, with columns that are never kept.
+template <int M, class T>
+bool run_any(const T* p, int64_t count, int n, int m, uint8_t* out) {
+  constexpr bool kUnique = sizeof(T) == 2;
+  constexpr int kBlocks = M / kGroups > 0 ? M / kGroups : 1, kReach = kGroups * kBlocks;
+  BitWriter writer{out};
+  Lanes nan{};
+  Lanes key[kReach];
+  for (int c = m; c < M; ++c) key[c] = Lanes{} + INT32_MIN;
+  T edge[kGroups * kReach] = {};
+  const int64_t groups = count / m;
+  for (int64_t g = 0; g < groups; g += kGroups) {
+    const int here = int(groups - g < kGroups ? groups - g : kGroups);
+    const T* from = p + g * m;
+    int64_t stride = m;
+    if (here < kGroups || g * m + (kGroups - 1) * int64_t(m) + kReach > count) {
+      for (int l = 0; l < here; ++l) memcpy(edge + l * kReach, from + l * m, size_t(m) * sizeof(T));
+      from = edge;
+      stride = kReach;
+    }
+    for (int b = 0; b < kBlocks; ++b) {
+      Lanes rows[kGroups], seen{};
+      for (int l = 0; l < kGroups; ++l) load_lanes(from + l * stride + kGroups * b, rows[l], seen);
+      transpose(rows);
+      const int first = kGroups * b, columns = m - first < kGroups ? m - first : kGroups;
+      for (int c = 0; c < columns; ++c) key[first + c] = kUnique ? rows[c] + (63 - first - c) : rows[c];
+      nan |= seen;
+    }
+    Lanes kept[2];
+    select<M, kUnique>(key, n, m, kept);
+    for (int l = 0; l < here; ++l)
+      writer.put(uint64_t(uint32_t(kept[0][l])) | uint64_t(uint32_t(kept[1][l])) << 32, m);
+  }
+  writer.finish();
+  return any(nan);
 }
 
 template <class T>
@@ -303,40 +443,55 @@ bool run(const T* p, int64_t count, int n, int m, uint8_t* out) {
     case 8:
       return run_fixed<8>(p, count, n, out);
     default:
-      return run_any(p, count, n, m, out);
+      return m < 8     ? run_any<8>(p, count, n, m, out)
+             : m <= 16 ? run_any<16>(p, count, n, m, out)
+             : m <= 32 ? run_any<32>(p, count, n, m, out)
+                       : run_any<64>(p, count, n, m, out);
   }
 }
 
+int64_t piece_of(int m) {
+  return int64_t(8) * m * (8192 / m);  // whole groups, whole bytes
+}
+
+// Rows of whole bytes are one long row.
+inline int64_t row_length(const NmItem& t) {
+  return t.cols % 8 == 0 ? t.rows * t.cols : t.cols;
+}
+
 template <class T>
-int mask_of(const T* scores, int64_t rows, int64_t cols, int n, int m, uint8_t* bits) {
-  if (rows == 0 || cols == 0) return 0;
-  if (cols % 8 == 0) {  // rows of whole bytes are one long row
-    cols *= rows;
-    rows = 1;
-  }
-  const int64_t piece = int64_t(8) * m * (8192 / m);  // whole groups, whole bytes
-  const int64_t per_row = (cols + piece - 1) / piece, width = (cols + 7) / 8, pieces = rows * per_row;
-  int nan = 0;
-#pragma omp parallel for schedule(static) reduction(| : nan) if (rows * cols > kSerial)
-  for (int64_t i = 0; i < pieces; ++i) {
-    const int64_t row = i / per_row, at = i % per_row * piece;
-    const int64_t count = cols - at < piece ? cols - at : piece;
-    nan |= run(scores + row * cols + at, count, n, m, bits + row * width + at / 8);
-  }
-  return nan;
+bool run_piece(const NmItem& t, int64_t i, int64_t piece, int n, int m) {
+  const int64_t length = row_length(t), per_row = (length + piece - 1) / piece;
+  const int64_t row = i / per_row, at = i % per_row * piece;
+  return run(static_cast<const T*>(t.scores) + row * length + at, length - at < piece ? length - at : piece,
+             n, m, t.bits + row * ((length + 7) / 8) + at / 8);
 }
 
 }  // namespace
 
-int nm_mask(const void* scores, int dtype, int64_t rows, int64_t cols, int n, int m, uint8_t* bits) {
-  switch (dtype) {
-    case kF32:
-      return mask_of(static_cast<const float*>(scores), rows, cols, n, m, bits);
-    case kF16:
-      return mask_of(static_cast<const f16*>(scores), rows, cols, n, m, bits);
-    default:
-      return mask_of(static_cast<const bf16*>(scores), rows, cols, n, m, bits);
+int nm_mask(NmItem* items, int64_t count, int n, int m) {
+  const int64_t piece = piece_of(m);
+  int64_t pieces = 0, entries = 0;
+  for (int64_t t = 0; t < count; ++t) {
+    items[t].first = pieces;
+    const int64_t all = items[t].rows * items[t].cols, length = row_length(items[t]);
+    entries += all;
+    if (all) pieces += all / length * ((length + piece - 1) / piece);
   }
+  int nan = 0;
+#pragma omp parallel for schedule(static) reduction(| : nan) if (entries > kSerial)
+  for (int64_t i = 0; i < pieces; ++i) {
+    int64_t low = 0, high = count;  // the last tensor that starts at or before piece i
+    while (high - low > 1) {
+      const int64_t middle = (low + high) / 2;
+      (items[middle].first <= i ? low : high) = middle;
+    }
+    const NmItem& t = items[low];
+    nan |= t.dtype == kF32   ? run_piece<float>(t, i - t.first, piece, n, m)
+           : t.dtype == kF16 ? run_piece<f16>(t, i - t.first, piece, n, m)
+                             : run_piece<bf16>(t, i - t.first, piece, n, m);
+  }
+  return nan;
 }
 
 }  // namespace fu::FU_ISA

@@ -43,15 +43,53 @@ FU_HD uint32_t byte_of(const K* key, int n) {
   return (keep | keep >> 12) & 0xffu;
 }
 
+// Comparators of Batcher's odd-even merge sort of M keys, M a power of two: after (low[i], high[i]) for every
+// i, each a minimum and a maximum, keys ascend.
+template <int M>
+struct Network {
+  static constexpr int count() {
+    int n = 0;
+    for (int p = 1; p < M; p *= 2)
+      for (int k = p; k >= 1; k /= 2)
+        for (int j = k % p; j + k < M; j += 2 * k)
+          for (int i = 0; i < k && i < M - j - k; ++i) n += (i + j) / (2 * p) == (i + j + k) / (2 * p);
+    return n;
+  }
+  int low[count()] = {}, high[count()] = {};
+  constexpr Network() {
+    int n = 0;
+    for (int p = 1; p < M; p *= 2)
+      for (int k = p; k >= 1; k /= 2)
+        for (int j = k % p; j + k < M; j += 2 * k)
+          for (int i = 0; i < k && i < M - j - k; ++i)
+            if ((i + j) / (2 * p) == (i + j + k) / (2 * p)) low[n] = i + j, high[n] = i + j + k, ++n;
+  }
+};
+template <int M>
+constexpr Network<M> kNetwork{};
+
 }  // namespace fu::nm
 
-// `scores` [rows, cols] of `dtype` (kF32, kF16, kBF16), cols a multiple of m, 0 < n < m <= kMaxGroup.
-// Returns 1 when there was a NaN, else 0.
-FU_DECLARE(int, nm_mask,
-           (const void* scores, int dtype, int64_t rows, int64_t cols, int n, int m, uint8_t* bits))
+namespace fu {
+// One tensor of a list; eight bytes a field, as Python's table has them.
+struct NmItem {
+  const void* scores;  // [rows, cols], cols a multiple of m
+  uint8_t* bits;
+  int64_t rows, cols;
+  int64_t dtype;  // kF32, kF16, kBF16
+  int64_t first;  // pieces (CUDA: tiles) of the tensors before this one; on a CPU filled in by the call
+};
+}  // namespace fu
+
+// Masks of a list, 0 < n < m <= kMaxGroup. Returns 1 when there was a NaN, else 0.
+FU_DECLARE(int, nm_mask, (fu::NmItem * items, int64_t count, int n, int m))
 
 namespace fu::cuda {
-// *nan_seen becomes 1 when there was a NaN; the caller sets it to 0 before.
-void nm_mask(const void* scores, int dtype, int64_t rows, int64_t cols, int n, int m, uint8_t* bits,
+// Mask bytes of a tile. A tensor has ceil(bytes / kNmTile) of them, with rows * ceil(cols / 8) bytes.
+constexpr int64_t kNmTile = 1024;
+// `items` on the device, all of `dtype`, with `first` filled in; `tiles` of them together. One tensor alone
+// needs no table on the device: `items` is null and `one` is on the host. *nan_seen becomes 1 when there was
+// a NaN; the caller sets it to 0 before.
+void nm_mask(const NmItem* items, const NmItem* one, int64_t count, int64_t tiles, int dtype, int n, int m,
              int* nan_seen, int device, uintptr_t stream);
 }  // namespace fu::cuda

@@ -14,7 +14,7 @@ from types import ModuleType
 import torch  # before _C: both then share the OpenMP runtime (and so the threads) that torch brings
 
 #: The interface of csrc/bindings.cpp (kAbi there) that this Python calls: both go up when a signature changes.
-ABI = 2
+ABI = 3
 
 
 def _stale(module: ModuleType) -> str | None:

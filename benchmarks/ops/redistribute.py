@@ -15,8 +15,7 @@ from torch import Tensor
 
 from benchmarks import shapes
 from benchmarks.ops.nm import LLAMA, SMOL
-from benchmarks.ops.saliency import COPY, copied
-from benchmarks.spec import Case, Inputs, Limit, Op, Provider, Target, close, compiled, ours
+from benchmarks.spec import COPY, Case, Inputs, Limit, Op, Provider, Target, close, compiled, copied, copy_of, ours
 from fastunlearn import BitMask, ops
 
 HALF = shapes.llama_31_8b_slice(16)
@@ -87,18 +86,7 @@ def moved(x: Inputs, reads: int) -> int:
 
 
 def copy(x: Inputs) -> Callable[[], Any]:
-    half = moved(x, reads=2) // 2
-    step = min(half, 2**29)
-    source = torch.ones(step, dtype=torch.uint8, device=x.device)
-    target = torch.zeros_like(source)
-
-    def run() -> Tensor:
-        for start in range(0, half, step):
-            length = min(step, half - start)
-            target[:length].copy_(source[:length])
-        return target
-
-    return run
+    return copy_of(moved(x, reads=2), x.device)
 
 
 OP = Op(

@@ -12,12 +12,11 @@ import torch
 from torch import Tensor
 
 from benchmarks import shapes
-from benchmarks.spec import FLOOR, Case, Inputs, Limit, Op, Provider, Target, close, compiled, ours
+from benchmarks.spec import COPY, Case, Inputs, Limit, Op, Provider, Target, close, compiled, copied, copy_of, ours
 from fastunlearn import ops
 
 SMOL, UNET, XL = shapes.smollm2_135m(), shapes.sd14_unet(), shapes.sdxl_unet()
 LLAMA = shapes.llama_31_8b_slice(16)
-COPY = FLOOR + "copy of as many bytes"
 
 CASES = [
     Case("abs, SmolLM2-135M", SMOL, options={"kind": "abs"}, quick=True, gib=3),
@@ -103,22 +102,7 @@ def moved(x: Inputs) -> int:
 
 
 def copy(x: Inputs) -> Callable[[], Any]:
-    half = moved(x) // 2
-    step = min(half, 2**29)
-    source = torch.ones(step, dtype=torch.uint8, device=x.device)
-    target = torch.zeros_like(source)
-
-    def run() -> Tensor:
-        for start in range(0, half, step):
-            length = min(step, half - start)
-            target[:length].copy_(source[:length])
-        return target
-
-    return run
-
-
-def copied(x: Inputs, output: Tensor, expected: Any) -> str | None:
-    return None if bool((output == 1).all()) else "not copied"
+    return copy_of(moved(x), x.device)
 
 
 OP = Op(

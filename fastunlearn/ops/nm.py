@@ -7,12 +7,18 @@ dimension of a linear layer's weight [out, in]; a convolution's are its shape[1:
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
+from itertools import chain
+from typing import overload
 
 import torch
 from torch import Tensor
 
 from fastunlearn import _backend, _native
+from fastunlearn.ops._later import check_nan as check_nan
+from fastunlearn.ops._later import say_later
 from fastunlearn.ops.mask import BitMask, rows_cols
+from fastunlearn.ops.topk import empty_bits, integers
 from fastunlearn.reference import mask as reference_mask
 from fastunlearn.reference import nm as reference
 
@@ -44,40 +50,76 @@ def _warn_nan(n: int, m: int) -> None:
     )
 
 
-def _may_synchronise(device: torch.device) -> bool:
-    return device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
+def _capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
-def _nm_bits(scores: Tensor, n: int, m: int) -> Tensor:
-    """[rows, cols] -> bits [rows, ceil(cols / 8)]."""
-    rows, cols = scores.shape
+def _nm_bits(scores: Sequence[Tensor], n: int, m: int) -> list[Tensor]:
+    """Each [rows, cols] -> bits [rows, ceil(cols / 8)], all in one allocation. All on one device, at least one tensor."""
+    device = scores[0].device
     unsupported = {}
-    if scores.dtype not in _NATIVE_DTYPES:
-        unsupported["native"] = f"scores are {scores.dtype}; native code takes float32, float16 and bfloat16"
-    backend = _backend.resolve(_MASK, scores.device, unsupported)
-    if n == 0 or n == m or scores.numel() == 0:
-        return (BitMask.ones if n == m else BitMask.zeros)((rows, cols), scores.device).bits
+    wide = next((t.dtype for t in scores if t.dtype not in _NATIVE_DTYPES), None)
+    if wide is not None:
+        unsupported["native"] = f"scores are {wide}; native code takes float32, float16 and bfloat16"
+    backend = _backend.resolve(_MASK, device, unsupported)
+    if n == 0 or n == m:
+        return [(BitMask.ones if n == m else BitMask.zeros)(t.shape, device).bits for t in scores]
     if backend == "reference":
-        if _may_synchronise(scores.device) and bool(scores.isnan().any()):
+        if not _capturing(device) and any(bool(t.isnan().any()) for t in scores):
             _warn_nan(n, m)
-        return reference_mask.mask_pack(reference.nm_mask(scores, n, m))
-    scores = scores.contiguous()
-    bits = torch.empty(rows, (cols + 7) // 8, dtype=torch.uint8, device=scores.device)
-    args = (scores.data_ptr(), _native.DTYPES[scores.dtype], rows, cols, n, m, bits.data_ptr())
-    if _native.is_cuda(scores.device):
-        seen = torch.zeros((), dtype=torch.int32, device=scores.device)
-        _native.library().nm_mask_cuda(*args, seen.data_ptr(), *_native.stream(scores.device))
-        nan = _may_synchronise(scores.device) and bool(seen)
+        return [reference_mask.mask_pack(reference.nm_mask(t, n, m)) for t in scores]
+    scores = [t if t.is_contiguous() else t.contiguous() for t in scores]
+    bits = empty_bits([(t.shape[0], t.shape[1]) for t in scores], device)
+    if _native.is_cuda(device):
+        _nm_cuda(scores, bits, n, m)
     else:
-        nan = _native.library().nm_mask_cpu(*args)
-    if nan:
-        _warn_nan(n, m)
+        table = integers(chain.from_iterable(_item(t, b, 0) for t, b in zip(scores, bits)))
+        if _native.library().nm_mask_cpu(table.data_ptr(), len(scores), n, m):
+            _warn_nan(n, m)
     return bits
+
+
+def _item(scores: Tensor, bits: Tensor, first: int) -> tuple[int, ...]:
+    """csrc/nm.h: NmItem."""
+    rows, cols = scores.shape
+    return scores.data_ptr(), bits.data_ptr(), rows, cols, _native.DTYPES[scores.dtype], first
+
+
+def _nm_cuda(scores: Sequence[Tensor], bits: Sequence[Tensor], n: int, m: int) -> None:
+    """One launch for each element type; nothing waits for the device."""
+    library, device = _native.library(), scores[0].device
+    if len(scores) > 1 and _capturing(device):
+        raise RuntimeError(
+            "nm_mask: called with several tensors while a CUDA graph is captured; their table is uploaded anew by every call and "
+            "would be stale when the graph is replayed. Call it outside the graph, or with one tensor at a time"
+        )
+    seen = torch.zeros((), dtype=torch.int32, device=device)
+    per_tile = library.nm_tile_bytes()
+    for dtype in dict.fromkeys(t.dtype for t in scores):
+        rows: list[int] = []
+        tiles = count = 0
+        for t, b in zip(scores, bits):
+            if t.dtype == dtype and t.numel():
+                rows += _item(t, b, tiles)
+                tiles += -(-b.numel() // per_tile)
+                count += 1
+        host = integers(rows)
+        items, one = 0, host.data_ptr()
+        if count > 1:
+            table = host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
+            items, one = table.data_ptr(), 0
+        code = _native.DTYPES[dtype]
+        library.nm_mask_cuda(items, one, count, tiles, code, n, m, seen.data_ptr(), *_native.stream(device))
+    if not seen.is_cuda:
+        if bool(seen):
+            _warn_nan(n, m)
+    elif not _capturing(device):
+        say_later(seen, lambda found: _warn_nan(n, m) if bool(found) else None)
 
 
 @torch.library.custom_op("fastunlearn::nm_mask", mutates_args=())
 def _nm_mask_op(scores: Tensor, n: int, m: int) -> Tensor:
-    return _nm_bits(scores, n, m)
+    return _nm_bits([scores], n, m)[0]
 
 
 @_nm_mask_op.register_fake
@@ -85,36 +127,73 @@ def _(scores: Tensor, n: int, m: int) -> Tensor:
     return scores.new_empty(scores.shape[0], (scores.shape[1] + 7) // 8, dtype=torch.uint8)
 
 
-def nm_mask(scores: Tensor, n: int, m: int) -> BitMask:
+@torch.library.custom_op("fastunlearn::nm_masks", mutates_args=())
+def _nm_masks_op(scores: Sequence[Tensor], n: int, m: int) -> list[Tensor]:
+    # Cloned: outputs of a library op share no memory.
+    return [b.clone() for b in _nm_bits(scores, n, m)]
+
+
+@_nm_masks_op.register_fake
+def _(scores: Sequence[Tensor], n: int, m: int) -> list[Tensor]:
+    return [t.new_empty(t.shape[0], (t.shape[1] + 7) // 8, dtype=torch.uint8) for t in scores]
+
+
+@overload
+def nm_mask(scores: Tensor, n: int, m: int) -> BitMask: ...
+
+
+@overload
+def nm_mask(scores: Sequence[Tensor], n: int, m: int) -> list[BitMask]: ...
+
+
+def nm_mask(scores: Tensor | Sequence[Tensor], n: int, m: int) -> BitMask | list[BitMask]:
     """Keeps the n highest scores of every m consecutive columns of a row.
 
     Scores are compared as they are, signs included: pass `weight.abs()` for a magnitude pattern, |W| * norm for Wanda's.
     -0.0 equals 0.0; ties keep the lowest column; NaN ranks below every number, -inf included (still exactly n a group are
-    kept, and a `RuntimeWarning` says so). To see a NaN, a call on a GPU waits for the device, unless a CUDA graph is being
-    captured; with n = 0 or n = m nothing is compared and nothing is warned of.
+    kept, and a `RuntimeWarning` says so). A call on a GPU waits for nothing, so there the warning comes with a later call or from
+    `fastunlearn.ops.nm.check_nan()`; none comes from a CUDA graph; with n = 0 or n = m nothing is compared and nothing is
+    warned of.
 
     Args:
         scores: floating [rows, cols]; of more dimensions: shape[0] rows, the others flattened; of one dimension: one row.
-            float32, float16 and bfloat16 are native, other floating types run as plain PyTorch.
+            float32, float16 and bfloat16 are native, other floating types run as plain PyTorch. Or a list of such tensors on
+            one device: one call for a whole model.
         n: columns kept in a group, 0 <= n <= m.
         m: columns of a group, 1 to 64; must divide the number of columns.
 
     Returns:
-        BitMask of scores.shape on the scores' device.
+        BitMask of scores.shape on the scores' device; for a list a list of them, whose bits share one allocation.
 
     Raises:
-        TypeError: scores are no floating tensor, n or m no int. ValueError: n or m out of range, or m does not divide the
-        columns.
+        TypeError: scores are no floating tensor (or list of those), n or m no int. ValueError: n or m out of range, m does not
+        divide the columns, tensors on different devices. RuntimeError: several tensors while a CUDA graph is captured.
 
     Example:
         >>> mask = fastunlearn.ops.nm_mask(layer.weight.detach().abs(), 2, 4)
         >>> layer.weight.data.mul_(mask.unpack())
     """
-    if not isinstance(scores, Tensor):
-        raise TypeError(f"scores: want a tensor, got {type(scores).__name__}")
-    if not scores.is_floating_point():
-        raise TypeError(f"scores: want a floating tensor, got {scores.dtype} (scores.float() converts)")
-    rows, cols = rows_cols(scores.shape)
-    _check_pattern(n, m, cols, "scores")
-    flat = scores.detach().reshape(rows, cols)
-    return BitMask(_nm_mask_op(flat, n, m) if _backend.traced(flat) else _nm_bits(flat, n, m), scores.shape)
+    single = isinstance(scores, Tensor)
+    if not single and not isinstance(scores, list | tuple):
+        raise TypeError(f"scores: want a tensor or a list of tensors, got {type(scores).__name__}")
+    flat: list[Tensor] = []
+    for i, t in enumerate([scores] if single else scores):
+        what = "scores" if single else f"scores[{i}]"
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{what}: want a tensor, got {type(t).__name__}")
+        if not t.is_floating_point():
+            raise TypeError(f"{what}: want a floating tensor, got {t.dtype} (scores.float() converts)")
+        if flat and t.device != flat[0].device:
+            raise ValueError(f"{what}: on {t.device}, the first on {flat[0].device}; call once for every device")
+        rows, cols = rows_cols(t.shape)
+        _check_pattern(n, m, cols, what)
+        flat.append(t.detach().reshape(rows, cols))
+    if single:
+        assert isinstance(scores, Tensor)
+        bits = _nm_mask_op(flat[0], n, m) if _backend.traced(flat) else _nm_bits(flat, n, m)[0]
+        return BitMask(bits, scores.shape)
+    if not flat:
+        _check_pattern(n, m, 0, "scores")
+        return []
+    found = _nm_masks_op(flat, n, m) if _backend.traced(flat) else _nm_bits(flat, n, m)
+    return [BitMask._of(b, t.shape) for b, t in zip(found, scores)]

@@ -17,6 +17,7 @@ from fastunlearn import ops
 from fastunlearn.ops.mask import rows_cols
 from tests.proof import OpProof, assert_equal
 
+FLOATS_ONLY = [torch.float32]
 FLOATS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 PATTERNS = [(2, 4), (4, 8), (1, 2), (1, 4), (7, 8), (3, 5), (8, 16), (5, 32), (3, 64), (0, 4), (4, 4), (0, 1), (1, 1)]
 
@@ -44,6 +45,9 @@ def plain(scores: torch.Tensor, n: int, m: int) -> torch.Tensor:
             )
             kept[r, order[:n]] = True
     return torch.from_numpy(np.packbits(kept, axis=1, bitorder="little"))
+
+
+LIST = [(9, 480), (30, 96), (1, 48), (0, 48), (5, 2, 4, 12), (48,), (3, 0), (200, 240)]
 
 
 class TestNmMask(OpProof):
@@ -77,6 +81,85 @@ class TestNmMask(OpProof):
     def library_calls(self, args):
         flat = args["scores"].reshape(rows_cols(args["scores"].shape))
         yield torch.ops.fastunlearn.nm_mask.default, (flat, args["n"], args["m"])
+
+
+class TestList(OpProof):
+    """All tensors of a list in one call: of any shapes and element types, empty ones among them."""
+
+    op = "nm_mask"
+    backends = ("native",)
+    cuda_bodies = True
+    cases = {
+        f"{n}:{m} {name}": (
+            lambda device, n=n, m=m, d=d: {
+                "scores": [_scores(s, d[i % len(d)], device, i) for i, s in enumerate(LIST)],
+                "n": n,
+                "m": m,
+            }
+        )
+        for n, m in [(2, 4), (1, 2), (3, 8), (8, 16), (3, 16), (3, 6), (20, 48), (5, 12), (0, 4), (4, 4)]
+        for name, d in {"fp32": FLOATS_ONLY, "mixed": list(FLOATS.values())}.items()
+    }
+    few = ("2:4 fp32", "2:4 mixed", "8:16 mixed", "3:16 fp32", "20:48 mixed", "0:4 mixed")
+
+    def run(self, args):
+        return ops.nm_mask(args["scores"], args["n"], args["m"])
+
+    def oracle(self, args):
+        return [plain(s, args["n"], args["m"]) for s in args["scores"]]
+
+    def library_calls(self, args):
+        flat = [s.reshape(rows_cols(s.shape)) for s in args["scores"]]
+        yield torch.ops.fastunlearn.nm_masks.default, (flat, args["n"], args["m"])
+
+
+@pytest.mark.parametrize("m", [32, 64])
+def test_wide_groups_of_a_list(m, simt_module):
+    for dtype in FLOATS.values():
+        scores = [_scores((37, 3 * m), dtype, seed=1), _scores((1, m), dtype, seed=2), _scores((600, m), dtype, seed=3)]
+        for n in (1, m // 2, m - 1):
+            want = [plain(s, n, m) for s in scores]
+            with fastunlearn.backend("native"):
+                assert_equal([mask.bits for mask in ops.nm_mask(scores, n, m)], want)
+                with fastunlearn._native.host_cuda(simt_module):
+                    assert_equal([mask.bits for mask in ops.nm_mask(scores, n, m)], want)
+
+
+def test_list_arguments():
+    assert ops.nm_mask([], 2, 4) == []
+    with pytest.raises(ValueError, match=r"scores\[1\]: 6 columns are no multiple"):
+        ops.nm_mask([torch.zeros(4, 8), torch.zeros(4, 6)], 2, 4)
+    with pytest.raises(TypeError, match=r"scores\[1\]: want a tensor, got float"):
+        ops.nm_mask([torch.zeros(4, 8), 1.0], 2, 4)
+    with pytest.raises(ValueError, match=r"scores\[1\]: on meta, the first on cpu"):
+        ops.nm_mask([torch.zeros(4, 8), torch.zeros(4, 8, device="meta")], 2, 4)
+    with pytest.raises(TypeError, match="want a tensor or a list of tensors, got dict"):
+        ops.nm_mask({"a": torch.zeros(4, 8)}, 2, 4)
+    with pytest.raises(ValueError, match="n: want"):
+        ops.nm_mask([], 5, 4)
+
+
+@pytest.mark.gpu
+def test_nan_is_told_later_and_one_tensor_can_be_captured():
+    scores = torch.randn(64, 64, device="cuda")
+    bad = scores.clone()
+    bad[3, 5] = math.nan
+    ops.nm.check_nan()
+    with warnings.catch_warnings(record=True) as said, fastunlearn.backend("native"):
+        warnings.simplefilter("always")
+        ops.nm_mask([scores, bad], 2, 4)
+        ops.nm.check_nan()
+    assert any("hold NaN" in str(w.message) for w in said)
+    with fastunlearn.backend("native"):
+        ops.nm_mask(scores, 2, 4)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            with pytest.raises(RuntimeError, match="while a CUDA graph is captured"):
+                ops.nm_mask([scores, bad], 2, 4)
+            captured = ops.nm_mask(scores, 2, 4)
+        scores.neg_()
+        graph.replay()
+        assert_equal(captured, ops.nm_mask(scores, 2, 4))
 
 
 values = st.sampled_from([0.0, -0.0, 1.0, -1.0, 2.0, 1e-40, -1e-40, math.inf, -math.inf, math.nan, 65504.0, 6e-8])
@@ -114,6 +197,23 @@ def test_every_order_of_a_group(m, dtype):
         with pytest.warns(RuntimeWarning, match="hold NaN"), fastunlearn.backend("native"):
             mask = ops.nm_mask(scores, n, m)
         assert torch.equal(mask.bits, plain(scores, n, m))
+
+
+@pytest.mark.parametrize("isa", [0, 3, 99])
+@pytest.mark.parametrize("dtype", FLOATS.values(), ids=FLOATS)
+@pytest.mark.parametrize("m", [3, 5, 7, 12, 16, 17, 31, 32, 33, 48, 63, 64])
+def test_ties_of_wide_groups(m, dtype, isa):
+    """Few values a group, so that the n-th largest is almost always shared; more groups than a register has lanes."""
+    before = fastunlearn._native._C.set_isa_level(isa)
+    try:
+        for pool in ([0.0, -0.0, 1.0], [math.nan, -math.inf, 2.0, math.inf], [-1.0, 1e-40, 0.0, 3.0, -3.0]):
+            values = torch.tensor(pool).to(dtype)[torch.randint(len(pool), (5, 7 * m))]
+            with warnings.catch_warnings(), fastunlearn.backend("native"):
+                warnings.simplefilter("ignore", RuntimeWarning)
+                for n in {1, m // 2, m - 1}:
+                    assert torch.equal(ops.nm_mask(values, n, m).bits, plain(values, n, m))
+    finally:
+        fastunlearn._native._C.set_isa_level(before)
 
 
 @pytest.mark.parametrize("backend", ["native", "reference", "bodies"])
@@ -185,7 +285,7 @@ def test_offsets_beyond_two_to_the_31():
         (lambda: ops.nm_mask(torch.zeros(4, 65), 2, 65), ValueError, "m: want a group of 1 to 64"),
         (lambda: ops.nm_mask(torch.zeros(4, 8, dtype=torch.int32), 2, 4), TypeError, "floating tensor, got torch.int32"),
         (lambda: ops.nm_mask(torch.zeros(4, 8), 2.0, 4), TypeError, "n: want an int"),
-        (lambda: ops.nm_mask([[1.0, 2.0]], 1, 2), TypeError, "scores: want a tensor"),
+        (lambda: ops.nm_mask([[1.0, 2.0]], 1, 2), TypeError, "want a tensor, got list"),
         (lambda: ops.nm_mask(torch.zeros(()), 1, 2), ValueError, "1 columns are no multiple"),
     ],
 )  # fmt: skip
