@@ -442,7 +442,7 @@ def save_checkpoint(
         with suppress(OSError):
             for path in reversed(made):
                 path.rmdir()
-        if _is_full(error):
+        if disk_full(error):
             free = shutil.disk_usage(_existing(folder)).free
             raise OSError(
                 errno.ENOSPC,
@@ -538,7 +538,8 @@ def _bytes_needed(model: nn.Module, masks: Mapping[str, BitMask] | None) -> int:
     return sum(sizes.values()) + sum(mask.bits.numel() for mask in (masks or {}).values())
 
 
-def _is_full(error: BaseException) -> bool:
+def disk_full(error: BaseException) -> bool:
+    """Whether an error says that there is no room left on the disk."""
     if isinstance(error, OSError):
         return error.errno in {errno.ENOSPC, errno.EDQUOT}
     # safetensors raises its own exception.
@@ -555,6 +556,9 @@ def _size(count: float) -> str:
 
 # The output folder of a run.
 
+#: folders that this process owns
+_HELD: set[Path] = set()
+
 
 class OutputFolder:
     """A folder that one run owns: `with claim_output(path) as folder`.
@@ -569,6 +573,7 @@ class OutputFolder:
         self.resume = resume
         self._lock: int | None = None
         self._made: list[Path] = []
+        self._nested = False
 
     def check(self) -> None:
         """Raises what `with` would raise, and changes nothing.
@@ -579,6 +584,8 @@ class OutputFolder:
         """
         if self.path.exists() and not self.path.is_dir():
             raise NotADirectoryError(f"output: {self.path} is a file; want a folder")
+        if self.path.resolve() in _HELD:
+            return
         lock = self.path / _LOCK
         if lock.exists() and fcntl is not None:
             descriptor = os.open(lock, os.O_RDWR)
@@ -610,6 +617,10 @@ class OutputFolder:
 
     def __enter__(self) -> Self:
         self.check()
+        # A command claims its folder before it loads a model, and the trainer inside it claims it again.
+        self._nested = self.path.resolve() in _HELD
+        if self._nested:
+            return self
         self._made = _make_folder(self.path)
         try:
             self._claim()
@@ -642,6 +653,7 @@ class OutputFolder:
                 raise
             os.close(descriptor)
         self._lock = descriptor
+        _HELD.add(self.path.resolve())
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, f"pid {os.getpid()} on {socket.gethostname()}, {time.strftime('%F %T')}\n".encode(), 0)
 
@@ -653,6 +665,9 @@ class OutputFolder:
 
     def release(self) -> None:
         """Gives the folder back; one that this run made and left empty is removed."""
+        if self._nested:
+            return
+        _HELD.discard(self.path.resolve())
         if self._lock is not None:
             (self.path / _LOCK).unlink(missing_ok=True)
             os.close(self._lock)
@@ -685,3 +700,50 @@ def claim_output(folder: str | os.PathLike[str], *, overwrite: bool = False, res
         OSError: it cannot be made.
     """
     return OutputFolder(folder, overwrite=overwrite, resume=resume)
+
+def dense_weights(source: str | os.PathLike[str], shapes: Mapping[str, Any]) -> Mapping[str, Tensor]:
+    """Weights of another model by name, read one at a time where `source` is a folder of safetensors.
+
+    Args:
+        source: as `load_checkpoint`.
+        shapes: name -> shape of the weights that will be asked for.
+
+    Raises:
+        ValueError: a weight is missing or has another shape.
+    """
+    path = Path(os.fspath(source)).expanduser()
+    files = sorted(path.glob("*.safetensors")) if path.is_dir() else []
+    files = [file for file in files if file.name.startswith("model")]
+    weights: Mapping[str, Tensor] = (
+        _Stored(files) if files else load_checkpoint(source, masks="ignore").model.state_dict()
+    )
+    wrong = []
+    for name, shape in shapes.items():
+        if name not in weights:
+            wrong.append(f"{name} is missing")
+        elif tuple(weights[name].shape) != tuple(shape):
+            wrong.append(f"{name} has shape {tuple(weights[name].shape)}, want {tuple(shape)}")
+    if wrong:
+        raise ValueError(f"dense_model: {source} is no dense twin of this model: {_some(wrong)}")
+    return weights
+
+
+class _Stored(Mapping[str, Tensor]):
+    """Tensors of safetensors files, read when they are asked for."""
+
+    def __init__(self, files: list[Path]):
+        from safetensors import safe_open
+
+        self._files = {}
+        for file in files:
+            opened = safe_open(file, framework="pt")
+            self._files |= dict.fromkeys(opened.keys(), opened)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._files[name].get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)

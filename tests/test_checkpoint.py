@@ -509,3 +509,14 @@ def test_many_claims_at_once_give_one_owner(tmp_path):
 def test_the_masks_file_is_the_one_of_the_package(saved):
     folder, model, masks = saved
     assert load_masks(folder / "masks.safetensors", model).keys() == masks.keys()
+
+
+def test_one_process_may_claim_its_folder_twice(tmp_path):
+    with claim_output(tmp_path / "out") as outer:
+        (outer.path / "mine.txt").write_text("x")
+        with claim_output(tmp_path / "out"):
+            pass
+        assert (outer.path / ".lock").exists(), "the inner one does not give the folder back"
+    assert not (tmp_path / "out" / ".lock").exists()
+    with pytest.raises(FileExistsError, match=r"mine\.txt"), claim_output(tmp_path / "out"):
+        pass
