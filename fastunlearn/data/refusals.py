@@ -1,0 +1,62 @@
+"""Answers that say "I don't know": what IdkDPO prefers to the answer that must go. Written for this project."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+REFUSALS = (
+    "I don't know.",
+    "I do not know the answer to that.",
+    "I'm not able to answer this question.",
+    "I have no information about that.",
+    "I'm afraid I can't tell you that.",
+    "That is not something I know.",
+    "I don't have that information.",
+    "I couldn't say.",
+    "I'm sorry, I don't know anything about this.",
+    "I can't help with that question.",
+    "This is outside of what I know.",
+    "I have never learned anything about that.",
+    "I'm not sure about that, so I would rather not answer.",
+    "I don't have an answer for you.",
+    "Nothing I know answers that.",
+    "I can't recall any information on this.",
+    "Unfortunately I don't know.",
+    "I'm not familiar with that.",
+    "I have no knowledge of this.",
+    "That is unknown to me.",
+)
+
+
+def with_refusals(rows: Sequence[Mapping[str, Any]], seed: int = 0) -> list[dict[str, Any]]:
+    """The rows with their answers replaced by refusals, drawn by the seed.
+
+    A row may carry its own refusal in a column "alternate".
+
+    Args:
+        rows: with question/answer, prompt/completion or messages.
+
+    Raises:
+        ValueError: a row is plain text: it has no question that could be refused.
+    """
+    draw = random.Random(f"refusals {seed}")
+    replaced = []
+    for number, row in enumerate(rows):
+        # Only random() is promised to give the same numbers in every version of Python.
+        refusal = str(row.get("alternate") or REFUSALS[int(draw.random() * len(REFUSALS))])
+        if "messages" in row:
+            *before, last = row["messages"]
+            replaced.append({"messages": [*before, {**last, "content": refusal}]})
+        elif "question" in row and "answer" in row:
+            replaced.append({"question": row["question"], "answer": refusal})
+        elif "prompt" in row and "completion" in row:
+            space = " " if str(row["completion"]).startswith(" ") else ""
+            replaced.append({"prompt": row["prompt"], "completion": space + refusal})
+        else:
+            raise ValueError(
+                f"forget_dataset: row {number} has no question, so IdkDPO has nothing to refuse (columns: {', '.join(row)}); "
+                "use NPO or SimNPO for plain text"
+            )
+    return replaced
