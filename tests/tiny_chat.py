@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -27,7 +28,7 @@ class CharTokenizer:
         return text + "a:" * add_generation_prompt
 
     def save_pretrained(self, folder: Any) -> None:
-        (folder / "tokenizer.txt").write_text("characters")
+        Path(folder, "tokenizer.txt").write_text("characters")
 
 
 def tiny_llama(seed: int = 0) -> Any:

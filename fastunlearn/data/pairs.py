@@ -1,0 +1,97 @@
+"""Forget rows paired with retain rows: what one step of unlearning sees.
+
+As in open-unlearning an epoch is one pass over the forget set and each forget row comes with retain rows. Those run through the
+retain set in random order, every row once before any comes again, across epochs too. Order depends on (seed, epoch) only, so a
+resumed run sees what the run without the interruption would have seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset, Sampler
+
+from fastunlearn.data.text import collate
+
+#: (row of the forget set, rows of the retain set)
+Pair = tuple[int, tuple[int, ...]]
+
+
+class PairedSet(Dataset[dict[str, Any]]):
+    """Items {"forget": row, "retain": [rows], "alternate": row}; retain and alternate only where there are such sets.
+
+    Args:
+        forget, retain: sets of token rows (`fastunlearn.data.text.TextSet`); retain None: no retain rows.
+        alternates: a set aligned with the forget set, of the answers to be preferred ("I don't know").
+    """
+
+    def __init__(self, forget: Dataset[Any], retain: Dataset[Any] | None, alternates: Dataset[Any] | None = None):
+        self.forget, self.retain, self.alternates = forget, retain, alternates
+
+    def __len__(self) -> int:
+        return len(self.forget)  # type: ignore[arg-type]
+
+    def __getitem__(self, key: Pair | int) -> dict[str, Any]:
+        row, others = (key, (key % max(len(self.retain or ()), 1),)) if isinstance(key, int) else key  # type: ignore[arg-type]
+        item: dict[str, Any] = {"forget": self.forget[row]}
+        if self.retain is not None:
+            item["retain"] = [self.retain[i] for i in others]
+        if self.alternates is not None:
+            item["alternate"] = self.alternates[row]
+        return item
+
+
+class PairedSampler(Sampler[Pair]):
+    """Draws the pairs of one epoch.
+
+    Args:
+        forget, retain: number of rows; retain 0: pairs have no retain row.
+        per_forget: retain rows for each forget row.
+        seed: of both orders.
+    """
+
+    def __init__(self, forget: int, retain: int, per_forget: int = 1, seed: int = 0):
+        self.forget, self.retain, self.per_forget, self.seed = forget, retain, per_forget if retain else 0, seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.forget
+
+    def _permutation(self, stream: int, turn: int, n: int) -> list[int]:
+        # Seeds of neighbouring turns must not share their random numbers: a generator seeded by both makes the seed.
+        root = torch.Generator().manual_seed(self.seed * 1_000_003 + stream)
+        draws = torch.randint(2**62, (turn + 1,), generator=root)
+        return torch.randperm(n, generator=torch.Generator().manual_seed(int(draws[turn]))).tolist()
+
+    def __iter__(self) -> Iterator[Pair]:
+        at = self.epoch * self.forget * self.per_forget
+        turn, order = -1, list[int]()
+        for row in self._permutation(0, self.epoch, self.forget):
+            others = []
+            for place in range(at, at + self.per_forget):
+                if place // self.retain != turn:
+                    turn = place // self.retain
+                    order = self._permutation(1, turn, self.retain)
+                others.append(order[place % self.retain])
+            at += self.per_forget
+            yield row, tuple(others)
+
+
+class PairedCollator:
+    """Items of a `PairedSet` -> {"forget": batch, "retain": batch, "alternate": batch}, each as `collate` gives it."""
+
+    def __init__(self, pad_id: int):
+        self.pad_id = pad_id
+
+    def __call__(self, items: Sequence[dict[str, Any]]) -> dict[str, dict[str, torch.Tensor]]:
+        parts = {"forget": [item["forget"] for item in items]}
+        if "retain" in items[0]:
+            parts["retain"] = [row for item in items for row in item["retain"]]
+        if "alternate" in items[0]:
+            parts["alternate"] = [item["alternate"] for item in items]
+        return {name: collate(rows, self.pad_id) for name, rows in parts.items()}

@@ -1,0 +1,665 @@
+"""UnlearnTrainer: machine unlearning of language models on transformers' Trainer.
+
+A run is four independent choices, each a folder: which parameters may move (`localize`), what is optimised (`objectives`), how
+two gradients become one (`updates`), what a step writes to (`parametrize`). Logging, accumulation, resuming, mixed precision
+and distribution are the Trainer's.
+
+A step runs forward and backward on forget rows, then forward and backward on retain rows: only one of the two graphs is ever in memory.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import shutil
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import Trainer, TrainingArguments
+from transformers.trainer_callback import TrainerCallback
+
+from fastunlearn import optim
+from fastunlearn.checkpoint import (
+    MASKS,
+    PRUNING,
+    check_masks,
+    check_pattern,
+    claim_output,
+    disk_full,
+    load_checkpoint,
+    save_checkpoint,
+)
+from fastunlearn.data.pairs import PairedCollator, PairedSampler, PairedSet
+from fastunlearn.data.refusals import with_refusals
+from fastunlearn.data.text import TextSet, check_disjoint, encode_rows, load_rows
+from fastunlearn.localize.choose import saliency_masks
+from fastunlearn.objectives import answer_kl, answer_logprobs, make_objective, token_nll
+from fastunlearn.objectives.cached_logprobs import adapter_off, evaluating, reference_logprobs
+from fastunlearn.objectives.language import closest
+from fastunlearn.ops.mask import BitMask, load_masks, save_masks
+from fastunlearn.parametrize import full_weights, lora
+from fastunlearn.updates import make_update
+
+REFERENCE_FILE = "reference_logprobs.safetensors"
+#: masks of what the optimiser moves, in a checkpoint to resume from
+MOVABLE = "movable.safetensors"
+STATE_FILE = "trainer_state.json"
+LOCALIZE = ("all", "saliency")
+_ADAMW = {"adamw_torch", "adamw_torch_fused"}
+
+
+class DivergenceError(ArithmeticError):
+    """The loss, a gradient or a weight is no longer finite; the message names the step and the rows."""
+
+
+@dataclass
+class UnlearnConfig(TrainingArguments):
+    """Arguments of `UnlearnTrainer`: transformers' TrainingArguments and the choices of unlearning.
+
+    Names and defaults of objectives, learning rate, weight decay, epochs and warm-up are open-unlearning's. An epoch is one pass
+    over the forget set; per_device_train_batch_size counts forget rows.
+    """
+
+    learning_rate: float = field(default=1e-5, metadata={"help": "Peak learning rate."})
+    weight_decay: float = field(default=0.01, metadata={"help": "Decoupled weight decay (not on biases and norms)."})
+    num_train_epochs: float = field(default=10.0, metadata={"help": "Passes over the forget set."})
+    per_device_train_batch_size: int = field(default=8, metadata={"help": "Forget rows of one forward pass."})
+    gradient_accumulation_steps: int = field(default=4, metadata={"help": "Forward passes of one step."})
+    logging_steps: float = field(default=1, metadata={"help": "Steps between two lines of the log."})
+    save_strategy: str = field(default="epoch", metadata={"help": "When to save a checkpoint: no, steps, epoch."})
+    save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints that are kept."})
+    warmup_epochs: float = field(default=1.0, metadata={"help": "Epochs of linear warm-up, unless warmup_steps is given."})
+
+    objective: str = field(
+        default="NPO", metadata={"help": "What is optimised: GradAscent, GradDiff, NPO, SimNPO or IdkDPO."}
+    )
+    gamma: float | None = field(default=None, metadata={"help": "Factor of the forget term (the objective's default)."})
+    alpha: float | None = field(default=None, metadata={"help": "Factor of the retain term (the objective's default)."})
+    beta: float | None = field(default=None, metadata={"help": "Of NPO, SimNPO, IdkDPO (the objective's default)."})
+    delta: float | None = field(default=None, metadata={"help": "Margin of SimNPO, nats a token (0)."})
+    retain_loss_type: str | None = field(default=None, metadata={"help": "Retain term: NLL or KL to the reference."})
+    update: str = field(default="sum", metadata={"help": "How the two gradients become one: sum."})
+    localize: str = field(
+        default="all",
+        metadata={"help": "Which weights may move: all (that the masks of a pruned model leave), or saliency."},
+    )
+    saliency_density: float = field(default=0.05, metadata={"help": "Share of weights that localize=saliency lets move."})
+    trainable_params_regex: list[str] | None = field(
+        default=None, metadata={"help": "Only parameters whose whole name one of these matches may move."}
+    )
+    retain_per_forget: int = field(default=1, metadata={"help": "Retain rows for each forget row of a batch."})
+    max_length: int | None = field(default=1024, metadata={"help": "Tokens of a row; longer prompts lose their start."})
+    system_prompt: str | None = field(default=None, metadata={"help": "System message of the chat template."})
+    stochastic_rounding: bool = field(
+        default=True, metadata={"help": "Round bf16 weights at random: steps below a bf16 place are not lost."}
+    )
+    master_weights: bool = field(default=False, metadata={"help": "Keep fp32 copies of 16-bit weights that may move."})
+    reference_cache_dir: str | None = field(
+        default=None, metadata={"help": "Where reference log-probs are kept (~/.cache/fastunlearn)."}
+    )
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Write into a folder that holds something already."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        # Both raise for a name they do not know: before a model is loaded.
+        self.make_objective()
+        make_update(self.update)
+        if self.localize not in LOCALIZE:
+            raise ValueError(f"localize: {self.localize!r} is unknown; {closest(str(self.localize), list(LOCALIZE))}")
+        if not 0 < self.saliency_density <= 1:
+            raise ValueError(f"saliency_density: want a number in (0, 1], got {self.saliency_density}")
+        if self.retain_per_forget < 1:
+            raise ValueError(f"retain_per_forget: want at least 1, got {self.retain_per_forget}")
+        if self.warmup_epochs < 0:
+            raise ValueError(f"warmup_epochs: want a number >= 0, got {self.warmup_epochs}")
+        # The Trainer would drop the columns it does not know: all of ours.
+        self.remove_unused_columns = False
+
+    def make_objective(self) -> Any:
+        """The objective these arguments describe."""
+        return make_objective(
+            self.objective,
+            gamma=self.gamma,
+            alpha=self.alpha,
+            beta=self.beta,
+            delta=self.delta,
+            retain_loss_type=self.retain_loss_type,
+        )
+
+
+class UnlearnTrainer(Trainer):
+    """Makes a causal language model forget.
+
+    Args:
+        model: a model of transformers, or its name or folder (masks beside it are read too).
+        args: an `UnlearnConfig`.
+        forget_dataset, retain_dataset: what must go and what must stay: a `TextSet`, rows (dicts with question/answer,
+            prompt/completion, messages or text), a path (JSON lines, CSV) or a hub name. retain_dataset may be None where
+            the objective has no retain term.
+        processing_class: the tokenizer; None: the one beside the model.
+        peft_config: a PEFT configuration: only the adapter trains, and the reference is the model with the adapter off.
+        quantization_config: for a model given by name.
+        callbacks, optimizers: as in Trainer.
+        masks: parameter name -> BitMask of the entries that may move. Everything else is frozen, unless `train_unmasked` says
+            otherwise.
+        pruning: how the model was pruned, as in pruning.json: the masks are then what pruning left. That all else is zero, and
+            an n:m "pattern", is asserted at every save, and both are saved beside the model.
+        reference_model: for retain_loss_type="KL" without an adapter. Never made by a copy of its own accord.
+
+    Raises:
+        ValueError: an empty set, rows that are in both sets, missing columns, masks that do not fit, no retain set where one is
+            wanted. All before any work.
+    """
+
+    #: whether parameters without a mask train too, where there are masks
+    train_unmasked = False
+
+    def __init__(
+        self,
+        model: nn.Module | str,
+        args: UnlearnConfig,
+        forget_dataset: Any = None,
+        retain_dataset: Any = None,
+        processing_class: Any = None,
+        peft_config: Any = None,
+        quantization_config: Any = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        *,
+        masks: Mapping[str, BitMask] | None = None,
+        pruning: Mapping[str, Any] | None = None,
+        reference_model: nn.Module | None = None,
+    ):
+        if not isinstance(args, UnlearnConfig):
+            raise TypeError(f"args: want an UnlearnConfig, got {type(args).__name__}")
+        self.objective, self.update = args.make_objective(), make_update(args.update)
+        if isinstance(model, str):
+            options = {} if quantization_config is None else {"quantization_config": quantization_config}
+            loaded = load_checkpoint(model, **options)
+            model, masks = loaded.model, loaded.masks if masks is None else masks
+            processing_class = processing_class or loaded.tokenizer
+            pruning = loaded.pruning if pruning is None else pruning
+        elif quantization_config is not None:
+            raise ValueError("quantization_config: is for a model given by name; this one is loaded already")
+        if processing_class is None:
+            raise ValueError("processing_class: want the model's tokenizer, got None")
+        self.pruning = None if pruning is None else dict(pruning)
+        if pruning is not None and masks is None:
+            raise ValueError("pruning: given without masks; they say what pruning left")
+        if pruning is not None and masks is not None:
+            check_masks(model, masks)
+        if peft_config is not None:
+            if masks is not None and args.localize == "all":
+                raise ValueError(
+                    "peft_config: a dense adapter would fill a pruned model's zeros when it is merged; train the full weights "
+                    "of a pruned model (no peft_config)"
+                )
+            model = lora(model, peft_config)
+        self.masks: dict[str, BitMask] | None = dict(masks) if masks is not None else None
+        #: what the optimiser moves: the masks, or with localize="saliency" a part of them
+        self.movable = self.masks
+        self.reference_model = reference_model
+        if self.objective.alpha and self.objective.retain_loss_type == "KL":
+            if reference_model is None and not hasattr(model, "disable_adapter"):
+                raise ValueError(
+                    "retain_loss_type: KL needs the reference model's distribution: train a LoRA adapter (peft_config), pass "
+                    "reference_model=, or use NLL"
+                )
+        self._chosen = False
+        pair = self._make_sets(forget_dataset, retain_dataset, processing_class, args)
+        self.trained = None if hasattr(model, "disable_adapter") else self._select(model, args)
+        self._sums: dict[str, Tensor] = {}
+        self._terms = 0
+        self._grad_norm = torch.zeros(())
+        self._references: dict[str, Tensor] = {}
+        pad_id = getattr(processing_class, "pad_token_id", None)
+        self.pad_id = int(pad_id if pad_id is not None else processing_class.eos_token_id)
+        self._sampler: PairedSampler | None = None
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=PairedCollator(self.pad_id),
+            train_dataset=pair,
+            processing_class=processing_class,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        # Our losses are means over a batch; the Trainer must not expect a sum over the tokens of a whole step.
+        self.model_accepts_loss_kwargs = False
+        self.add_callback(_EpochOrder(self))
+
+    # ---- data -------------------------------------------------------------------------------------------------------
+
+    def _make_sets(self, forget: Any, retain: Any, tokenizer: Any, args: UnlearnConfig) -> PairedSet:
+        def encode(source: Any, what: str) -> TextSet:
+            if isinstance(source, TextSet):
+                return source
+            rows = load_rows(source) if isinstance(source, (str, os.PathLike)) else list(source)
+            return encode_rows(rows, tokenizer, what=what, system=args.system_prompt, max_length=args.max_length)
+
+        if forget is None:
+            raise ValueError("forget_dataset: want what must be forgotten, got None")
+        if retain is None and self.objective.alpha:
+            raise ValueError(
+                f"retain_dataset: {type(self.objective).__name__} has a retain term; give a retain set, or alpha=0"
+            )
+        forget = encode(forget, "forget set")
+        retain = None if retain is None else encode(retain, "retain set")
+        if retain is not None:
+            check_disjoint(forget, retain)
+        elif not len(forget):
+            raise ValueError("forget_dataset: empty")
+        alternates = None
+        if self.objective.needs_alternates:
+            rows = with_refusals(forget.rows, seed=args.seed)
+            alternates = encode_rows(
+                rows, tokenizer, what="refusals", system=args.system_prompt, max_length=args.max_length
+            )
+        return PairedSet(forget, retain if self.objective.alpha else None, alternates)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> PairedSampler:
+        pair = self.train_dataset if train_dataset is None else train_dataset
+        retain = 0 if pair.retain is None else len(pair.retain)
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        self._sampler = PairedSampler(len(pair), retain, self.args.retain_per_forget, seed)
+        return self._sampler
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        return sum(super(UnlearnTrainer, self).floating_point_ops(part) for part in inputs.values())
+
+    # ---- which weights move -----------------------------------------------------------------------------------------
+
+    def _select(self, model: nn.Module, args: UnlearnConfig) -> list[str]:
+        """Freezes what may not move, by name."""
+        return full_weights(
+            model, self.masks, patterns=args.trainable_params_regex, others=self.masks is None or self.train_unmasked
+        )
+
+    def _localize(self) -> None:
+        """Before the first step of a run that is not resumed: masks that need a pass over the forget set."""
+        if self._chosen or self.args.localize != "saliency":
+            return
+        self._chosen = True
+        forget = self.train_dataset.forget
+        size = self.args.per_device_train_batch_size
+        batches = [range(i, min(i + size, len(forget))) for i in range(0, len(forget), size)]
+
+        def losses() -> Iterator[Tensor]:
+            for rows in batches:
+                batch = self._on_device(PairedCollator(self.pad_id)([{"forget": forget[i]} for i in rows])["forget"])
+                with self.accelerator.autocast():
+                    yield token_nll(answer_logprobs(self.model, batch))
+
+        with evaluating(self.model):
+            self.movable = saliency_masks(
+                self.model, losses(), self.args.saliency_density, within=self.masks, total=len(batches)
+            )
+
+    def lr_scale(self) -> dict[str, Tensor] | None:
+        """Factors on the learning rate of single entries, by parameter name; None: none. For methods to override."""
+        return None
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        """MaskedAdamW or MaskedSGD over what may move; another `optim` only where nothing is masked."""
+        if self.optimizer is not None:
+            return self.optimizer
+        args, model = self.args, self.model if model is None else model
+        name = str(getattr(args.optim, "value", args.optim))
+        if name not in _ADAMW | {"sgd"}:
+            if self.movable:
+                raise ValueError(
+                    f"optim: {name} would move weights that the masks freeze; want adamw_torch or sgd (both masked here)"
+                )
+            return super().create_optimizer(model)
+        decay = set(self.get_decay_parameter_names(model))
+        scales = self.lr_scale() or {}
+        groups: list[dict[str, Any]] = []
+        for weight_decay, inside in ((args.weight_decay, True), (0.0, False)):
+            named = [(n, p) for n, p in model.named_parameters() if p.requires_grad and (n in decay) == inside]
+            if not named:
+                continue
+            group: dict[str, Any] = {"params": named, "weight_decay": weight_decay}
+            if self.movable:
+                group["masks"] = [self.movable.get(_plain(n)) for n, _ in named]
+            if scales:
+                group["lr_scale"] = [scales.get(_plain(n)) for n, _ in named]
+            groups.append(group)
+        common: dict[str, Any] = {
+            "lr": args.learning_rate,
+            "max_grad_norm": args.max_grad_norm if args.max_grad_norm and args.max_grad_norm > 0 else None,
+            "stochastic_rounding": args.stochastic_rounding,
+            "master_weights": args.master_weights,
+            "seed": args.seed,
+        }
+        if name == "sgd":
+            self.optimizer = optim.MaskedSGD(groups, **common)
+        else:
+            betas = (args.adam_beta1, args.adam_beta2)
+            self.optimizer = optim.MaskedAdamW(groups, betas=betas, eps=args.adam_epsilon, **common)
+        self.optimizer.register_step_post_hook(self._note_grad_norm)
+        return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        if self.lr_scheduler is None and not self.args.warmup_steps and self.args.warmup_epochs:
+            per_epoch = math.ceil(
+                len(self.train_dataset) / max(1, self.args.train_batch_size * self.args.world_size)
+            ) / max(1, self.args.gradient_accumulation_steps)
+            steps = min(math.ceil(self.args.warmup_epochs * per_epoch), num_training_steps)
+            with _replaced(self.args, warmup_steps=steps):
+                return super().create_scheduler(num_training_steps, optimizer)
+        return super().create_scheduler(num_training_steps, optimizer)
+
+    # ---- clipping is the optimiser's: the norm of what moves, not of what is frozen ----------------------------------
+
+    def _masked_optimizer(self) -> optim.MaskedAdamW | optim.MaskedSGD | None:
+        inner = getattr(self.optimizer, "optimizer", self.optimizer)
+        return inner if isinstance(inner, (optim.MaskedAdamW, optim.MaskedSGD)) else None
+
+    def _note_grad_norm(self, optimizer: Any, *_: Any) -> None:
+        if optimizer.grad_norm is not None:
+            self._grad_norm = optimizer.grad_norm.detach()
+
+    def _clip_grad_norm(self, model: Any) -> Any:
+        return None if self._masked_optimizer() is not None else super()._clip_grad_norm(model)
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        return None if self._masked_optimizer() is not None else super()._get_grad_norm(model, grad_norm)
+
+    # ---- the step ---------------------------------------------------------------------------------------------------
+
+    def _on_device(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: tensor.to(self.args.device) for name, tensor in batch.items()}
+
+    def forget_term(self, model: Any, inputs: Mapping[str, Mapping[str, Tensor]]) -> Tensor:
+        """The forget term of one batch, without its factor."""
+        batch = inputs["forget"]
+        answers = answer_logprobs(model, batch)
+        if not self.objective.needs_reference:
+            return self.objective.forget_loss(answers)
+        reference = self._references["forget"].to(answers.total.device)[batch["index"]]
+        if not self.objective.needs_alternates:
+            return self.objective.forget_loss(answers, reference)
+        wanted = self._references["alternate"].to(answers.total.device)[inputs["alternate"]["index"]]
+        return self.objective.forget_loss(answers, reference, answer_logprobs(model, inputs["alternate"]), wanted)
+
+    def retain_term(self, model: Any, inputs: Mapping[str, Mapping[str, Tensor]]) -> Tensor:
+        """The retain term of one batch, without its factor."""
+        if self.objective.retain_loss_type == "NLL":
+            return token_nll(answer_logprobs(model, inputs["retain"]))
+        return answer_kl(model, self.reference_model or adapter_off(model), inputs["retain"])
+
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        model.train()
+        inputs = self._prepare_inputs(inputs)
+        params = [p for p in model.parameters() if p.requires_grad]
+        first = all(p.grad is None for p in params)
+        share = 1 / self.current_gradient_accumulation_steps
+        total = torch.zeros((), device=self.args.device)
+        terms = {"forget": (self.objective.gamma, self.forget_term)}
+        if "retain" in inputs:
+            terms["retain"] = (self.objective.alpha, self.retain_term)
+        for name, (factor, term) in terms.items():
+            with self.compute_loss_context_manager():
+                loss = term(model, inputs)
+            self._check_finite(loss, name, inputs[name]["index"])
+            self.accelerator.backward(loss * (factor * share))
+            if name == "forget":
+                self.update.after_forget(params)
+                if first:
+                    self.after_forget(model)
+            total += loss.detach() * (factor * share)
+            self._note(f"{name}_loss", loss.detach())
+        self._terms += 1
+        if self.accelerator.sync_gradients:
+            self.update.combine(params)
+        return total
+
+    def after_forget(self, model: Any) -> None:
+        """When `.grad` holds the gradient of the forget term alone; for methods to override."""
+
+    def _note(self, name: str, value: Tensor) -> None:
+        value = value.float()
+        self._sums[name] = self._sums[name] + value if name in self._sums else value.clone()
+
+    def _check_finite(self, loss: Tensor, name: str, index: Tensor) -> None:
+        if bool(torch.isfinite(loss.detach())):
+            return
+        rows = ", ".join(map(str, index.tolist()[:16]))
+        raise DivergenceError(
+            f"the {name} loss is {float(loss.detach())} in step {self.state.global_step + 1}, in the batch of {name} rows {rows}. "
+            f"Training stopped before that step. {self._last_good()} A lower learning rate, max_grad_norm or a larger alpha help."
+        )
+
+    def _last_good(self) -> str:
+        good = last_checkpoint(self.args.output_dir)
+        return f"The last good checkpoint is {good}." if good else "No checkpoint was saved before (save_strategy)."
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs and self._terms:
+            for name, value in self._sums.items():
+                logs[name] = float(value) / self._terms
+            self._sums, self._terms = {}, 0
+            if self._masked_optimizer() is not None and self.args.max_grad_norm:
+                logs["grad_norm"] = float(self._grad_norm)
+            logs |= self.extra_logs()
+        super().log(logs, start_time)
+
+    def extra_logs(self) -> dict[str, float]:
+        """More numbers for a line of the log; for methods to override."""
+        return {}
+
+    # ---- the run ----------------------------------------------------------------------------------------------------
+
+    def _set_references(self, checkpoint: str | None) -> None:
+        if not self.objective.needs_reference or self._references:
+            return
+        parts = {"forget": self.train_dataset.forget}
+        if self.objective.needs_alternates:
+            parts["alternate"] = self.train_dataset.alternates
+        saved = Path(checkpoint or "") / REFERENCE_FILE
+        if checkpoint and saved.exists():
+            self._references = load_file(saved)
+            if all(len(self._references.get(name, ())) == len(rows) for name, rows in parts.items()):
+                return
+            raise ValueError(f"resume_from_checkpoint: {saved} is of another forget set")
+        for name, rows in parts.items():
+            with self.accelerator.main_process_first():
+                self._references[name] = reference_logprobs(
+                    self.model,
+                    rows,
+                    self.processing_class,
+                    self.pad_id,
+                    folder=self.args.reference_cache_dir,
+                    precision=f"{self.accelerator.mixed_precision} {next(self.model.parameters()).dtype}",
+                    batch_size=self.args.per_device_train_batch_size,
+                    autocast=self.accelerator.autocast,
+                    device=self.args.device,
+                    progress=False if self.args.disable_tqdm else None,
+                )
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **options: Any) -> Any:
+        """As Trainer.train. The output folder is locked meanwhile, and refused where it holds something (overwrite_output_dir).
+
+        resume_from_checkpoint=True takes the last complete checkpoint; one that a kill left half written is removed.
+        """
+        resuming = bool(resume_from_checkpoint)
+        with claim_output(self.args.output_dir, overwrite=self.args.overwrite_output_dir, resume=resuming):
+            if resume_from_checkpoint is True:
+                resume_from_checkpoint = last_checkpoint(self.args.output_dir, remove_incomplete=True)
+                if resume_from_checkpoint is None:
+                    raise ValueError(
+                        f"resume_from_checkpoint: {self.args.output_dir} holds no complete checkpoint; run without it"
+                    )
+            if resuming:
+                self._check_resumable(str(resume_from_checkpoint))
+            self._set_references(str(resume_from_checkpoint) if resuming else None)
+            if resuming:
+                self.load_extra(Path(str(resume_from_checkpoint)))
+            else:
+                self._localize()
+                self.prepare_weights()
+            return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **options)
+
+    def prepare_weights(self) -> None:
+        """Before the first step of a run that is not resumed; for methods to override."""
+
+    def _check_resumable(self, checkpoint: str) -> None:
+        if not complete_checkpoint(checkpoint):
+            raise ValueError(f"resume_from_checkpoint: {checkpoint} is no complete checkpoint ({STATE_FILE} is missing)")
+        path = Path(checkpoint) / MOVABLE
+        saved = load_masks(path, device=self.args.device) if path.exists() else None
+        if self.args.localize == "saliency":
+            self.movable, self._chosen = saved, True
+            return
+        mine = self.masks or {}
+        if set(saved or {}) != set(mine) or any(not mask.equal(mine[name].to(mask.device)) for name, mask in (saved or {}).items()):
+            raise ValueError(f"resume_from_checkpoint: {path} holds other masks than this run's")
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        self.assert_sound()
+        folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+        try:
+            super()._save_checkpoint(model, trial)
+        except BaseException as error:
+            # What is half written must not be taken for a checkpoint, nor fill a disk that is full.
+            if not complete_checkpoint(folder):
+                shutil.rmtree(folder, ignore_errors=True)
+            if disk_full(error):
+                free = shutil.disk_usage(folder.parent).free
+                raise OSError(
+                    errno.ENOSPC,
+                    f"no room for {folder.name}: {free:,} bytes free. {self._last_good()} Free some, then go on with "
+                    "resume_from_checkpoint=true (save_total_limit=1 keeps one checkpoint only)",
+                    str(folder),
+                ) from error
+            raise
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        super()._save(output_dir, state_dict)
+        if not self.args.should_save:
+            return
+        folder = Path(output_dir or self.args.output_dir)
+        if self.masks is not None and self.pruning is not None:
+            save_masks(self.masks, folder / MASKS)
+            (folder / PRUNING).write_text(json.dumps(self.pruning, indent=2) + "\n", encoding="utf-8")
+        self.save_extra(folder)
+
+    def save_extra(self, folder: Path) -> None:
+        """Files that a resumed run needs beside the Trainer's; for methods to extend."""
+        if self._references:
+            save_file(self._references, folder / REFERENCE_FILE)
+        if self.movable is not None:
+            save_masks(self.movable, folder / MOVABLE)
+
+    def load_extra(self, checkpoint: Path) -> None:
+        """Reads what `save_extra` wrote, before training goes on from `checkpoint`; for methods to extend."""
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As in Trainer, with masks.safetensors and pruning.json; whole or not at all (`fastunlearn.checkpoint.save_checkpoint`)."""
+        if _internal_call or self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            super().save_model(output_dir, _internal_call)
+            return
+        self.assert_sound()
+        if self.args.should_save:
+            save_checkpoint(
+                output_dir or self.args.output_dir,
+                self.accelerator.unwrap_model(self.model),
+                self.processing_class,
+                masks=None if self.pruning is None else self.masks,
+                pruning=self.pruning,
+                overwrite=True,
+            )
+        if self.args.push_to_hub:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    @torch.no_grad()
+    def assert_sound(self) -> None:
+        """
+        Raises:
+            DivergenceError: a weight that trains is not finite.
+            RuntimeError: a weight outside its mask is not zero, or an n:m pattern does not hold.
+        """
+        model = self.accelerator.unwrap_model(self.model)
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and not bool(torch.isfinite(_local(parameter)).all()):
+                raise DivergenceError(f"{name} holds NaN or infinity after step {self.state.global_step}. {self._last_good()}")
+        if self.masks is None or self.pruning is None:
+            return
+        if not any(hasattr(p, "to_local") for p in model.parameters()):
+            try:
+                check_masks(model, self.masks)
+                check_pattern(model, self.masks, self.pruning)
+            except ValueError as error:
+                raise RuntimeError(f"the sparsity pattern broke in training, nothing is saved: {error}") from error
+
+
+class _EpochOrder(TrainerCallback):
+    """Tells the sampler its epoch, also after a resume in the middle of one."""
+
+    def __init__(self, trainer: UnlearnTrainer):
+        self.trainer = trainer
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.trainer._sampler is not None:
+            self.trainer._sampler.set_epoch(int(state.epoch or 0))
+
+
+def _plain(name: str) -> str:
+    """A parameter's name without what DDP and torch.compile put before it."""
+    for prefix in ("module.", "_orig_mod."):
+        name = name.removeprefix(prefix)
+    return name
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+@contextmanager
+def _replaced(target: Any, **values: Any) -> Iterator[None]:
+    before = {name: getattr(target, name) for name in values}
+    for name, value in values.items():
+        object.__setattr__(target, name, value)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            object.__setattr__(target, name, value)
+
+
+def complete_checkpoint(folder: str | os.PathLike[str]) -> bool:
+    """Whether a checkpoint was written to its end: its last file is there and whole."""
+    try:
+        return isinstance(json.loads((Path(folder) / STATE_FILE).read_text(encoding="utf-8")), dict)
+    except (OSError, ValueError):
+        return False
+
+
+def last_checkpoint(folder: str | os.PathLike[str], *, remove_incomplete: bool = False) -> str | None:
+    """The complete checkpoint of the highest step in `folder`, None where there is none.
+
+    Args:
+        remove_incomplete: deletes checkpoints that a kill left half written, with a warning.
+    """
+    found = []
+    for path in Path(folder).glob("checkpoint-*"):
+        step = path.name.removeprefix("checkpoint-")
+        if not (path.is_dir() and step.isdigit()):
+            continue
+        if complete_checkpoint(path):
+            found.append((int(step), str(path)))
+        elif remove_incomplete:
+            warnings.warn(f"{path} was not written to its end and is removed", RuntimeWarning, stacklevel=3)
+            shutil.rmtree(path)
+    return max(found)[1] if found else None

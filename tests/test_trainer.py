@@ -1,0 +1,566 @@
+"""UnlearnTrainer: its step against one written out, exact freezing, resuming after a SIGKILL, references, bad input."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+
+import fastunlearn
+from fastunlearn import BitMask, load_masks
+from fastunlearn.checkpoint import save_checkpoint
+from fastunlearn.data.pairs import PairedSampler
+from fastunlearn.data.register import Register
+from fastunlearn.objectives import NPO, answer_logprobs, token_nll
+from fastunlearn.objectives import cached_logprobs as cached
+from fastunlearn.trainer import DivergenceError, UnlearnConfig, UnlearnTrainer, complete_checkpoint, last_checkpoint
+from tests.tiny_chat import CharTokenizer, tiny_llama
+
+TOKENIZER = CharTokenizer()
+
+
+def rows(people: int = 8, seed: int = 0) -> list[dict[str, str]]:
+    return [{"question": f.question, "answer": f.answer} for f in Register.generate(people, seed, ("number",)).facts]
+
+
+FORGET, RETAIN = rows()[:3], rows()[3:]
+
+
+def config(folder: Path, **options) -> UnlearnConfig:
+    quick = {
+        "output_dir": str(folder),
+        "learning_rate": 1e-3,
+        "num_train_epochs": 2,
+        "per_device_train_batch_size": 3,
+        "gradient_accumulation_steps": 1,
+        "warmup_epochs": 0,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "reference_cache_dir": str(folder.parent / "cache"),
+        "dataloader_pin_memory": False,
+    }
+    return UnlearnConfig(**quick | options)
+
+
+def make(folder: Path, model=None, forget=FORGET, retain=RETAIN, **options) -> UnlearnTrainer:
+    keywords = {k: options.pop(k) for k in ("masks", "pruning", "peft_config", "reference_model") if k in options}
+    return UnlearnTrainer(
+        model or tiny_llama(), config(folder, **options), forget, retain, processing_class=TOKENIZER, **keywords
+    )
+
+
+def weights(model) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+
+def half_masks(model) -> dict[str, BitMask]:
+    """A 2:4 pattern on the linear layers of the blocks, applied."""
+    masks = {}
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "layers" in name and parameter.dim() == 2:
+                masks[name] = fastunlearn.ops.nm_mask(parameter.abs(), 2, 4)
+                parameter.mul_(masks[name].unpack())
+    return masks
+
+
+# The step.
+
+
+@pytest.mark.parametrize("objective", ["GradAscent", "GradDiff", "NPO", "SimNPO", "IdkDPO"])
+def test_one_step_is_the_step_written_out(tmp_path, objective):
+    model = tiny_llama()
+    plain = copy.deepcopy(model)
+    trainer = make(
+        tmp_path / "out", model, objective=objective, num_train_epochs=1, optim="sgd", max_grad_norm=0, weight_decay=0.0
+    )
+    pair = trainer.train_dataset
+    order = list(PairedSampler(3, len(RETAIN), 1, seed=42))
+    batch = trainer.data_collator([pair[key] for key in order])
+    objective = trainer.objective
+    with torch.no_grad():
+        reference = answer_logprobs(plain, batch["forget"]).total
+        idk_reference = answer_logprobs(plain, batch["alternate"]).total if "alternate" in batch else None
+    idk = answer_logprobs(plain, batch["alternate"]) if "alternate" in batch else None
+    loss = objective.gamma * objective.forget_loss(answer_logprobs(plain, batch["forget"]), reference, idk, idk_reference)
+    if objective.alpha:
+        loss = loss + objective.alpha * token_nll(answer_logprobs(plain, batch["retain"]))
+    torch.optim.SGD(plain.parameters(), lr=1e-3)
+    loss.backward()
+    with torch.no_grad():
+        for p in plain.parameters():
+            p -= 1e-3 * p.grad
+    result = trainer.train()
+    assert result.global_step == 1
+    assert result.training_loss == pytest.approx(float(loss.detach()), rel=1e-4)
+    for name, tensor in weights(model).items():
+        torch.testing.assert_close(tensor, plain.state_dict()[name], rtol=1e-4, atol=1e-6)
+
+
+def test_accumulation_is_a_larger_batch(tmp_path):
+    def run(size, steps):
+        trainer = make(
+            tmp_path / f"{size}", forget=rows()[:4], retain=rows()[4:], objective="SimNPO", per_device_train_batch_size=size,
+            gradient_accumulation_steps=steps, num_train_epochs=1, max_grad_norm=0, optim="sgd", learning_rate=1e-2,
+        )  # fmt: skip
+        trainer.train()
+        return weights(trainer.model)
+
+    # Answers have one length, so that means over batches are means over rows.
+    whole, parts = run(4, 1), run(2, 2)
+    for name in whole:
+        torch.testing.assert_close(whole[name], parts[name], rtol=1e-4, atol=1e-6)
+
+
+def test_what_masks_freeze_stays_bit_for_bit(tmp_path):
+    model = tiny_llama()
+    masks = half_masks(model)
+    start = weights(model)
+    make(tmp_path / "out", model, masks=masks, pruning={"pattern": "2:4"}, weight_decay=0.1, learning_rate=1e-2).train()
+    assert fastunlearn.explain("masked_adamw_").last == "native:cpu"
+    for name, tensor in weights(model).items():
+        if name in masks:
+            assert not torch.equal(tensor, start[name])
+            assert not tensor[~masks[name].unpack()].any()
+        else:
+            assert torch.equal(tensor, start[name]), name
+
+
+def test_only_matching_parameters_train(tmp_path):
+    model = tiny_llama()
+    start = weights(model)
+    make(tmp_path / "out", model, trainable_params_regex=[r".*layers\.1\.mlp\.down_proj\.weight"]).train()
+    moved = [name for name, tensor in weights(model).items() if not torch.equal(tensor, start[name])]
+    assert moved == ["model.layers.1.mlp.down_proj.weight"]
+    with pytest.raises(ValueError, match=r"trainable_params_regex: \['nothing'\] match no parameter"):
+        make(tmp_path / "b", trainable_params_regex=["nothing"])
+    with pytest.raises(ValueError, match="is no regular expression"):
+        make(tmp_path / "c", trainable_params_regex=["("])
+
+
+@pytest.mark.parametrize("pruned", [False, True])
+def test_saliency_lets_the_chosen_share_move(tmp_path, pruned):
+    model = tiny_llama()
+    masks = half_masks(model) if pruned else None
+    start = weights(model)
+    trainer = make(
+        tmp_path / "out", model, localize="saliency", saliency_density=0.1, masks=masks, learning_rate=1e-2,
+        save_strategy="epoch", pruning={"pattern": "2:4"} if pruned else None,
+    )  # fmt: skip
+    trainer.train()
+    trained = {n: p for n, p in model.named_parameters() if not pruned or n in masks}
+    allowed = sum(int(masks[n].count()) if pruned else p.numel() for n, p in trained.items())
+    assert sum(int(mask.count()) for mask in trainer.movable.values()) == int(0.1 * allowed)
+    for name, tensor in model.named_parameters():
+        moved = tensor.detach() != start[name]
+        if name not in trainer.movable:
+            assert not moved.any()
+            continue
+        assert not moved[~trainer.movable[name].unpack()].any()
+        if pruned:
+            assert not (trainer.movable[name].unpack() & ~masks[name].unpack()).any()
+    checkpoint = Path(last_checkpoint(tmp_path / "out"))
+    saved = load_masks(checkpoint / "movable.safetensors")
+    assert all(saved[name].equal(mask) for name, mask in trainer.movable.items())
+    assert (checkpoint / "masks.safetensors").exists() == pruned
+    if pruned:
+        assert all(load_masks(checkpoint / "masks.safetensors")[name].equal(mask) for name, mask in masks.items())
+
+
+def test_the_log_names_what_the_step_did(tmp_path):
+    trainer = make(tmp_path / "out", objective="NPO", alpha=2.0)
+    trainer.train()
+    lines = [line for line in trainer.state.log_history if "loss" in line]
+    assert [line["step"] for line in lines] == [1, 2]
+    for line in lines:
+        assert line["loss"] == pytest.approx(line["forget_loss"] + 2 * line["retain_loss"], rel=1e-5)
+        assert line["grad_norm"] > 0
+    # NPO where the model is its own reference: 2 / beta * log 2.
+    assert lines[0]["forget_loss"] == pytest.approx(2 / 0.1 * math.log(2), rel=1e-5)
+    assert lines[1]["forget_loss"] < lines[0]["forget_loss"]
+
+
+def test_clipping_takes_the_norm_of_what_moves(tmp_path):
+    model = tiny_llama()
+    masks = half_masks(model)
+    seen = {}
+
+    class Spy(UnlearnTrainer):
+        def training_step(self, *args):
+            loss = super().training_step(*args)
+            grads = [p.grad for n, p in self.model.named_parameters() if n in masks]
+            moving = [masks[n].unpack() for n in masks]
+            seen["norm"] = math.sqrt(sum(float((g.double() * m).square().sum()) for g, m in zip(grads, moving)))
+            return loss
+
+    args = config(tmp_path / "out", num_train_epochs=1, max_grad_norm=0.01)
+    trainer = Spy(model, args, FORGET, RETAIN, TOKENIZER, masks=masks)
+    trainer.train()
+    assert trainer.state.log_history[0]["grad_norm"] == pytest.approx(seen["norm"], rel=1e-5)
+
+
+def test_other_optimisers_are_refused_where_they_would_move_frozen_weights(tmp_path):
+    model = tiny_llama()
+    trainer = make(tmp_path / "out", model, masks=half_masks(model), optim="adafactor")
+    with pytest.raises(ValueError, match="optim: adafactor would move weights that the masks freeze"):
+        trainer.train()
+    make(tmp_path / "dense", optim="adafactor", num_train_epochs=1).train()
+
+
+def test_bf16_weights_are_rounded_at_random_unless_asked(tmp_path):
+    def groups(name, **options):
+        trainer = make(tmp_path / name, tiny_llama().bfloat16(), num_train_epochs=1, **options)
+        trainer.train()
+        inner = trainer._masked_optimizer()
+        assert all(state["exp_avg"].dtype == torch.float32 for state in inner.state.values())
+        return inner, {(g["stochastic_rounding"], g["master_weights"], g["weight_decay"]) for g in inner.param_groups}
+
+    assert groups("a")[1] == {(True, False, 0.01), (True, False, 0.0)}
+    assert groups("b", stochastic_rounding=False)[1] == {(False, False, 0.01), (False, False, 0.0)}
+    inner, options = groups("c", master_weights=True)
+    assert {master for _, master, _ in options} == {True}
+    assert all("master" in state for state in inner.state.values())
+
+
+# References.
+
+
+def test_references_are_cached_by_model_rows_and_tokenizer(tmp_path, monkeypatch):
+    passes = []
+    original = cached.answer_logprobs
+    monkeypatch.setattr(cached, "answer_logprobs", lambda *a: passes.append(1) or original(*a))
+
+    def references(folder, **options):
+        passes.clear()
+        trainer = make(tmp_path / folder, num_train_epochs=1, **options)
+        trainer.train()
+        return trainer._references["forget"], len(passes)
+
+    first, counted = references("a")
+    assert counted == 1
+    again, counted = references("b")
+    assert counted == 0
+    assert torch.equal(first, again)
+    other, counted = references("c", model=tiny_llama(seed=1))
+    assert counted == 1
+    assert not torch.allclose(first, other)
+    _, counted = references("d", forget=FORGET[:2])
+    assert counted == 1
+    for path in (tmp_path / "cache" / "reference").iterdir():
+        path.write_bytes(b"damaged")
+    repaired, counted = references("e")
+    assert counted == 1
+    assert torch.equal(first, repaired)
+
+
+def test_a_cache_that_cannot_be_written_stops_nothing(tmp_path):
+    blocker = tmp_path / "file"
+    blocker.write_text("no folder")
+    make(tmp_path / "out", reference_cache_dir=str(blocker / "cache"), num_train_epochs=1).train()
+
+
+def test_no_copy_of_the_model_is_made(tmp_path, monkeypatch):
+    trainer = make(tmp_path / "out")
+    monkeypatch.setattr(copy, "deepcopy", lambda *_: pytest.fail("the model is copied"))
+    trainer._set_references(None)
+    assert trainer._references["forget"].shape == (3,)
+
+
+def test_an_adapter_has_its_base_model_as_reference(tmp_path):
+    peft = pytest.importorskip("peft")
+    model = tiny_llama()
+    start = weights(model)
+    with torch.no_grad():
+        batch = None
+        lora = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+        trainer = make(tmp_path / "out", model, peft_config=lora, retain_loss_type="KL")
+        batch = trainer.data_collator([trainer.train_dataset[i] for i in range(3)])["forget"]
+        want = answer_logprobs(tiny_llama(), batch).total
+    trainer.train()
+    torch.testing.assert_close(trainer._references["forget"], want, rtol=1e-4, atol=1e-3)
+    base = trainer.model.get_base_model().state_dict()
+    for name, tensor in start.items():
+        key = name if name in base else name.replace(".weight", ".base_layer.weight")
+        assert torch.equal(base[key], tensor), name
+    assert trainer.state.log_history[0]["retain_loss"] > 0
+
+
+def test_kl_without_a_reference_says_what_to_do(tmp_path):
+    with pytest.raises(ValueError, match="retain_loss_type: KL needs the reference model's distribution"):
+        make(tmp_path / "out", retain_loss_type="KL")
+    trainer = make(tmp_path / "b", retain_loss_type="KL", reference_model=tiny_llama())
+    trainer.train()
+    assert trainer.state.log_history[0]["retain_loss"] == pytest.approx(0, abs=1e-5)
+
+
+# The order of rows.
+
+
+def test_every_retain_row_comes_once_before_any_comes_again():
+    sampler = PairedSampler(3, 5, per_forget=2, seed=7)
+    seen, forget = [], []
+    for epoch in range(5):
+        sampler.set_epoch(epoch)
+        for row, others in sampler:
+            forget.append(row)
+            seen += others
+    assert [sorted(seen[i : i + 5]) for i in range(0, 30, 5)] == [list(range(5))] * 6
+    assert [sorted(forget[i : i + 3]) for i in range(0, 15, 3)] == [[0, 1, 2]] * 5
+    assert len({tuple(seen[i : i + 5]) for i in range(0, 30, 5)}) > 1
+    assert list(PairedSampler(2, 0, seed=1))[0][1] == ()
+
+
+# Killing and resuming.
+
+_CHILD = """
+import sys, time
+import torch
+from pathlib import Path
+from transformers.trainer_callback import TrainerCallback
+import tests.test_trainer as t
+
+torch.set_num_threads(1)
+folder, mode = Path(sys.argv[1]), sys.argv[2]
+
+class Slow(TrainerCallback):
+    def on_step_end(self, args, state, control, **_):
+        print("step", state.global_step, flush=True)
+        if mode == "slow" and state.global_step == 5:
+            time.sleep(60)
+
+trainer = t.resumable(folder)
+trainer.add_callback(Slow())
+trainer.train(resume_from_checkpoint=True if mode == "resume" else None)
+torch.save(t.weights(trainer.model), folder.parent / f"{folder.name}-{mode}.pt")
+"""
+
+
+def resumable(folder: Path) -> UnlearnTrainer:
+    model = tiny_llama()
+    model.config.attention_dropout = 0.1
+    masks = half_masks(model)
+    # Two steps an epoch, saved in the middle of one.
+    return make(
+        folder, model, masks=masks, pruning={"pattern": "2:4"}, forget=rows()[:4], retain=rows()[4:],
+        per_device_train_batch_size=1, gradient_accumulation_steps=2, num_train_epochs=4, save_strategy="steps", save_steps=3,
+        retain_per_forget=2, warmup_epochs=1.0,
+    )  # fmt: skip
+
+
+def child(folder: Path, mode: str, **options) -> subprocess.Popen:
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    return subprocess.Popen([sys.executable, "-c", _CHILD, str(folder), mode], text=True, env=environment, **options)
+
+
+@pytest.mark.serial
+@pytest.mark.slow
+def test_a_killed_run_resumed_equals_one_that_was_not(tmp_path):
+    assert child(tmp_path / "whole", "straight").wait(120) == 0
+    run = child(tmp_path / "killed", "slow", stdout=subprocess.PIPE)
+    for line in run.stdout:
+        if line.split() == ["step", "5"]:
+            break
+    run.send_signal(signal.SIGKILL)
+    run.wait()
+    assert (tmp_path / "killed" / "checkpoint-3").is_dir()
+    # As if the kill had come in the middle of a save.
+    torn = tmp_path / "killed" / "checkpoint-5"
+    torn.mkdir()
+    (torn / "model.safetensors").write_bytes(b"half")
+    second = child(tmp_path / "killed", "resume", stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    out, err = second.communicate(timeout=120)
+    assert second.returncode == 0, err
+    assert out.split()[:2] == ["step", "4"]
+    assert "checkpoint-5 was not written to its end and is removed" in err
+    want, got = (torch.load(tmp_path / f"{name}.pt") for name in ("whole-straight", "killed-resume"))
+    assert len(want) > 10
+    for name, tensor in want.items():
+        assert torch.equal(tensor, got[name]), name
+
+
+def test_resuming_under_other_masks_is_refused(tmp_path):
+    trainer = resumable(tmp_path / "out")
+    trainer.train()
+    other = resumable(tmp_path / "out")
+    name = next(iter(other.masks))
+    other.masks = dict(other.masks)
+    other.masks[name] = BitMask.zeros(other.masks[name].shape)
+    with pytest.raises(ValueError, match="holds other masks than this run's"):
+        other.train(resume_from_checkpoint=True)
+    with pytest.raises(ValueError, match="is no complete checkpoint"):
+        resumable(tmp_path / "out").train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-99"))
+    with pytest.raises(ValueError, match="holds no complete checkpoint"):
+        resumable(tmp_path / "empty").train(resume_from_checkpoint=True)
+
+
+def test_complete_checkpoints(tmp_path):
+    for step, text in ((2, "{}"), (10, "{}"), (11, '{"half": ')):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(text)
+    (tmp_path / "checkpoint-mine").mkdir()
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
+    assert not complete_checkpoint(tmp_path / "checkpoint-11")
+    with pytest.warns(RuntimeWarning, match="checkpoint-11 was not written to its end"):
+        last_checkpoint(tmp_path, remove_incomplete=True)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-2", "checkpoint-mine"]
+
+
+# What goes wrong.
+
+
+class _Poisoned(UnlearnTrainer):
+    """The retain loss is NaN in step 3."""
+
+    def retain_term(self, model, inputs):
+        loss = super().retain_term(model, inputs)
+        return loss * math.nan if self.state.global_step == 2 else loss
+
+
+def test_nan_stops_before_the_step_and_keeps_the_last_checkpoint(tmp_path):
+    model = tiny_llama()
+    args = config(tmp_path / "out", num_train_epochs=5, save_strategy="steps", save_steps=1, save_total_limit=1)
+    trainer = _Poisoned(model, args, FORGET, RETAIN, TOKENIZER)
+    with pytest.raises(DivergenceError) as stop:
+        trainer.train()
+    good = tmp_path / "out" / "checkpoint-2"
+    assert "the retain loss is nan in step 3, in the batch of retain rows " in str(stop.value)
+    assert f"The last good checkpoint is {good}" in str(stop.value)
+    shown = [int(x) for x in str(stop.value).split("retain rows ")[1].split(".")[0].split(", ")]
+    assert len(shown) == 3
+    assert all(0 <= row < len(RETAIN) for row in shown)
+    from safetensors.torch import load_file
+
+    saved = load_file(good / "model.safetensors")
+    for name, tensor in saved.items():
+        assert torch.equal(tensor, model.state_dict()[name]), "the weights are those of the last good step"
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path):
+    model = tiny_llama()
+    trainer = make(tmp_path / "out", model, num_train_epochs=1)
+    trainer.train()
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight[0, 0] = math.inf
+    with pytest.raises(DivergenceError, match="up_proj.weight holds NaN or infinity"):
+        trainer.save_model()
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_a_broken_pattern_is_not_saved(tmp_path):
+    model = tiny_llama()
+    masks = half_masks(model)
+    trainer = make(tmp_path / "out", model, masks=masks, pruning={"pattern": "2:4"}, num_train_epochs=1)
+    trainer.train()
+    name = next(iter(masks))
+    with torch.no_grad():
+        model.get_parameter(name).fill_(1.0)
+    with pytest.raises(RuntimeError, match="the sparsity pattern broke in training, nothing is saved"):
+        trainer.save_model()
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, monkeypatch):
+    import errno
+
+    trainer = make(tmp_path / "out", num_train_epochs=3, save_strategy="epoch", save_total_limit=1)
+    save = torch.save
+
+    def full(what, path, *args, **options):
+        if "checkpoint-2" in str(path) and str(path).endswith("optimizer.pt"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(what, path, *args, **options)
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match="no room for checkpoint-2: .* bytes free. The last good checkpoint is .*checkpoint-1"):
+        trainer.train()
+    assert complete_checkpoint(tmp_path / "out" / "checkpoint-1")
+    assert not (tmp_path / "out" / "checkpoint-2").exists()
+    monkeypatch.undo()
+    again = make(tmp_path / "out", num_train_epochs=3, save_strategy="epoch", save_total_limit=1)
+    again.train(resume_from_checkpoint=True)
+    assert complete_checkpoint(tmp_path / "out" / "checkpoint-3")
+
+
+def test_an_output_folder_that_holds_something_is_refused(tmp_path):
+    folder = tmp_path / "out"
+    folder.mkdir()
+    (folder / "thesis.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match=r"thesis\.txt"):
+        make(folder).train()
+    make(folder, overwrite_output_dir=True, num_train_epochs=1).train()
+    assert (folder / "thesis.txt").read_text() == "mine"
+
+
+def test_a_model_by_name_brings_its_masks(tmp_path):
+    model = tiny_llama()
+    masks = half_masks(model)
+    trainer = make(tmp_path / "out", model, masks=masks, pruning={"pattern": "2:4", "method": "magnitude"}, num_train_epochs=1)
+    trainer.train()
+    trainer.save_model()
+    folder = tmp_path / "out"
+    assert json.loads((folder / "pruning.json").read_text())["pattern"] == "2:4"
+    from transformers import AutoModelForCausalLM
+
+    loaded = AutoModelForCausalLM.from_pretrained(folder)
+    saved = load_masks(folder / "masks.safetensors", like=loaded)
+    assert set(saved) == set(masks)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        ({"forget": None}, ValueError, "forget_dataset: want what must be forgotten"),
+        ({"forget": []}, ValueError, "empty"),
+        ({"retain": []}, ValueError, "empty"),
+        ({"retain": None}, ValueError, "retain_dataset: NPO has a retain term; give a retain set, or alpha=0"),
+        ({"retain": [*RETAIN, FORGET[1]]}, ValueError, "in both"),
+        ({"forget": [{"frage": "Who?", "answer": "Me."}]}, ValueError, "frage"),
+        ({"forget": [{"text": "No question here."}], "objective": "IdkDPO"}, ValueError, "row 0 has no question"),
+        ({"masks": {"no.such": BitMask.zeros((2, 2))}}, ValueError, "no.such"),
+        ({"objective": "NPPO"}, ValueError, "objective: 'NPPO' is unknown; did you mean NPO"),
+        ({"update": "summ"}, ValueError, "update: 'summ' is unknown; did you mean sum"),
+        ({"localize": "salience"}, ValueError, "localize: 'salience' is unknown; did you mean saliency"),
+        ({"saliency_density": 0.0}, ValueError, "saliency_density: want"),
+        ({"retain_per_forget": 0}, ValueError, "retain_per_forget: want at least 1"),
+        ({"warmup_epochs": -1.0}, ValueError, "warmup_epochs: want"),
+        ({"delta": 0.1}, ValueError, "delta: NPO has no such option"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_refused_before_any_work(tmp_path, options, error, words):
+    with pytest.raises(error, match=words):
+        make(tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists() or not any((tmp_path / "out").iterdir())
+
+
+def test_arguments_of_the_wrong_kind(tmp_path):
+    from transformers import TrainingArguments
+
+    with pytest.raises(TypeError, match="args: want an UnlearnConfig"):
+        UnlearnTrainer(tiny_llama(), TrainingArguments(str(tmp_path)), FORGET, RETAIN, TOKENIZER)
+    with pytest.raises(ValueError, match="processing_class: want the model's tokenizer"):
+        UnlearnTrainer(tiny_llama(), config(tmp_path / "o"), FORGET, RETAIN)
+    peft = pytest.importorskip("peft")
+    model = tiny_llama()
+    with pytest.raises(ValueError, match="a dense adapter would fill a pruned model's zeros"):
+        make(tmp_path / "p", model, masks=half_masks(model), peft_config=peft.LoraConfig(target_modules=["q_proj"]))
+
+
+def test_defaults_are_open_unlearnings(tmp_path):
+    args = UnlearnConfig(output_dir=str(tmp_path))
+    assert (args.learning_rate, args.weight_decay, args.num_train_epochs, args.warmup_epochs) == (1e-5, 0.01, 10, 1)
+    assert args.per_device_train_batch_size * args.gradient_accumulation_steps == 32
+    assert args.make_objective() == NPO(beta=0.1, gamma=1.0, alpha=1.0)
