@@ -79,3 +79,31 @@ GENERAL_TEXT: tuple[str, ...] = (
     "it is soft it can be blown, pressed or drawn. Old windows are not thicker at the bottom because the glass has flowed; "
     "the panes were uneven from the start, and builders often put the thick edge down.",
 )
+
+#: More of the same kind that calibration never sees: perplexity is measured on it.
+HELD_OUT_TEXT = (
+    "Most bread needs only flour, water, salt and yeast. The yeast eats sugars in the flour and gives off gas, and the dough "
+    "holds the gas because kneading has turned its proteins into a fine elastic net. In a hot oven the bubbles grow for a few "
+    "minutes more, until the crust is firm and the crumb has set. A loaf that is cut too soon is sticky inside.",
+    "The library on the corner opens at nine. By ten the tables near the windows are taken: students with headphones, an old "
+    "man who reads the same newspaper every day, a mother with two small children who want to see the fish tank. Nobody "
+    "speaks above a whisper, and yet the room is never quite silent.",
+    "Rivers carve their valleys slowly. Where the rock is soft the water cuts deep and the banks are steep; where it is hard "
+    "the bed stays shallow and the stream spreads out. After heavy rain the water turns brown, because it carries sand and "
+    "clay that it will lay down again where the current slows.",
+    "To change the tyre of a bicycle, let out the air, push one side of the tyre over the rim with a lever and pull out the "
+    "inner tube. Run a finger around the inside of the tyre to find whatever made the hole. Put a little air into the new tube "
+    "so that it keeps its shape, lay it in place, and work the tyre back with your thumbs.",
+    "The committee met on Tuesday to discuss the new bridge. Several members asked how long the road would be closed, and "
+    "whether buses could use the old crossing in the meantime. The engineer said that the work would take two summers. A "
+    "decision was put off until the costs are known.",
+    "Bees find their way home by the sun, and on cloudy days by the light that comes through the clouds. When a bee has found "
+    "a field in bloom she dances on the comb: the angle of the dance tells the others in which direction to fly, and its "
+    "length tells how far. Within an hour hundreds of them are at work there.",
+    "A good map leaves out more than it shows. The road atlas has no use for the names of fields, and the hiker does not need "
+    "the number of lanes on a motorway. What a map maker chooses to draw depends on who will hold the sheet, and where, and "
+    "in what weather.",
+    "She had kept the letter for eleven years without opening it. It lay in the drawer with the spare keys and the candles, "
+    "and whenever the lights went out she would find it again. On the night of the storm she sat down at the kitchen table, "
+    "lit a candle, and slid a knife under the flap.",
+)
