@@ -701,6 +701,7 @@ def claim_output(folder: str | os.PathLike[str], *, overwrite: bool = False, res
     """
     return OutputFolder(folder, overwrite=overwrite, resume=resume)
 
+
 def dense_weights(source: str | os.PathLike[str], shapes: Mapping[str, Any]) -> Mapping[str, Tensor]:
     """Weights of another model by name, read one at a time where `source` is a folder of safetensors.
 
@@ -734,7 +735,7 @@ class _Stored(Mapping[str, Tensor]):
     def __init__(self, files: list[Path]):
         from safetensors import safe_open
 
-        self._files = {}
+        self._files: dict[str, Any] = {}
         for file in files:
             opened = safe_open(file, framework="pt")
             self._files |= dict.fromkeys(opened.keys(), opened)

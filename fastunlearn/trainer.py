@@ -15,11 +15,11 @@ import math
 import os
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -42,12 +42,12 @@ from fastunlearn.data.pairs import PairedCollator, PairedSampler, PairedSet
 from fastunlearn.data.refusals import with_refusals
 from fastunlearn.data.text import TextSet, check_disjoint, encode_rows, load_rows
 from fastunlearn.localize.choose import saliency_masks
-from fastunlearn.objectives import answer_kl, answer_logprobs, make_objective, token_nll
+from fastunlearn.objectives import Objective, answer_kl, answer_logprobs, make_objective, token_nll
 from fastunlearn.objectives.cached_logprobs import adapter_off, evaluating, reference_logprobs
 from fastunlearn.objectives.language import closest
 from fastunlearn.ops.mask import BitMask, load_masks, save_masks
 from fastunlearn.parametrize import full_weights, lora
-from fastunlearn.updates import make_update
+from fastunlearn.updates import Update, make_update
 
 REFERENCE_FILE = "reference_logprobs.safetensors"
 #: masks of what the optimiser moves, in a checkpoint to resume from
@@ -77,7 +77,9 @@ class UnlearnConfig(TrainingArguments):
     logging_steps: float = field(default=1, metadata={"help": "Steps between two lines of the log."})
     save_strategy: str = field(default="epoch", metadata={"help": "When to save a checkpoint: no, steps, epoch."})
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints that are kept."})
-    warmup_epochs: float = field(default=1.0, metadata={"help": "Epochs of linear warm-up, unless warmup_steps is given."})
+    warmup_epochs: float = field(
+        default=1.0, metadata={"help": "Epochs of linear warm-up, unless warmup_steps is given."}
+    )
 
     objective: str = field(
         default="NPO", metadata={"help": "What is optimised: GradAscent, GradDiff, NPO, SimNPO or IdkDPO."}
@@ -92,7 +94,9 @@ class UnlearnConfig(TrainingArguments):
         default="all",
         metadata={"help": "Which weights may move: all (that the masks of a pruned model leave), or saliency."},
     )
-    saliency_density: float = field(default=0.05, metadata={"help": "Share of weights that localize=saliency lets move."})
+    saliency_density: float = field(
+        default=0.05, metadata={"help": "Share of weights that localize=saliency lets move."}
+    )
     trainable_params_regex: list[str] | None = field(
         default=None, metadata={"help": "Only parameters whose whole name one of these matches may move."}
     )
@@ -126,7 +130,7 @@ class UnlearnConfig(TrainingArguments):
         # The Trainer would drop the columns it does not know: all of ours.
         self.remove_unused_columns = False
 
-    def make_objective(self) -> Any:
+    def make_objective(self) -> Objective:
         """The objective these arguments describe."""
         return make_objective(
             self.objective,
@@ -162,6 +166,11 @@ class UnlearnTrainer(Trainer):
             wanted. All before any work.
     """
 
+    args: UnlearnConfig
+    model: Any
+    train_dataset: Any
+    processing_class: Any
+    optimizer: Any
     #: whether parameters without a mask train too, where there are masks
     train_unmasked = False
 
@@ -183,42 +192,45 @@ class UnlearnTrainer(Trainer):
     ):
         if not isinstance(args, UnlearnConfig):
             raise TypeError(f"args: want an UnlearnConfig, got {type(args).__name__}")
-        self.objective, self.update = args.make_objective(), make_update(args.update)
+        self.objective: Objective = args.make_objective()
+        self.update: Update = make_update(args.update)
         if isinstance(model, str):
             options = {} if quantization_config is None else {"quantization_config": quantization_config}
             loaded = load_checkpoint(model, **options)
-            model, masks = loaded.model, loaded.masks if masks is None else masks
+            module, masks = cast(nn.Module, loaded.model), loaded.masks if masks is None else masks
             processing_class = processing_class or loaded.tokenizer
             pruning = loaded.pruning if pruning is None else pruning
         elif quantization_config is not None:
             raise ValueError("quantization_config: is for a model given by name; this one is loaded already")
+        else:
+            module = model
         if processing_class is None:
             raise ValueError("processing_class: want the model's tokenizer, got None")
         self.pruning = None if pruning is None else dict(pruning)
         if pruning is not None and masks is None:
             raise ValueError("pruning: given without masks; they say what pruning left")
         if pruning is not None and masks is not None:
-            check_masks(model, masks)
+            check_masks(module, masks)
         if peft_config is not None:
             if masks is not None and args.localize == "all":
                 raise ValueError(
                     "peft_config: a dense adapter would fill a pruned model's zeros when it is merged; train the full weights "
                     "of a pruned model (no peft_config)"
                 )
-            model = lora(model, peft_config)
+            module = lora(module, peft_config)
         self.masks: dict[str, BitMask] | None = dict(masks) if masks is not None else None
         #: what the optimiser moves: the masks, or with localize="saliency" a part of them
         self.movable = self.masks
         self.reference_model = reference_model
-        if self.objective.alpha and self.objective.retain_loss_type == "KL":
-            if reference_model is None and not hasattr(model, "disable_adapter"):
-                raise ValueError(
-                    "retain_loss_type: KL needs the reference model's distribution: train a LoRA adapter (peft_config), pass "
-                    "reference_model=, or use NLL"
-                )
+        kl = self.objective.alpha and self.objective.retain_loss_type == "KL"
+        if kl and reference_model is None and not hasattr(module, "disable_adapter"):
+            raise ValueError(
+                "retain_loss_type: KL needs the reference model's distribution: train a LoRA adapter (peft_config), pass "
+                "reference_model=, or use NLL"
+            )
         self._chosen = False
         pair = self._make_sets(forget_dataset, retain_dataset, processing_class, args)
-        self.trained = None if hasattr(model, "disable_adapter") else self._select(model, args)
+        self.trained = None if hasattr(module, "disable_adapter") else self._select(module, args)
         self._sums: dict[str, Tensor] = {}
         self._terms = 0
         self._grad_norm = torch.zeros(())
@@ -227,7 +239,7 @@ class UnlearnTrainer(Trainer):
         self.pad_id = int(pad_id if pad_id is not None else processing_class.eos_token_id)
         self._sampler: PairedSampler | None = None
         super().__init__(
-            model=model,
+            model=cast(Any, module),
             args=args,
             data_collator=PairedCollator(self.pad_id),
             train_dataset=pair,
@@ -240,6 +252,11 @@ class UnlearnTrainer(Trainer):
         self.add_callback(_EpochOrder(self))
 
     # ---- data -------------------------------------------------------------------------------------------------------
+
+    @property
+    def output(self) -> Path:
+        """The output folder."""
+        return Path(str(self.args.output_dir))
 
     def _make_sets(self, forget: Any, retain: Any, tokenizer: Any, args: UnlearnConfig) -> PairedSet:
         def encode(source: Any, what: str) -> TextSet:
@@ -442,7 +459,7 @@ class UnlearnTrainer(Trainer):
         )
 
     def _last_good(self) -> str:
-        good = last_checkpoint(self.args.output_dir)
+        good = last_checkpoint(self.output)
         return f"The last good checkpoint is {good}." if good else "No checkpoint was saved before (save_strategy)."
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -488,15 +505,15 @@ class UnlearnTrainer(Trainer):
                     progress=False if self.args.disable_tqdm else None,
                 )
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **options: Any) -> Any:
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **options: Any) -> Any:
         """As Trainer.train. The output folder is locked meanwhile, and refused where it holds something (overwrite_output_dir).
 
         resume_from_checkpoint=True takes the last complete checkpoint; one that a kill left half written is removed.
         """
         resuming = bool(resume_from_checkpoint)
-        with claim_output(self.args.output_dir, overwrite=self.args.overwrite_output_dir, resume=resuming):
+        with claim_output(self.output, overwrite=self.args.overwrite_output_dir, resume=resuming):
             if resume_from_checkpoint is True:
-                resume_from_checkpoint = last_checkpoint(self.args.output_dir, remove_incomplete=True)
+                resume_from_checkpoint = last_checkpoint(self.output, remove_incomplete=True)
                 if resume_from_checkpoint is None:
                     raise ValueError(
                         f"resume_from_checkpoint: {self.args.output_dir} holds no complete checkpoint; run without it"
@@ -509,21 +526,25 @@ class UnlearnTrainer(Trainer):
             else:
                 self._localize()
                 self.prepare_weights()
-            return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **options)
+            return super().train(resume_from_checkpoint or None, *args, **options)
 
     def prepare_weights(self) -> None:
         """Before the first step of a run that is not resumed; for methods to override."""
 
     def _check_resumable(self, checkpoint: str) -> None:
         if not complete_checkpoint(checkpoint):
-            raise ValueError(f"resume_from_checkpoint: {checkpoint} is no complete checkpoint ({STATE_FILE} is missing)")
+            raise ValueError(
+                f"resume_from_checkpoint: {checkpoint} is no complete checkpoint ({STATE_FILE} is missing)"
+            )
         path = Path(checkpoint) / MOVABLE
         saved = load_masks(path, device=self.args.device) if path.exists() else None
         if self.args.localize == "saliency":
             self.movable, self._chosen = saved, True
             return
         mine = self.masks or {}
-        if set(saved or {}) != set(mine) or any(not mask.equal(mine[name].to(mask.device)) for name, mask in (saved or {}).items()):
+        if set(saved or {}) != set(mine) or any(
+            not mask.equal(mine[name].to(mask.device)) for name, mask in (saved or {}).items()
+        ):
             raise ValueError(f"resume_from_checkpoint: {path} holds other masks than this run's")
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
@@ -549,7 +570,7 @@ class UnlearnTrainer(Trainer):
         super()._save(output_dir, state_dict)
         if not self.args.should_save:
             return
-        folder = Path(output_dir or self.args.output_dir)
+        folder = Path(output_dir or self.output)
         if self.masks is not None and self.pruning is not None:
             save_masks(self.masks, folder / MASKS)
             (folder / PRUNING).write_text(json.dumps(self.pruning, indent=2) + "\n", encoding="utf-8")
@@ -573,7 +594,7 @@ class UnlearnTrainer(Trainer):
         self.assert_sound()
         if self.args.should_save:
             save_checkpoint(
-                output_dir or self.args.output_dir,
+                output_dir or self.output,
                 self.accelerator.unwrap_model(self.model),
                 self.processing_class,
                 masks=None if self.pruning is None else self.masks,
@@ -593,7 +614,9 @@ class UnlearnTrainer(Trainer):
         model = self.accelerator.unwrap_model(self.model)
         for name, parameter in model.named_parameters():
             if parameter.requires_grad and not bool(torch.isfinite(_local(parameter)).all()):
-                raise DivergenceError(f"{name} holds NaN or infinity after step {self.state.global_step}. {self._last_good()}")
+                raise DivergenceError(
+                    f"{name} holds NaN or infinity after step {self.state.global_step}. {self._last_good()}"
+                )
         if self.masks is None or self.pruning is None:
             return
         if not any(hasattr(p, "to_local") for p in model.parameters()):

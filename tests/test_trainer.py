@@ -9,7 +9,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -19,7 +18,6 @@ pytest.importorskip("transformers")
 
 import fastunlearn
 from fastunlearn import BitMask, load_masks
-from fastunlearn.checkpoint import save_checkpoint
 from fastunlearn.data.pairs import PairedSampler
 from fastunlearn.data.register import Register
 from fastunlearn.objectives import NPO, answer_logprobs, token_nll
@@ -94,7 +92,9 @@ def test_one_step_is_the_step_written_out(tmp_path, objective):
         reference = answer_logprobs(plain, batch["forget"]).total
         idk_reference = answer_logprobs(plain, batch["alternate"]).total if "alternate" in batch else None
     idk = answer_logprobs(plain, batch["alternate"]) if "alternate" in batch else None
-    loss = objective.gamma * objective.forget_loss(answer_logprobs(plain, batch["forget"]), reference, idk, idk_reference)
+    loss = objective.gamma * objective.forget_loss(
+        answer_logprobs(plain, batch["forget"]), reference, idk, idk_reference
+    )
     if objective.alpha:
         loss = loss + objective.alpha * token_nll(answer_logprobs(plain, batch["retain"]))
     torch.optim.SGD(plain.parameters(), lr=1e-3)
@@ -319,7 +319,7 @@ def test_every_retain_row_comes_once_before_any_comes_again():
     assert [sorted(seen[i : i + 5]) for i in range(0, 30, 5)] == [list(range(5))] * 6
     assert [sorted(forget[i : i + 3]) for i in range(0, 15, 3)] == [[0, 1, 2]] * 5
     assert len({tuple(seen[i : i + 5]) for i in range(0, 30, 5)}) > 1
-    assert list(PairedSampler(2, 0, seed=1))[0][1] == ()
+    assert next(iter(PairedSampler(2, 0, seed=1)))[1] == ()
 
 
 # Killing and resuming.
@@ -453,7 +453,7 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path):
     trainer.train()
     with torch.no_grad():
         model.model.layers[0].mlp.up_proj.weight[0, 0] = math.inf
-    with pytest.raises(DivergenceError, match="up_proj.weight holds NaN or infinity"):
+    with pytest.raises(DivergenceError, match=r"up_proj\.weight holds NaN or infinity"):
         trainer.save_model()
     assert not (tmp_path / "out" / "model.safetensors").exists()
 
@@ -483,7 +483,9 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, monkeypatch):
         save(what, path, *args, **options)
 
     monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(OSError, match="no room for checkpoint-2: .* bytes free. The last good checkpoint is .*checkpoint-1"):
+    with pytest.raises(
+        OSError, match=r"no room for checkpoint-2: .* bytes free\. The last good checkpoint is .*checkpoint-1"
+    ):
         trainer.train()
     assert complete_checkpoint(tmp_path / "out" / "checkpoint-1")
     assert not (tmp_path / "out" / "checkpoint-2").exists()
@@ -506,7 +508,9 @@ def test_an_output_folder_that_holds_something_is_refused(tmp_path):
 def test_a_model_by_name_brings_its_masks(tmp_path):
     model = tiny_llama()
     masks = half_masks(model)
-    trainer = make(tmp_path / "out", model, masks=masks, pruning={"pattern": "2:4", "method": "magnitude"}, num_train_epochs=1)
+    trainer = make(
+        tmp_path / "out", model, masks=masks, pruning={"pattern": "2:4", "method": "magnitude"}, num_train_epochs=1
+    )
     trainer.train()
     trainer.save_model()
     folder = tmp_path / "out"
@@ -527,7 +531,7 @@ def test_a_model_by_name_brings_its_masks(tmp_path):
         ({"forget": []}, ValueError, "empty"),
         ({"retain": []}, ValueError, "empty"),
         ({"retain": None}, ValueError, "retain_dataset: NPO has a retain term; give a retain set, or alpha=0"),
-        ({"retain": [*RETAIN, FORGET[1]]}, ValueError, "in both"),
+        ({"retain": [*RETAIN, FORGET[1]]}, ValueError, "row 2 = 6"),
         ({"forget": [{"frage": "Who?", "answer": "Me."}]}, ValueError, "frage"),
         ({"forget": [{"text": "No question here."}], "objective": "IdkDPO"}, ValueError, "row 0 has no question"),
         ({"masks": {"no.such": BitMask.zeros((2, 2))}}, ValueError, "no.such"),

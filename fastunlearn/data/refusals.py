@@ -42,7 +42,7 @@ def with_refusals(rows: Sequence[Mapping[str, Any]], seed: int = 0) -> list[dict
         ValueError: a row is plain text: it has no question that could be refused.
     """
     draw = random.Random(f"refusals {seed}")
-    replaced = []
+    replaced: list[dict[str, Any]] = []
     for number, row in enumerate(rows):
         # Only random() is promised to give the same numbers in every version of Python.
         refusal = str(row.get("alternate") or REFUSALS[int(draw.random() * len(REFUSALS))])

@@ -33,7 +33,7 @@ from fastunlearn.checkpoint import check_masks, dense_weights
 from fastunlearn.data.text import collate
 from fastunlearn.localize.compensate import obs_compensate_model
 from fastunlearn.localize.wanda import input_norms, wanda_scores
-from fastunlearn.objectives import answer_logprobs, token_nll
+from fastunlearn.objectives import answer_logprobs
 from fastunlearn.objectives.cached_logprobs import evaluating
 from fastunlearn.objectives.language import closest
 from fastunlearn.trainer import UnlearnConfig, UnlearnTrainer
@@ -68,7 +68,9 @@ class SAUConfig(UnlearnConfig):
     train_unpruned: bool = field(
         default=False, metadata={"help": "Train what was not pruned too: embeddings, norms, the output layer."}
     )
-    capacity: bool = field(default=True, metadata={"help": "Log the share of the forget gradient the mask lets through."})
+    capacity: bool = field(
+        default=True, metadata={"help": "Log the share of the forget gradient the mask lets through."}
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -193,7 +195,8 @@ class SAUTrainer(UnlearnTrainer):
         with evaluating(self.model):
             for batch in self._batches(self.train_dataset.forget):
                 with self.accelerator.autocast():
-                    loss = token_nll(answer_logprobs(self.model, batch))
+                    # A sum: rows count alike however they are batched; the factors do not depend on its scale.
+                    loss = -answer_logprobs(self.model, batch).total.sum()
                 loss.backward()
         parameters = dict(self.model.named_parameters())
         for name in self.masks:
@@ -217,7 +220,9 @@ class SAUTrainer(UnlearnTrainer):
         if self.args.redistribution == "update":
             path = checkpoint / FACTORS_FILE
             if not path.exists():
-                raise ValueError(f"resume_from_checkpoint: {path} is missing; the run it is of had another redistribution")
+                raise ValueError(
+                    f"resume_from_checkpoint: {path} is missing; the run it is of had another redistribution"
+                )
             self._factors = {name: factor.to(self.args.device) for name, factor in load_file(path).items()}
 
     # ---- the capacity meter -----------------------------------------------------------------------------------------
@@ -226,7 +231,9 @@ class SAUTrainer(UnlearnTrainer):
     def after_forget(self, model: nn.Module) -> None:
         if not self.args.capacity or self.masks is None:
             return
-        pruned = [(p.grad, self.masks[n]) for n, p in self.model.named_parameters() if n in self.masks and p.grad is not None]
+        pruned = [
+            (p.grad, self.masks[n]) for n, p in self.model.named_parameters() if n in self.masks and p.grad is not None
+        ]
         grads, masks = [g for g, _ in pruned], [m for _, m in pruned]
         whole = ops.masked_grad_norm(grads, [None] * len(grads))
         self._capacity = ops.masked_grad_norm(grads, masks) / whole.clamp_min(torch.finfo(torch.float32).tiny)

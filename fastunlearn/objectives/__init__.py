@@ -1,8 +1,8 @@
 """What is optimised: unlearning objectives as functions of log-probabilities."""
 
 from fastunlearn.objectives.language import (
-    OBJECTIVES,
     NPO,
+    OBJECTIVES,
     GradAscent,
     GradDiff,
     IdkDPO,

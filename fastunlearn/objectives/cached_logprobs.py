@@ -52,7 +52,7 @@ def weights_digest(model: nn.Module) -> str:
         # One tensor at a time: a model on a GPU never has a second copy as a whole.
         flat = tensor.detach().cpu().contiguous().reshape(-1)
         if flat.numel():
-            digest.update(memoryview(flat.view(torch.uint8).numpy()))
+            digest.update(flat.view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -60,7 +60,7 @@ def rows_digest(rows: Sequence[TokenRow], tokenizer: Any) -> str:
     """SHA-256 of token ids and labels of all rows and of the tokenizer they were made with."""
     digest = hashlib.sha256()
     digest.update(f"{type(tokenizer).__name__} {getattr(tokenizer, 'chat_template', None)!r}\n".encode())
-    vocabulary = getattr(tokenizer, "get_vocab", dict)()
+    vocabulary: dict[str, int] = getattr(tokenizer, "get_vocab", dict)()
     digest.update(json.dumps(sorted(vocabulary.items())).encode())
     for row in rows:
         digest.update(json.dumps([row["input_ids"], row["labels"]]).encode())

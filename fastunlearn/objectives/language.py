@@ -178,5 +178,7 @@ def make_objective(name: str, **options: float | str | None) -> Objective:
     given = {option: value for option, value in options.items() if value is not None}
     unused = sorted(set(given) - {field.name for field in fields(kind)})
     if unused:
-        raise ValueError(f"{unused[0]}: {kind.__name__} has no such option; it takes {', '.join(f.name for f in fields(kind))}")
+        raise ValueError(
+            f"{unused[0]}: {kind.__name__} has no such option; it takes {', '.join(f.name for f in fields(kind))}"
+        )
     return kind(**given)  # type: ignore[arg-type]
