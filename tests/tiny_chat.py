@@ -13,6 +13,7 @@ class CharTokenizer:
     """One token a character; the methods of a transformers tokenizer that fastunlearn.data uses."""
 
     eos_token_id = 0
+    chat_template = "below"
 
     def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
         return {"input_ids": [min(ord(char), 126) for char in text]}

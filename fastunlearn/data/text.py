@@ -1,0 +1,643 @@
+"""Forget and retain sets of a language model: read from a file or the Hub, encoded so that only answers count.
+
+    rows = load_rows("forget.jsonl")                          # or .json, .csv, .parquet, "locuslab/TOFU:forget10"
+    forget = encode_rows(rows, tokenizer, what="forget set")
+    batch = collate([forget[i] for i in (3, 1, 4)], pad_id)
+
+A row has one of four forms, the first whose columns are there:
+
+    messages             a conversation; the last message, the assistant's, is the answer
+    question, answer     a question in the tokenizer's chat template, or as "Question: ...\\nAnswer: ..." where it has none
+    prompt, completion   joined as they are (TRL's prompt-completion form); lists of messages are a conversation
+    text                 all of it counts
+
+The sequence is prompt + answer + end, where the end is the token with which the chat template ends an answer, else the
+tokenizer's eos. The prompt's tokens are always a prefix of the sequence's: they are what the model sees when it is asked.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, TypedDict
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+IGNORED = -100
+FORMS: dict[str, tuple[str, ...]] = {
+    "messages": ("messages",),
+    "question": ("question", "answer"),
+    "prompt": ("prompt", "completion"),
+    "text": ("text",),
+}
+_LINES = {".jsonl", ".ndjson"}
+_TABLES = {".csv": ",", ".tsv": "\t"}
+_FILES = _LINES | set(_TABLES) | {".json", ".parquet"}
+#: stands for an answer where a chat template is asked what it puts around one
+_WORD = "Xyzzy"
+Row = dict[str, Any]
+Messages = list[dict[str, str]]
+
+
+# Reading.
+
+
+def _decoded(path: Path) -> str:
+    data = path.read_bytes()
+    try:
+        # -sig: files from a spreadsheet start with a byte order mark.
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data[: error.start].count(b"\n") + 1
+        raise ValueError(
+            f"{path}, line {line}: not utf-8 text (byte {data[error.start]:#04x}); save it as utf-8"
+        ) from None
+
+
+def _object(value: Any, where: str) -> Row:
+    if not isinstance(value, dict):
+        raise ValueError(f"{where}: want an object with the columns of a row, got {_kind(value)}")
+    return value
+
+
+def _kind(value: Any) -> str:
+    return {list: "a list", str: "text", type(None): "null", bool: "a truth value"}.get(
+        type(value), f"a {type(value).__name__}"
+    )
+
+
+def _read_lines(text: str, path: Path) -> list[Row]:
+    rows = []
+    # Not splitlines: it would also split at characters that JSON text may hold.
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            rows.append(_object(json.loads(line), f"{path}, line {number}"))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}, line {number}: no JSON: {error.msg} (column {error.colno})") from None
+    return rows
+
+
+def _read_json(text: str, path: Path) -> list[Row]:
+    try:
+        data = json.loads(text)
+    except json.JSONDecodeError as error:
+        if error.msg == "Extra data" and "\n" in text.strip():
+            return _read_lines(text, path)
+        raise ValueError(f"{path}, line {error.lineno}: no JSON: {error.msg} (column {error.colno})") from None
+    if isinstance(data, dict) and not any(set(columns) <= data.keys() for columns in FORMS.values()):
+        lists = [value for value in data.values() if isinstance(value, list)]
+        if len(lists) == 1:
+            data = lists[0]
+    rows = data if isinstance(data, list) else [data]
+    return [_object(row, f"{path}, row {number}") for number, row in enumerate(rows, 1)]
+
+
+def _read_table(text: str, path: Path, delimiter: str) -> list[Row]:
+    csv.field_size_limit(2**31 - 1)
+    reader = csv.reader(text.splitlines(keepends=True), delimiter=delimiter, strict=True)
+    try:
+        header = [name.strip() for name in next(reader, [])]
+        if not header:
+            return []
+        if len(set(header)) != len(header) or not all(header):
+            raise ValueError(f"{path}, line 1: want the names of the columns, each once, got {header}")
+        rows: list[Row] = []
+        for cells in reader:
+            if not cells:
+                continue
+            if len(cells) != len(header):
+                raise ValueError(
+                    f"{path}, line {reader.line_num}: {len(cells)} cells under {len(header)} columns; quote cells that hold "
+                    f"{delimiter!r}"
+                )
+            rows.append(dict(zip(header, cells, strict=True)))
+        return rows
+    except csv.Error as error:
+        raise ValueError(f"{path}, line {reader.line_num}: {error}") from None
+
+
+def _datasets() -> Any:
+    try:
+        import datasets
+    except ImportError:
+        raise ImportError("this data set needs the package datasets: pip install 'fastunlearn[llm]'") from None
+    return datasets
+
+
+def _from_dataset(data: Any, split: str, name: str) -> list[Row]:
+    if isinstance(data, Mapping):
+        if split not in data:
+            raise ValueError(f"{name}: no split {split!r}; it has {', '.join(map(str, data))}")
+        data = data[split]
+    return [dict(row) for row in data]
+
+
+def _load_named(name: str, config: str | None, split: str) -> list[Row]:
+    """A data set on the Hub, or a folder."""
+    datasets = _datasets()
+    folder = Path(name).expanduser()
+    bar = datasets.utils.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        if folder.is_dir():
+            if any((folder / mark).is_file() for mark in ("state.json", "dataset_dict.json")):
+                return _from_dataset(datasets.load_from_disk(str(folder)), split, name)
+            name = str(folder)
+        return _from_dataset(datasets.load_dataset(name, config, split=split), split, name)
+    # datasets raises its own kinds, some of them from half a dozen packages below.
+    except Exception as error:
+        why = str(error).strip().split("\n", 1)[0]
+        if folder.is_dir() or isinstance(error, ValueError):
+            raise ValueError(f"{name}: {why}") from error
+        raise OSError(
+            f"{name!r} is no file here and could not be loaded from the Hugging Face Hub ({type(error).__name__}: {why})"
+        ) from error
+    finally:
+        if not bar:
+            datasets.enable_progress_bars()
+
+
+def load_rows(source: Any, *, split: str = "train", config: str | None = None) -> list[Row]:
+    """Reads a data set.
+
+    Args:
+        source: a file .jsonl, .json (a list of objects), .csv, .tsv (with a header) or .parquet; a folder that the package
+            datasets wrote or can read; a name on the Hugging Face Hub, "name" or "name:config"; or rows that are there already:
+            a list of dicts, a datasets.Dataset or DatasetDict.
+        split: of a hub data set or a DatasetDict, also in slices like "train[:100]"; files have none.
+        config: of a hub data set; goes before the one in the name.
+
+    Returns:
+        The rows in their order, column -> value.
+
+    Raises:
+        FileNotFoundError: no such file. ValueError: the file cannot be read (the message names its line), no such split or
+        config. OSError: neither a file nor a data set that the Hub gives. ImportError: the package datasets is missing.
+        TypeError: source is of another kind.
+    """
+    if isinstance(source, str | os.PathLike):
+        name = os.fspath(source)
+        path = Path(name).expanduser()
+        if path.is_file():
+            return _read_file(path)
+        if not path.is_dir() and (path.suffix.lower() in _FILES or name.startswith((".", "/", "~"))):
+            raise FileNotFoundError(f"there is no file {path}")
+        if not path.is_dir():
+            name, colon, tail = name.partition(":")
+            config = config or (tail if colon and tail else None)
+        return _load_named(name, config, split)
+    if isinstance(source, Mapping) or hasattr(source, "column_names"):
+        return _from_dataset(source, split, "source")
+    if isinstance(source, Iterable):
+        return [dict(_object(row, f"source, row {number}")) for number, row in enumerate(source, 1)]
+    raise TypeError(
+        f"source: want a path, a hub name, a list of dicts or a datasets.Dataset, got {type(source).__name__}"
+    )
+
+
+def _read_file(path: Path) -> list[Row]:
+    suffix = path.suffix.lower()
+    if suffix == ".parquet":
+        try:
+            import pyarrow.parquet as parquet  # type: ignore[import-untyped]
+        except ImportError:
+            raise ImportError(f"{path}: reading parquet needs pyarrow: pip install 'fastunlearn[llm]'") from None
+        try:
+            return parquet.read_table(path).to_pylist()
+        except (ValueError, OSError) as error:
+            raise ValueError(f"{path}: no parquet file: {error}") from None
+    if suffix in _LINES:
+        return _read_lines(_decoded(path), path)
+    if suffix == ".json":
+        return _read_json(_decoded(path), path)
+    if suffix in _TABLES:
+        return _read_table(_decoded(path), path, _TABLES[suffix])
+    raise ValueError(f"{path}: want a name that ends in {', '.join(sorted(_FILES))}")
+
+
+# Encoding.
+
+
+class TokenRow(TypedDict):
+    """One encoded row.
+
+    input_ids: prompt + answer + end. labels: the same ids on the answer and its end, -100 elsewhere; they stand at the
+    position of their token (the model shifts). index: of the row in its set.
+    """
+
+    input_ids: list[int]
+    labels: list[int]
+    index: int
+
+
+class _Parts(NamedTuple):
+    """What a row asks and wants."""
+
+    prompt: Messages | str | None  #: a conversation, text as it is, or nothing (all counts)
+    question: str | None  #: what is asked, to be shown
+    answer: str
+
+
+class TextSet(Dataset[TokenRow]):
+    """An encoded set; a torch Dataset of TokenRow.
+
+    Attributes:
+        what: its name in messages, e.g. "forget set".
+        rows: as they were read.
+        questions: what each row asks (the last user message of a conversation, the prompt); None for plain text.
+        answers: what each row wants.
+        form: one of FORMS.
+        end_id: the token that ends an answer.
+    """
+
+    def __init__(
+        self, what: str, form: str, rows: list[Row], questions: list[str | None], answers: list[str],
+        prompts: list[list[int]], wanted: list[list[int]], end_id: int,
+    ):  # fmt: skip
+        self.what, self.form, self.rows, self.end_id = what, form, rows, end_id
+        self.questions, self.answers = questions, answers
+        self._prompts, self._wanted = prompts, wanted
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> TokenRow:
+        prompt, wanted = self._prompts[index], self._wanted[index]
+        return {
+            "input_ids": prompt + wanted,
+            "labels": [IGNORED] * len(prompt) + wanted,
+            "index": index if index >= 0 else len(self) + index,
+        }
+
+    def lengths(self) -> list[int]:
+        """Tokens of each row."""
+        return [len(prompt) + len(wanted) for prompt, wanted in zip(self._prompts, self._wanted, strict=True)]
+
+    def ask(self, index: int) -> tuple[list[int], list[int]]:
+        """(tokens to show the model, tokens it is wanted to answer with, without the end).
+
+        A plain text is asked for by its first half.
+        """
+        prompt, wanted = self._prompts[index], self._wanted[index]
+        wanted = wanted[:-1] if wanted[-1:] == [self.end_id] else wanted
+        if self.form != "text":
+            return prompt, wanted
+        # A text of one token without anything before it leaves nothing to show.
+        half = max(len(wanted) // 2, 1) if not prompt else len(wanted) // 2
+        return prompt + wanted[:half], wanted[half:]
+
+    def select(self, indices: Iterable[int]) -> TextSet:
+        """Some of the rows, in the order given; `index` counts anew."""
+        chosen = list(indices)
+
+        def of(items: list[Any]) -> list[Any]:
+            return [items[i] for i in chosen]
+
+        return TextSet(
+            self.what, self.form, of(self.rows), of(self.questions), of(self.answers), of(self._prompts),
+            of(self._wanted), self.end_id,
+        )  # fmt: skip
+
+    def __repr__(self) -> str:
+        return f"TextSet({self.what!r}, {len(self)} rows of {'/'.join(FORMS[self.form])})"
+
+
+def _name_rows(numbers: Sequence[int], count: int = 5) -> str:
+    shown = ", ".join(str(i + 1) for i in numbers[:count])
+    more = f" and {len(numbers) - count} more" if len(numbers) > count else ""
+    return f"row{'s' if len(numbers) > 1 else ''} {shown}{more} (counted from 1)"
+
+
+def _form(rows: Sequence[Row], what: str) -> str:
+    found = sorted({column for row in rows for column in row})
+    for form, columns in FORMS.items():
+        if set(columns) <= set(found):
+            lacking = [i for i, row in enumerate(rows) if not set(columns) <= row.keys()]
+            if lacking:
+                raise ValueError(f"{what}: {_name_rows(lacking)} without {' and '.join(columns)}")
+            return form
+    forms = "; ".join(" + ".join(columns) for columns in FORMS.values())
+    raise ValueError(f"{what}: columns found: {', '.join(found) or 'none'}; want one of: {forms}")
+
+
+class _Bad(Exception):
+    """What is wrong with one row."""
+
+
+def _text(value: Any, column: str) -> str:
+    if not isinstance(value, str):
+        raise _Bad(f"{column} is {_kind(value)}, want text")
+    return value
+
+
+def _messages(value: Any, column: str) -> Messages:
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError:
+            value = None
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if not isinstance(value, list) or not value:
+        raise _Bad(f"{column}: want a list of {{role, content}}")
+    out = []
+    for message in value:
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise _Bad(f"{column}: want a list of {{role, content}}")
+        content = message.get("content")
+        if isinstance(content, list):
+            parts = [part.get("text") if isinstance(part, dict) else None for part in content]
+            if not all(isinstance(part, str) for part in parts):
+                raise _Bad(f"{column}: a message holds what is no text")
+            content = "".join(str(part) for part in parts)
+        out.append({"role": message["role"], "content": _text(content, f"{column}: content")})
+    return out
+
+
+def _conversation(messages: Messages) -> _Parts:
+    if messages[-1]["role"] != "assistant":
+        raise _Bad(f"the last message is the {messages[-1]['role']}'s, want the assistant's answer")
+    asked = [message["content"] for message in messages[:-1] if message["role"] == "user"]
+    return _Parts(messages[:-1], asked[-1] if asked else None, messages[-1]["content"])
+
+
+def _parts(row: Row, form: str) -> _Parts:
+    if form == "messages":
+        return _conversation(_messages(row["messages"], "messages"))
+    if form == "question":
+        question = _text(row["question"], "question")
+        return _Parts([{"role": "user", "content": question}], question, _text(row["answer"], "answer"))
+    if form == "prompt":
+        if isinstance(row["prompt"], list) or isinstance(row["completion"], list):
+            return _conversation(_messages(row["prompt"], "prompt") + _messages(row["completion"], "completion"))
+        prompt = _text(row["prompt"], "prompt")
+        return _Parts(prompt, prompt, _text(row["completion"], "completion"))
+    return _Parts(None, None, _text(row["text"], "text"))
+
+
+class Prompter:
+    """How a tokenizer's model is asked, and what it is to say: the chat template, or plain text where there is none.
+
+    Args:
+        tokenizer: of transformers.
+        system: a system message put before conversations that have none of their own; None for none (a template may
+            add its own).
+
+    Raises:
+        ValueError: the tokenizer has no eos token.
+    """
+
+    def __init__(self, tokenizer: Any, system: str | None = None):
+        if tokenizer.eos_token_id is None:
+            raise ValueError("tokenizer: it has no eos token, so no answer could end; set tokenizer.eos_token")
+        self.tokenizer = tokenizer
+        self.system = system
+        self.chat = getattr(tokenizer, "chat_template", None) is not None
+        self.before = self._special_before()
+        #: ends an answer in the chat template; elsewhere eos does
+        self.end_of_turn = self._end_of_turn() if self.chat else tokenizer.eos_token_id
+
+    def ids(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def _special_before(self) -> list[int]:
+        """What the tokenizer puts before a text by itself: llama's bos, nothing for others."""
+        bare, dressed = self.ids("a"), list(self.tokenizer("a", add_special_tokens=True)["input_ids"])
+        for start in range(len(dressed) - len(bare) + 1):
+            if dressed[start : start + len(bare)] == bare:
+                return dressed[:start]
+        return []
+
+    def _end_of_turn(self) -> int:
+        """The special token behind an answer in the template (ChatML's <|im_end|>, Gemma's <end_of_turn>), else eos."""
+        try:
+            rendered = self._render([{"role": "user", "content": "?"}, {"role": "assistant", "content": _WORD}], False)
+        except ValueError:
+            return int(self.tokenizer.eos_token_id)
+        behind = self.ids(rendered.rpartition(_WORD)[2].lstrip())
+        special = set(getattr(self.tokenizer, "all_special_ids", ()))
+        return behind[0] if behind and behind[0] in special else int(self.tokenizer.eos_token_id)
+
+    def _render(self, messages: Messages, ask: bool) -> str:
+        try:
+            return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask)
+        except Exception as error:  # jinja's, and whatever a template raises
+            raise ValueError(f"the tokenizer's chat template refuses the messages: {error}") from error
+
+    def _with_system(self, messages: Messages) -> Messages:
+        if self.system is None or (messages and messages[0]["role"] == "system"):
+            return messages
+        return [{"role": "system", "content": self.system}, *messages]
+
+    def _plain(self, messages: Messages) -> str:
+        lines = []
+        for message in messages:
+            name = {"user": "Question: ", "assistant": "Answer: "}.get(message["role"], "")
+            lines.append(name + message["content"] + "\n")
+        return "".join(lines) + "Answer:"
+
+    def prompt(self, asked: Messages | str) -> str:
+        """The text that the model is shown."""
+        if isinstance(asked, str):
+            return asked
+        messages = self._with_system(asked)
+        if not self.chat:
+            return self._plain(messages)
+        if not messages:
+            # An answer to nothing: templates want a message, so what one puts before the answer is cut out.
+            return self._render([{"role": "assistant", "content": _WORD}], False).partition(_WORD)[0]
+        return self._render(messages, True)
+
+    def encode(self, parts: _Parts) -> tuple[list[int], list[int], int]:
+        """(tokens of the prompt, of the answer and its end, how many of the prompt's come before any text)."""
+        if parts.prompt is None:
+            return self.before, self._ended(self.ids(parts.answer), self.tokenizer.eos_token_id), len(self.before)
+        prompt = self.prompt(parts.prompt)
+        answer, end = parts.answer, self.tokenizer.eos_token_id
+        # A template holds its special tokens itself.
+        before = [] if self.chat and not isinstance(parts.prompt, str) else self.before
+        if not isinstance(parts.prompt, str):
+            answer = self._space(parts, prompt) + answer
+            end = self.end_of_turn
+        shown = self.ids(prompt)
+        joint = self.ids(prompt + answer)
+        # Tokens that reach over the border are split there: what is trained is what is asked.
+        wanted = joint[len(shown) :] if joint[: len(shown)] == shown else self.ids(answer)
+        return before + shown, self._ended(wanted, end), len(before)
+
+    def _ended(self, ids: list[int], end: int) -> list[int]:
+        if not ids:
+            return ids
+        return ids if ids[-1] == end else [*ids, end]
+
+    def _space(self, parts: _Parts, prompt: str) -> str:
+        """The white space between prompt and answer."""
+        if not self.chat:
+            return "" if parts.answer[:1].isspace() else " "
+        assert isinstance(parts.prompt, list)
+        whole = self._render([*self._with_system(parts.prompt), {"role": "assistant", "content": parts.answer}], False)
+        if not whole.startswith(prompt):
+            return ""
+        gap = whole[len(prompt) :].partition(parts.answer.strip())[0]
+        # More than white space is the template's own text, e.g. an empty thought: the model does not get it when asked.
+        return gap if gap and not gap.strip() and not parts.answer.startswith(gap) else ""
+
+
+def encode_rows(
+    rows: Sequence[Row],
+    tokenizer: Any,
+    *,
+    what: str = "forget set",
+    system: str | None = None,
+    max_length: int | None = None,
+) -> TextSet:
+    """Encodes rows so that only their answers count.
+
+    Args:
+        rows: as `load_rows` gives them, all of one form (see the top of this file).
+        tokenizer: of transformers, with an eos token.
+        what: the set's name in messages.
+        system: system message of conversations and questions that have none.
+        max_length: tokens of a row at most. A longer row loses the start of its prompt (not the bos), never of its answer.
+
+    Raises:
+        ValueError: no rows, columns of no known form, a row of another form, an empty answer, an answer that is longer than
+            max_length by itself (what would be cut off would be neither forgotten nor kept: split it), a tokenizer without
+            eos. The message names the set and the rows.
+    """
+    if not rows:
+        raise ValueError(f"{what}: empty; there is nothing in it")
+    if max_length is not None and max_length < 2:
+        raise ValueError(f"max_length: want at least 2 tokens, got {max_length}")
+    form = _form(rows, what)
+    prompter = Prompter(tokenizer, system)
+    questions: list[str | None] = []
+    answers: list[str] = []
+    prompts: list[list[int]] = []
+    wanted: list[list[int]] = []
+    empty: list[int] = []
+    long: dict[int, int] = {}
+    bad: dict[str, list[int]] = {}
+    for i, row in enumerate(
+        tqdm(rows, f"  encoding the {what}", leave=False, disable=None if len(rows) > 2000 else True)
+    ):
+        try:
+            parts = _parts(row, form)
+            if not parts.answer.strip():
+                empty.append(i)
+                continue
+            shown, answer, fixed = prompter.encode(parts)
+        except _Bad as error:
+            bad.setdefault(str(error), []).append(i)
+            continue
+        except ValueError as error:
+            raise ValueError(f"{what}, {_name_rows([i])}: {error}") from error
+        if not answer:
+            empty.append(i)
+            continue
+        if max_length is not None and len(shown) + len(answer) > max_length:
+            room = max_length - fixed - len(answer)
+            if room < 0:
+                long[i] = fixed + len(answer)
+                continue
+            shown = shown[:fixed] + shown[len(shown) - room :]
+        questions.append(parts.question)
+        answers.append(parts.answer)
+        prompts.append(shown)
+        wanted.append(answer)
+    for message, numbers in bad.items():
+        raise ValueError(f"{what}, {_name_rows(numbers)}: {message}")
+    if empty:
+        raise ValueError(
+            f"{what}: {_name_rows(empty)}: the {FORMS[form][-1] if form != 'messages' else 'answer'} is empty"
+        )
+    if long:
+        raise ValueError(
+            f"{what}: {_name_rows(list(long))}: the answer alone is longer than max_length = {max_length} (up to "
+            f"{max(long.values())} tokens); what is cut off would not count, so split it or raise max_length"
+        )
+    end = prompter.end_of_turn if _is_conversation(rows[0], form) else tokenizer.eos_token_id
+    return TextSet(what, form, [dict(row) for row in rows], questions, answers, prompts, wanted, int(end))
+
+
+def _is_conversation(row: Row, form: str) -> bool:
+    return form in ("messages", "question") or (form == "prompt" and not isinstance(row["prompt"], str))
+
+
+def pad(rows: Sequence[Sequence[int]], value: int, side: Literal["left", "right"] = "right") -> Tensor:
+    """int64 [rows, longest], filled up with `value`."""
+    width = max(map(len, rows))
+    blank = [[value] * (width - len(row)) for row in rows]
+    joined = ([*b, *r] if side == "left" else [*r, *b] for r, b in zip(rows, blank, strict=True))
+    return torch.tensor(list(joined), dtype=torch.int64)
+
+
+def collate(rows: Sequence[TokenRow], pad_id: int) -> dict[str, Tensor]:
+    """A batch, padded on the right.
+
+    Args:
+        rows: of a TextSet.
+        pad_id: any token; the attention mask hides it.
+
+    Returns:
+        input_ids, attention_mask, labels (-100 on padding): int64 [rows, longest]; index: int64 [rows].
+
+    Raises:
+        ValueError: no rows, or no pad_id.
+    """
+    if not rows:
+        raise ValueError("rows: empty; there is nothing to collate")
+    if pad_id is None:
+        raise ValueError("pad_id: None; the eos token will do, its padding is masked")
+    return {
+        "input_ids": pad([row["input_ids"] for row in rows], pad_id),
+        "attention_mask": pad([[1] * len(row["input_ids"]) for row in rows], 0),
+        "labels": pad([row["labels"] for row in rows], IGNORED),
+        "index": torch.tensor([row["index"] for row in rows], dtype=torch.int64),
+    }
+
+
+# What must not be in both.
+
+
+def _folded(text: str | None) -> str:
+    return " ".join((text or "").casefold().split())
+
+
+def check_disjoint(forget: TextSet, retain: TextSet) -> None:
+    """Checks that no row is to be forgotten and kept: same question and answer (white space and case aside), or same tokens.
+
+    Raises:
+        ValueError: an empty set, or rows that are in both; they are named.
+    """
+    for rows in (forget, retain):
+        if not len(rows):
+            raise ValueError(f"{rows.what}: empty; there is nothing in it")
+
+    def keys(rows: TextSet, i: int) -> tuple[object, object]:
+        row = rows[i]
+        return (_folded(rows.questions[i]), _folded(rows.answers[i])), (*row["input_ids"], row["labels"].count(IGNORED))
+
+    kept: dict[object, int] = {}
+    for i in range(len(retain)):
+        for key in keys(retain, i):
+            kept.setdefault(key, i)
+    both = []
+    for i in range(len(forget)):
+        twin = next((kept[key] for key in keys(forget, i) if key in kept), None)
+        if twin is not None:
+            both.append((i, twin))
+    if both:
+        shown = ", ".join(f"{i + 1} = {j + 1}" for i, j in both[:5]) + (", ..." if len(both) > 5 else "")
+        raise ValueError(
+            f"{forget.what} and {retain.what}: {len(both)} of {len(forget)} rows to forget are also to be kept: row {shown} "
+            "(counted from 1); remove them from one of the two"
+        )
