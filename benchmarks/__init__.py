@@ -5,6 +5,7 @@
     python -m benchmarks plot                 benchmarks/results/plots/<device>-<op>.svg
     python -m benchmarks compare A.json B.json
     python -m benchmarks quality demo         what the demo forgets and keeps -> benchmarks/results/quality/demo.json
+    python -m benchmarks quality prune        perplexity after pruning; needs FASTUNLEARN_DATA (benchmarks/prune.py)
 
 Run from the repository root. A whole run writes benchmarks/results/<device>.json:
 

@@ -86,9 +86,14 @@ def plot(args: argparse.Namespace) -> int:
 
 
 def quality(args: argparse.Namespace) -> int:
-    from benchmarks import demo
+    if args.study == "prune":
+        from benchmarks import prune
 
-    result = demo.run(args.seeds)
+        result = prune.run()
+    else:
+        from benchmarks import demo
+
+        result = demo.run(args.seeds)
     write_json(RESULTS / "quality" / f"{args.study}.json", result)
     return 0
 
@@ -131,8 +136,8 @@ def main(argv: list[str] | None = None) -> int:
     p = commands.add_parser(
         "quality", help="a study of what was forgotten and kept; writes results/quality/<study>.json"
     )
-    p.add_argument("study", choices=("demo",))
-    p.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    p.add_argument("study", choices=("demo", "prune"))
+    p.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of the demo")
     p.set_defaults(do=quality)
     p = commands.add_parser("compare", help="two results of one device: what became slower")
     p.add_argument("old")

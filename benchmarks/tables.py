@@ -2,7 +2,7 @@
 
 Markers: `<!-- benchmarks:begin NAME -->` ... `<!-- benchmarks:end -->`. NAME is ops-cpu, ops-cuda (the newest result of that
 kind of device) or ops-<slug> (benchmarks/results/<slug>.json): times, targets, every row in a fold; or quality-<study>, for
-short demo: the rows of benchmarks/results/quality/<study>.json.
+short demo or prune: the rows of benchmarks/results/quality/<study>.json.
 """
 
 from __future__ import annotations
@@ -171,9 +171,9 @@ def block(name: str, folder: Path) -> str:
     kind, _, which = name.partition("-")
     if kind == "ops" and which:
         return ops_block(_pick(load(folder), which))
-    if name == "demo" or (kind == "quality" and which):
+    if name in ("demo", "prune") or (kind == "quality" and which):
         return quality_block(folder / "quality" / f"{which or name}.json")
-    raise ValueError(f"marker {name!r}: want ops-cpu, ops-cuda, ops-<slug>, quality-<study> or demo")
+    raise ValueError(f"marker {name!r}: want ops-cpu, ops-cuda, ops-<slug>, quality-<study>, demo or prune")
 
 
 def update(readme: Path, results: Path, write: bool = True) -> list[str]:

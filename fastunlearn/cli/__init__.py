@@ -15,6 +15,7 @@ from fastunlearn._version import __version__
 #: command -> what it does, one line
 COMMANDS = {
     "demo": "a real language model memorises sixty people and forgets six of them, on a laptop",
+    "prune": "a model to 2:4, any n:m or a share of its weights, by magnitude, Wanda or SparseGPT",
     "doctor": "which backend serves which op and why, versions, GPU; a block to paste into a bug report",
 }
 
