@@ -70,9 +70,9 @@ def test_it_writes_a_pruned_checkpoint(dense, text, tmp_path, capsys, method, pa
 
 
 def test_without_calibration_text_it_says_which_it_takes(dense, tmp_path, capsys):
-    assert run(dense, tmp_path / "a", "--sequence_length", 60) == 0
+    assert run(dense, tmp_path / "a", "--sequence_length", 50) == 0
     printed = capsys.readouterr()
-    assert "calibrating on 128 sequences of 60 tokens of the packaged general text" in printed.out
+    assert "calibrating on 128 sequences of 50 tokens of the packaged general text" in printed.out
     assert "only" not in printed.err
     assert run(dense, tmp_path / "b", "--sequence_length", 1000) == 0
     assert "only 8 sequences of" in capsys.readouterr().err
