@@ -219,14 +219,22 @@ def sparsegpt_sweep(
 
 @torch.no_grad()
 def obs_compensate(
-    delta: Tensor, mask: BitMask, hessian: Tensor, *, damping: float = 0.01, block_size: int = 128, exact: bool = False
+    delta: Tensor,
+    mask: BitMask,
+    hessian: Tensor,
+    *,
+    damping: float = 0.01,
+    block_size: int = 128,
+    steps: int = 0,
+    exact: bool = False,
 ) -> Tensor:
     """An update with support on the mask whose effect on the layer's outputs is near that of a dense update.
 
     The wanted update minimises (d - delta) H (d - delta)^T row by row over all d that are zero off the mask:
     d_M = delta_M + H_MM^-1 H_MP delta_P, with M the entries of a row in the mask, P the others. The default is SparseGPT's
     sweep, whose cost is that of one Cholesky factor and one product whatever the mask; since it corrects only columns to
-    the right, it lies between dropping delta_P and the minimum. `exact` solves every row.
+    the right, it lies between dropping delta_P and the minimum. `steps` of conjugate gradients take it on from there, all rows
+    at once; `exact` solves every row.
 
     With the dense weight in the place of delta the result is the weight that SparseGPT's correction gives for a mask chosen
     elsewhere.
@@ -237,6 +245,7 @@ def obs_compensate(
         hessian: [in, in] of the inputs on which the effect is to stay, from `input_hessians`; any scale.
         damping: share of the mean diagonal added to the diagonal.
         block_size: columns whose errors are collected before they go to the columns beyond.
+        steps: of conjugate gradients (preconditioned by the diagonal) after the sweep; one product [out, in] x [in, in] each.
         exact: the minimum instead, in float64: one system of `in` unknowns a row, in^3 / 3 operations each.
 
     Returns:
@@ -247,6 +256,8 @@ def obs_compensate(
             not positive definite.
     """
     _check(delta, hessian, damping, block_size, "delta")
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0 or (steps and exact):
+        raise ValueError(f"steps: want an int >= 0, and none with exact=True; got {steps!r}, exact={exact}")
     if mask.shape != delta.shape or mask.device != delta.device:
         raise ValueError(
             f"mask: want shape {tuple(delta.shape)} on {delta.device} as delta, got {tuple(mask.shape)} on {mask.device}"
@@ -260,7 +271,31 @@ def obs_compensate(
         given = kept.T.contiguous()
         block = min(block_size, len(columns))
         _sweep(columns, factor, block, block, lambda values, _, first: given[first : first + len(values)])
-    return columns.T.to(delta.dtype, memory_format=torch.contiguous_format)
+        out = columns.T
+        if steps:
+            out = _descend(delta.to(columns.dtype), out, kept, damped(hessian.to(columns.dtype), damping), steps)
+    return out.to(delta.dtype, memory_format=torch.contiguous_format)
+
+
+def _descend(delta: Tensor, start: Tensor, kept: Tensor, hessian: Tensor, steps: int) -> Tensor:
+    """Conjugate gradients for H_MM d_M = (H delta)_M, every row by itself, from a start with support M."""
+    scale = kept / hessian.diagonal()
+    d = start.clone()
+    residual = ((delta - d) @ hessian).mul_(kept)
+    direction = residual * scale
+    slope = (residual * direction).sum(1, keepdim=True)
+    for _ in range(steps):
+        ahead = (direction @ hessian).mul_(kept)
+        # Rows that have arrived, or have no entries, divide nothing by nothing.
+        curvature = (direction * ahead).sum(1, keepdim=True)
+        length = torch.where(curvature > 0, slope / curvature, 0)
+        d.addcmul_(length, direction)
+        residual.addcmul_(length, ahead, value=-1)
+        conditioned = residual * scale
+        fresh = (residual * conditioned).sum(1, keepdim=True)
+        direction = conditioned.addcmul_(torch.where(slope > 0, fresh / slope, 0), direction)
+        slope = fresh
+    return d
 
 
 def _solve_rows(delta: Tensor, kept: Tensor, hessian: Tensor) -> Tensor:

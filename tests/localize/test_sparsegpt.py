@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -165,6 +167,13 @@ def test_compensation_against_least_squares(kind, cols):
     # How near it gets: of what the best update wins back of the dropped effect, the sweep, which looks to the right only, wins a part.
     won = (dropped.sum() - cost(sweep).sum()) / (dropped.sum() - cost(best).sum())
     assert won > 0.25
+    # Conjugate gradients take it the rest of the way, and never back.
+    costs = [cost(obs_compensate(delta, mask, hessian, steps=steps)) for steps in (0, 1, 4, 16, 4 * cols)]
+    assert all(bool((later <= earlier + 1e-9).all()) for earlier, later in pairwise(costs))
+    assert torch.allclose(costs[-1], cost(best), rtol=1e-6, atol=1e-9)
+    low = obs_compensate(delta.float(), mask, hessian.float(), steps=16)
+    assert low[~kept].abs().max() == 0
+    assert cost(low.double()).sum() <= costs[2].sum() * 1.001
     if kind == "random":
         assert torch.equal(sweep[1], delta[1])
         assert not sweep[0].any()
@@ -278,6 +287,8 @@ def test_bad_input():
         broken[2, 3] = bad
         with pytest.raises(ValueError, match="hessian: want finite entries"):
             sparsegpt_sweep(weight, broken, "2:4")
+    with pytest.raises(ValueError, match=r"steps: want an int >= 0, and none with exact=True; got 3, exact=True"):
+        obs_compensate(weight, mask, hessian, steps=3, exact=True)
     few = inputs(3, 8).float()  # rank 3 of 8
     with pytest.raises(ValueError, match="not positive definite with this damping; give a larger one"):
         sparsegpt_sweep(weight, -hessian + 2 * torch.diag(hessian.diagonal()) - 50 * (1 - torch.eye(8)), "2:4")
