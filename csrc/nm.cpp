@@ -1,5 +1,6 @@
 #include "nm.h"
 
+#include <type_traits>
 #include <utility>
 
 #if defined(__AVX2__)
@@ -7,6 +8,7 @@
 #if defined(__GNUC__) && !defined(__clang__)
 // GCC 12 takes the deliberately undefined operand inside its own AVX-512 intrinsics for a mistake.
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
 #endif
 #endif
 
@@ -271,6 +273,7 @@ constexpr int kGroups = 8;
 constexpr int kGroups = 4;
 #endif
 typedef int32_t Lanes __attribute__((vector_size(4 * kGroups)));
+typedef uint16_t Half __attribute__((vector_size(2 * kGroups)));
 
 template <int... I>
 inline void interleave(const Lanes& a, const Lanes& b, Lanes& low, Lanes& high,
@@ -284,15 +287,51 @@ inline void interleave(const Lanes& a, const Lanes& b, Lanes& low, Lanes& high,
 #endif
 }
 
-// log2(kGroups) perfect shuffles of kGroups x kGroups keys are a transposition.
-inline void transpose(Lanes* x) {
-  constexpr std::make_integer_sequence<int, kGroups> lanes;
-  Lanes y[kGroups];
-  for (int stage = 1; stage < kGroups; stage *= 2) {
-    for (int i = 0; i < kGroups / 2; ++i) interleave(x[i], x[i + kGroups / 2], y[2 * i], y[2 * i + 1], lanes);
-    for (int i = 0; i < kGroups; ++i) x[i] = y[i];
+template <int... I>
+inline void shuffle(const Lanes* x, Lanes* y, std::integer_sequence<int, I...>) {
+  (interleave(x[I], x[I + kGroups / 2], y[2 * I], y[2 * I + 1], std::make_integer_sequence<int, kGroups>()),
+   ...);
+}
+// log2(kGroups) perfect shuffles of kGroups x kGroups keys are a transposition, x -> y.
+inline void transpose(const Lanes* x, Lanes* y) {
+  constexpr std::make_integer_sequence<int, kGroups / 2> half;
+  Lanes a[kGroups], b[kGroups];
+  shuffle(x, a, half);
+  if constexpr (kGroups == 4) {
+    shuffle(a, y, half);
+  } else {
+    shuffle(a, b, half);
+    if constexpr (kGroups == 8) {
+      shuffle(b, y, half);
+    } else {
+      shuffle(b, a, half);
+      shuffle(a, y, half);
+    }
   }
 }
+
+#if defined(__AVX512F__)
+inline Lanes lower(const Lanes& a, const Lanes& b) {
+  return Lanes(_mm512_min_epi32(__m512i(a), __m512i(b)));
+}
+inline Lanes upper(const Lanes& a, const Lanes& b) {
+  return Lanes(_mm512_max_epi32(__m512i(a), __m512i(b)));
+}
+#elif defined(__AVX2__)
+inline Lanes lower(const Lanes& a, const Lanes& b) {
+  return Lanes(_mm256_min_epi32(__m256i(a), __m256i(b)));
+}
+inline Lanes upper(const Lanes& a, const Lanes& b) {
+  return Lanes(_mm256_max_epi32(__m256i(a), __m256i(b)));
+}
+#else
+inline Lanes lower(const Lanes& a, const Lanes& b) {
+  return a < b ? a : b;
+}
+inline Lanes upper(const Lanes& a, const Lanes& b) {
+  return a < b ? b : a;
+}
+#endif
 
 inline bool any(const Lanes& x) {
   uint64_t words[kGroups / 2], all = 0;
@@ -301,53 +340,60 @@ inline bool any(const Lanes& x) {
   return all != 0;
 }
 
-// Consecutive scores as keys: nm::key_of of fp32; of 16 bits 64 times a key of the same kind.
-inline void load_lanes(const float* p, Lanes& key, Lanes& nan) {
+// Scores as the integers that their bits are. `odd` collects what is no key as it stands: negative ones (-0.0
+// among them) and NaN; without those the order of the integers is that of the scores.
+inline Lanes load_lanes(const float* p, Lanes& odd) {
   Lanes x;
   memcpy(&x, p, sizeof(x));
-  const Lanes rest = x & 0x7fffffff, sign = x >> 31, bad = rest > 0x7f800000;
-  nan |= bad;
-  key = (((rest ^ sign) - sign) & ~bad) | (bad & kNanKey);
+  odd |= x | (0x7f800000 - x);
+  return x;
 }
-inline void load_lanes(const uint16_t* p, int32_t infinity, Lanes& key, Lanes& nan) {
-  uint16_t narrow __attribute__((vector_size(2 * kGroups)));
+template <class T>
+inline Lanes load_lanes(const T* p, Lanes& odd) {
+  Half narrow;
   memcpy(&narrow, p, sizeof(narrow));
   const Lanes x = __builtin_convertvector(narrow, Lanes);
-  const Lanes rest = x & 0x7fff, sign = -(x >> 15), bad = rest > infinity;
+  odd |= (std::is_same_v<T, f16> ? 0x7c00 : 0x7f80) - x;
+  return x;
+}
+// The key of any score (nm::key_of), of what load_lanes gave.
+template <class T>
+inline Lanes key_of(const Lanes& x, Lanes& nan) {
+  constexpr bool kWide = sizeof(T) == 4;
+  constexpr int32_t kRest = kWide ? 0x7fffffff : 0x7fff;
+  constexpr int32_t kInfinity = kWide ? 0x7f800000 : std::is_same_v<T, f16> ? 0x7c00 : 0x7f80;
+  const Lanes rest = x & kRest, sign = kWide ? x >> 31 : -(x >> 15), bad = rest > kInfinity;
   nan |= bad;
-  key = ((((rest ^ sign) - sign) & ~bad) | (bad & -0x7fff)) << 6;
+  return (((rest ^ sign) - sign) & ~bad) | (bad & -kRest);
 }
-inline void load_lanes(const f16* p, Lanes& key, Lanes& nan) {
-  load_lanes(reinterpret_cast<const uint16_t*>(p), 0x7c00, key, nan);
-}
-inline void load_lanes(const bf16* p, Lanes& key, Lanes& nan) {
-  load_lanes(reinterpret_cast<const uint16_t*>(p), 0x7f80, key, nan);
+inline bool any_sign(const Lanes& x) {
+  return any(x < 0);
 }
 
 #if defined(__AVX512F__)
 // Unrolled, with the keys in registers.
 template <int A, int B>
 inline void order(Lanes* key) {
-  const Lanes a = key[A], b = key[B], less = a < b;
-  key[A] = less ? a : b;
-  key[B] = less ? b : a;
+  const Lanes a = key[A], b = key[B];
+  key[A] = lower(a, b);
+  key[B] = upper(a, b);
 }
 template <int M, int... I>
-inline void sort(Lanes* key, std::integer_sequence<int, I...>) {
+__attribute__((always_inline)) inline void sort(Lanes* key, std::integer_sequence<int, I...>) {
   (order<nm::kNetwork<M>.low[I], nm::kNetwork<M>.high[I]>(key), ...);
 }
 template <int M>
-inline void sort(Lanes* key) {
+__attribute__((always_inline)) inline void sort(Lanes* key) {
   sort<M>(key, std::make_integer_sequence<int, nm::Network<M>::count()>());
 }
 #else
 template <int M>
-inline void sort(Lanes* key) {
+__attribute__((always_inline)) inline void sort(Lanes* key) {
   for (int i = 0; i < nm::Network<M>::count(); ++i) {
     Lanes &low = key[nm::kNetwork<M>.low[i]], &high = key[nm::kNetwork<M>.high[i]];
-    const Lanes a = low, b = high, less = a < b;
-    low = less ? a : b;
-    high = less ? b : a;
+    const Lanes a = low, b = high;
+    low = lower(a, b);
+    high = upper(a, b);
   }
 }
 #endif
@@ -402,7 +448,7 @@ bool run_any(const T* p, int64_t count, int n, int m, uint8_t* out) {
   constexpr bool kUnique = sizeof(T) == 2;
   constexpr int kBlocks = M / kGroups > 0 ? M / kGroups : 1, kReach = kGroups * kBlocks;
   BitWriter writer{out};
-  Lanes nan{};
+  Lanes seen{};
   Lanes key[kReach];
   for (int c = m; c < M; ++c) key[c] = Lanes{} + INT32_MIN;
   T edge[kGroups * kReach] = {};
@@ -417,20 +463,32 @@ bool run_any(const T* p, int64_t count, int n, int m, uint8_t* out) {
       stride = kReach;
     }
     for (int b = 0; b < kBlocks; ++b) {
-      Lanes rows[kGroups], seen{};
-      for (int l = 0; l < kGroups; ++l) load_lanes(from + l * stride + kGroups * b, rows[l], seen);
-      transpose(rows);
-      const int first = kGroups * b, columns = m - first < kGroups ? m - first : kGroups;
-      for (int c = 0; c < columns; ++c) key[first + c] = kUnique ? rows[c] + (63 - first - c) : rows[c];
-      nan |= seen;
+      Lanes rows[kGroups], columns[kGroups], odd{};
+#pragma GCC unroll 16
+      for (int l = 0; l < kGroups; ++l) rows[l] = load_lanes(from + l * stride + kGroups * b, odd);
+      if (__builtin_expect(any_sign(odd), 0))
+        for (int l = 0; l < kGroups; ++l) rows[l] = key_of<T>(rows[l], seen);
+      transpose(rows, columns);
+      const int first = kGroups * b;
+#pragma GCC unroll 16
+      for (int c = 0; c < kGroups; ++c)
+        if (first + c < m) key[first + c] = kUnique ? (columns[c] << 6) + (63 - first - c) : columns[c];
     }
     Lanes kept[2];
     select<M, kUnique>(key, n, m, kept);
-    for (int l = 0; l < here; ++l)
-      writer.put(uint64_t(uint32_t(kept[0][l])) | uint64_t(uint32_t(kept[1][l])) << 32, m);
+    if (here == kGroups && m == 16) {
+      const auto narrow = __builtin_convertvector(kept[0], Half);
+      memcpy(out + g * 2, &narrow, sizeof(narrow));
+    } else if (here == kGroups && m == 32) {
+      memcpy(out + g * 4, &kept[0], sizeof(kept[0]));
+    } else {
+      if (m == 16 || m == 32) writer.out = out + g * m / 8;
+      for (int l = 0; l < here; ++l)
+        writer.put(uint64_t(uint32_t(kept[0][l])) | uint64_t(uint32_t(kept[1][l])) << 32, m);
+    }
   }
   writer.finish();
-  return any(nan);
+  return any(seen);
 }
 
 template <class T>

@@ -53,11 +53,14 @@ inline Reg fma(Reg a, Reg b, Reg c) {
 inline Reg least(Reg a, Reg b) {
   return _mm512_min_ps(a, b);
 }
-inline Reg kept_of(Bits bits, Reg x) {
-  return _mm512_maskz_mov_ps(bits, x);
+inline Reg add_kept(Reg sum, Bits bits, Reg x) {
+  return _mm512_mask_add_ps(sum, bits, sum, x);
 }
-inline Reg lost_of(Bits bits, Reg x) {
-  return _mm512_maskz_mov_ps(Bits(~bits), x);
+inline Reg add_lost(Reg sum, Bits bits, Reg x) {
+  return _mm512_mask_add_ps(sum, Bits(~bits), sum, x);
+}
+inline Reg add_square(Reg sum, Bits bits, Reg x) {
+  return _mm512_mask3_fmadd_ps(x, x, sum, bits);
 }
 inline Reg either(Reg a, Reg b) {
   return _mm512_or_ps(a, b);
@@ -112,11 +115,15 @@ inline Reg lanes_of(Bits bits) {
   const __m256i place = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
   return _mm256_castsi256_ps(_mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(bits), place), place));
 }
-inline Reg kept_of(Bits bits, Reg x) {
-  return _mm256_and_ps(lanes_of(bits), x);
+inline Reg add_kept(Reg sum, Bits bits, Reg x) {
+  return _mm256_add_ps(sum, _mm256_and_ps(lanes_of(bits), x));
 }
-inline Reg lost_of(Bits bits, Reg x) {
-  return _mm256_andnot_ps(lanes_of(bits), x);
+inline Reg add_lost(Reg sum, Bits bits, Reg x) {
+  return _mm256_add_ps(sum, _mm256_andnot_ps(lanes_of(bits), x));
+}
+inline Reg add_square(Reg sum, Bits bits, Reg x) {
+  const Reg here = _mm256_and_ps(lanes_of(bits), x);
+  return _mm256_fmadd_ps(here, here, sum);
 }
 inline Reg either(Reg a, Reg b) {
   return _mm256_or_ps(a, b);
@@ -210,8 +217,8 @@ bool sums_of(const T* p, const uint8_t* bits, int64_t cols, Row& row) {
         Bits here;
         memcpy(&here, bits + (c + k * kLanes) / 8, sizeof(here));
         const Reg x = load(p + c + k * kLanes);
-        kept[k] = add(kept[k], kept_of(here, x));
-        lost[k] = add(lost[k], lost_of(here, x));
+        kept[k] = add_kept(kept[k], here, x);
+        lost[k] = add_lost(lost[k], here, x);
         sign = either(sign, x);
       }
     }
@@ -219,8 +226,8 @@ bool sums_of(const T* p, const uint8_t* bits, int64_t cols, Row& row) {
       Bits here;
       memcpy(&here, bits + c / 8, sizeof(here));
       const Reg x = load(p + c);
-      kept[0] = add(kept[0], kept_of(here, x));
-      lost[0] = add(lost[0], lost_of(here, x));
+      kept[0] = add_kept(kept[0], here, x);
+      lost[0] = add_lost(lost[0], here, x);
       sign = either(sign, x);
     }
     row.kept += sum(add(kept[0], kept[1]));
@@ -256,12 +263,14 @@ double sumsq_of(const T* p, const uint8_t* bits, int64_t cols, float scale, floa
   while (c < whole) {
     const int64_t end = whole - c < kBlock ? whole : c + kBlock;
     Reg part[2] = {splat(0.f), splat(0.f)};
-    for (int k = 0; c < end; c += kLanes, k ^= 1) {
+    const auto take = [&](int k) {
       Bits here;
       memcpy(&here, bits + c / 8, sizeof(here));
-      const Reg f = kept_of(here, least(fma(a, load(p + c), one), most));
-      part[k] = fma(f, f, part[k]);
-    }
+      part[k] = add_square(part[k], here, least(fma(a, load(p + c), one), most));
+      c += kLanes;
+    };
+    while (c + 2 * kLanes <= end) take(0), take(1);
+    while (c < end) take(0);
     total += sum(add(part[0], part[1]));
   }
 #endif
@@ -274,64 +283,58 @@ double sumsq_of(const T* p, const uint8_t* bits, int64_t cols, float scale, floa
 }
 
 // What is left of a row is gathered here and written in whole cache lines.
-class Writer {
- public:
-  Writer(float* to, bool streamed) : to_(to), streamed_(streamed) {}
-  void put(float x) {
-    held_[n_++] = x;
-    if (n_ >= kHeld) flush();
-  }
-#if defined(__AVX2__)
-  void put(Bits bits, Reg x) {
-    store(held_ + n_, packed(bits, x));
-    n_ += __builtin_popcount(bits);
-    if (n_ >= kHeld) flush();
-  }
-#endif
-  void finish() {
-    flush();
-    for (int i = 0; i < n_; ++i) *to_++ = held_[i];
-    n_ = 0;
-  }
+struct Writer {
+  static constexpr int kHeld = 1024, kMore = 512;
+  alignas(64) float held[kHeld + kMore + 16];
+  float* to;
+  int n = 0;
+  bool streamed;
 
- private:
-  static constexpr int kHeld = 1024;
+  Writer(float* out, bool stream_it) : to(out), streamed(stream_it) {}
 
   void flush() {
     int i = 0;
 #if defined(__AVX2__)
     constexpr uintptr_t kLine = kLanes * sizeof(float);
-    for (; i < n_ && reinterpret_cast<uintptr_t>(to_) % kLine; ++i) *to_++ = held_[i];
-    for (; i + kLanes <= n_; i += kLanes, to_ += kLanes)
-      streamed_ ? stream(to_, load(held_ + i)) : store(to_, load(held_ + i));
+    for (; i < n && reinterpret_cast<uintptr_t>(to) % kLine; ++i) *to++ = held[i];
+    if (streamed)
+      for (; i + kLanes <= n; i += kLanes, to += kLanes) stream(to, load(held + i));
+    else
+      for (; i + kLanes <= n; i += kLanes, to += kLanes) store(to, load(held + i));
 #else
-    (void)streamed_;
-    for (; i < n_; ++i) *to_++ = held_[i];
+    for (; i < n; ++i) *to++ = held[i];
 #endif
-    memmove(held_, held_ + i, size_t(n_ - i) * sizeof(float));
-    n_ -= i;
+    memmove(held, held + i, size_t(n - i) * sizeof(float));
+    n -= i;
   }
-
-  alignas(64) float held_[kHeld + 16];
-  float* to_;
-  int n_ = 0;
-  bool streamed_;
+  void finish() {
+    flush();
+    for (int i = 0; i < n; ++i) *to++ = held[i];
+    n = 0;
+  }
 };
 
 template <class T>
 void write_row(const T* p, const uint8_t* bits, int64_t cols, float scale, float clip, float normaliser,
                Writer& out) {
-  int64_t c = 0;
+  for (int64_t c = 0; c < cols;) {
+    const int64_t end = cols - c < Writer::kMore ? cols : c + Writer::kMore;
+    float* const held = out.held;
+    int n = out.n;
 #if defined(__AVX2__)
-  const Reg a = splat(scale), one = splat(1.f), most = splat(clip), by = splat(normaliser);
-  for (; c + kLanes <= cols; c += kLanes) {
-    Bits here;
-    memcpy(&here, bits + c / 8, sizeof(here));
-    out.put(here, mul(least(fma(a, load(p + c), one), most), by));
-  }
+    const Reg a = splat(scale), one = splat(1.f), most = splat(clip), by = splat(normaliser);
+    for (; c + kLanes <= end; c += kLanes) {
+      Bits here;
+      memcpy(&here, bits + c / 8, sizeof(here));
+      store(held + n, packed(here, mul(least(fma(a, load(p + c), one), most), by)));
+      n += __builtin_popcount(here);
+    }
 #endif
-  for (; c < cols; ++c)
-    if (bit(bits, c)) out.put(factor(to_float(p[c]), scale, clip) * normaliser);
+    for (; c < end; ++c)
+      if (bit(bits, c)) held[n++] = factor(to_float(p[c]), scale, clip) * normaliser;
+    out.n = n;
+    if (n >= Writer::kHeld) out.flush();
+  }
 }
 
 struct Call {
