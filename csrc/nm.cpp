@@ -172,29 +172,40 @@ inline uint64_t rotate(uint64_t x, int r) {
   return ((x << r) & ~low) | ((x >> (M - r)) & low);
 }
 
-// Which of 64 columns are kept. The partner (i + r) % M comes before i where b<r> has its bit; where it has
-// not, i comes before that partner, which the rotated word says. Ranks are added bit by bit.
-template <int M>
-inline uint64_t keep_word(uint64_t b1, uint64_t b2, uint64_t b3, uint64_t b4, uint64_t n0, uint64_t n1,
-                          uint64_t n2) {
-  if constexpr (M == 2) return ~b1;  // 0 < n < 2
-  uint64_t r0, r1, r2 = 0;
+// Which of 64 columns are kept, of b[r - 1][w]: whether the partner (i + r) % M comes before i. Where it does
+// not, i comes before that partner, which the rotated word says. Ranks are added bit by bit; n[k] is bit k of
+// n everywhere.
+template <int M, int kWords>
+inline uint64_t keep_word(const uint64_t (&b)[M / 2][kWords], int w, const uint64_t (&n)[4]) {
+  const auto here = [&](int r) { return b[r - 1][w]; };
+  const auto there = [&](int r) { return rotate<M>(~b[r - 1][w], r); };
+  if constexpr (M == 2) return ~here(1);  // 0 < n < 2
+  uint64_t rank[4] = {};
   if constexpr (M == 4) {
-    const Sum s = add3(b1, rotate<4>(~b1, 1), b2);
-    r0 = s.ones;
-    r1 = s.twos;
+    const Sum s = add3(here(1), there(1), here(2));
+    rank[0] = s.ones, rank[1] = s.twos;
   } else {
-    const Sum x = add3(b1, rotate<8>(~b1, 1), b2);
-    const Sum y = add3(rotate<8>(~b2, 2), b3, rotate<8>(~b3, 3));
-    const Sum z = add3(x.ones, y.ones, b4);
-    const Sum w = add3(x.twos, y.twos, z.twos);
-    r0 = z.ones;
-    r1 = w.ones;
-    r2 = w.twos;
+    // Seven of the ranks' terms: r = 1, 2, 3 both ways and the middle one.
+    const Sum x = add3(here(1), there(1), here(2));
+    const Sum y = add3(there(2), here(3), there(3));
+    const Sum z = add3(x.ones, y.ones, here(4));
+    const Sum v = add3(x.twos, y.twos, z.twos);
+    rank[0] = z.ones, rank[1] = v.ones, rank[2] = v.twos;
+    if constexpr (M == 16) {
+      const Sum x2 = add3(there(4), here(5), there(5));
+      const Sum y2 = add3(here(6), there(6), here(7));
+      const Sum z2 = add3(x2.ones, y2.ones, there(7));
+      const Sum v2 = add3(x2.twos, y2.twos, z2.twos);
+      const Sum s0 = add3(rank[0], z2.ones, here(8));
+      const Sum s1 = add3(rank[1], v2.ones, s0.twos);
+      const Sum s2 = add3(rank[2], v2.twos, s1.twos);
+      rank[0] = s0.ones, rank[1] = s1.ones, rank[2] = s2.ones, rank[3] = s2.twos;
+    }
   }
-  // rank < n, from the highest bit down.
-  const uint64_t below0 = ~r0 & n0, below1 = (~r1 & n1) | (~(r1 ^ n1) & below0);
-  return (~r2 & n2) | (~(r2 ^ n2) & below1);
+  // rank < n, from the lowest bit up.
+  uint64_t below = 0;
+  for (int k = 0; k < 4; ++k) below = (~rank[k] & n[k]) | (~(rank[k] ^ n[k]) & below);
+  return below;
 }
 
 template <class T>
@@ -212,7 +223,8 @@ template <int M, class T>
 int64_t run_wide(const T* p, int64_t count, int n, uint8_t* out, bool& nan) {
   using V = typename WideOf<T>::type;
   constexpr int kWords = 32;
-  const uint64_t n0 = n & 1 ? ~uint64_t(0) : 0, n1 = n & 2 ? ~uint64_t(0) : 0, n2 = n & 4 ? ~uint64_t(0) : 0;
+  uint64_t n_bits[4];
+  for (int k = 0; k < 4; ++k) n_bits[k] = n >> k & 1 ? ~uint64_t(0) : 0;
   const int64_t words = count / 64;
   alignas(64) uint64_t b[M / 2][kWords] = {}, kept[kWords];
   uint32_t bad = 0;
@@ -221,15 +233,13 @@ int64_t run_wide(const T* p, int64_t count, int n, uint8_t* out, bool& nan) {
     const T* from = p + first * 64;
     for (int at = 0; at < here * 64; at += V::kLanes) {
       const auto key = V::keys(from + at, bad);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int r = 1; r <= M / 2; ++r) {
         const auto bits = V::template before<M>(key, r);
         memcpy(reinterpret_cast<uint8_t*>(b[r - 1]) + at / 8, &bits, V::kLanes / 8);
       }
     }
-    for (int w = 0; w < kWords; ++w)
-      kept[w] =
-          keep_word<M>(b[0][w], b[M > 2 ? 1 : 0][w], b[M > 4 ? 2 : 0][w], b[M > 4 ? 3 : 0][w], n0, n1, n2);
+    for (int w = 0; w < kWords; ++w) kept[w] = keep_word<M>(b, w, n_bits);
     memcpy(out + first * 8, kept, size_t(here) * 8);
   }
   nan |= bad != 0;
@@ -491,6 +501,17 @@ bool run_any(const T* p, int64_t count, int n, int m, uint8_t* out) {
   return any(seen);
 }
 
+// Sixteen 16-bit keys have their rotations in one register; what does not fill a word goes the other way.
+template <class T>
+bool run_sixteen(const T* p, int64_t count, int n, uint8_t* out) {
+  bool nan = false;
+  int64_t i = 0;
+#if defined(__AVX512BW__)
+  if constexpr (sizeof(T) == 2) i = run_wide<16>(p, count, n, out, nan);
+#endif
+  return run_any<16>(p + i, count - i, n, 16, out + i / 8) || nan;
+}
+
 template <class T>
 bool run(const T* p, int64_t count, int n, int m, uint8_t* out) {
   switch (m) {
@@ -500,6 +521,8 @@ bool run(const T* p, int64_t count, int n, int m, uint8_t* out) {
       return run_fixed<4>(p, count, n, out);
     case 8:
       return run_fixed<8>(p, count, n, out);
+    case 16:
+      return run_sixteen(p, count, n, out);
     default:
       return m < 8     ? run_any<8>(p, count, n, m, out)
              : m <= 16 ? run_any<16>(p, count, n, m, out)
