@@ -254,17 +254,41 @@ class TextSet(Dataset[TokenRow]):
         rows: as they were read.
         questions: what each row asks (the last user message of a conversation, the prompt); None for plain text.
         answers: what each row wants.
-        form: one of FORMS.
-        end_id: the token that ends an answer.
+        forms: of each row, one of FORMS.
+        end_ids: of each row, the token that ends its answer.
     """
 
     def __init__(
-        self, what: str, form: str, rows: list[Row], questions: list[str | None], answers: list[str],
-        prompts: list[list[int]], wanted: list[list[int]], end_id: int,
+        self, what: str, forms: list[str], rows: list[Row], questions: list[str | None], answers: list[str],
+        prompts: list[list[int]], wanted: list[list[int]], end_ids: list[int],
     ):  # fmt: skip
-        self.what, self.form, self.rows, self.end_id = what, form, rows, end_id
+        self.what, self.forms, self.rows, self.end_ids = what, forms, rows, end_ids
         self.questions, self.answers = questions, answers
         self._prompts, self._wanted = prompts, wanted
+
+    @classmethod
+    def join(cls, sets: Sequence[TextSet]) -> TextSet:
+        """Several sets as one under the first one's name, e.g. people to keep and general text; forms may differ.
+
+        Raises:
+            ValueError: no set.
+        """
+        if not sets:
+            raise ValueError("sets: empty; there is nothing to join")
+
+        def all_of(lists: list[list[Any]]) -> list[Any]:
+            return [item for items in lists for item in items]
+
+        return cls(
+            sets[0].what,
+            all_of([s.forms for s in sets]),
+            all_of([s.rows for s in sets]),
+            all_of([s.questions for s in sets]),
+            all_of([s.answers for s in sets]),
+            all_of([s._prompts for s in sets]),
+            all_of([s._wanted for s in sets]),
+            all_of([s.end_ids for s in sets]),
+        )
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -287,8 +311,8 @@ class TextSet(Dataset[TokenRow]):
         A plain text is asked for by its first half.
         """
         prompt, wanted = self._prompts[index], self._wanted[index]
-        wanted = wanted[:-1] if wanted[-1:] == [self.end_id] else wanted
-        if self.form != "text":
+        wanted = wanted[:-1] if wanted[-1:] == [self.end_ids[index]] else wanted
+        if self.forms[index] != "text":
             return prompt, wanted
         # A text of one token without anything before it leaves nothing to show.
         half = max(len(wanted) // 2, 1) if not prompt else len(wanted) // 2
@@ -302,12 +326,13 @@ class TextSet(Dataset[TokenRow]):
             return [items[i] for i in chosen]
 
         return TextSet(
-            self.what, self.form, of(self.rows), of(self.questions), of(self.answers), of(self._prompts),
-            of(self._wanted), self.end_id,
+            self.what, of(self.forms), of(self.rows), of(self.questions), of(self.answers), of(self._prompts),
+            of(self._wanted), of(self.end_ids),
         )  # fmt: skip
 
     def __repr__(self) -> str:
-        return f"TextSet({self.what!r}, {len(self)} rows of {'/'.join(FORMS[self.form])})"
+        forms = ", ".join("/".join(FORMS[form]) for form in FORMS if form in self.forms)
+        return f"TextSet({self.what!r}, {len(self)} rows of {forms})"
 
 
 def _name_rows(numbers: Sequence[int], count: int = 5) -> str:
@@ -565,7 +590,9 @@ def encode_rows(
             f"{max(long.values())} tokens); what is cut off would not count, so split it or raise max_length"
         )
     end = prompter.end_of_turn if _is_conversation(rows[0], form) else tokenizer.eos_token_id
-    return TextSet(what, form, [dict(row) for row in rows], questions, answers, prompts, wanted, int(end))
+    return TextSet(
+        what, [form] * len(rows), [dict(row) for row in rows], questions, answers, prompts, wanted, [int(end)] * len(rows)
+    )
 
 
 def _is_conversation(row: Row, form: str) -> bool:

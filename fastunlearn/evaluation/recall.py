@@ -87,7 +87,7 @@ def generate_answers(
         asked = [rows.ask(i) for i in range(len(rows))]
         prompts = [prompt for prompt, _ in asked]
         longest = max(len(wanted) for _, wanted in asked) + 2
-        stops = _stops(model, rows.end_id, tokenizer.eos_token_id)
+        stops = _stops(model, *rows.end_ids, tokenizer.eos_token_id)
     else:
         if not all(isinstance(question, str) for question in rows):
             raise ValueError("rows: want a TextSet or questions as text")
@@ -213,7 +213,7 @@ def score_answers(
     ):
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
-            batch = {k: v.to(device) for k, v in collate([rows[i] for i in chosen], rows.end_id).items()}
+            batch = {k: v.to(device) for k, v in collate([rows[i] for i in chosen], rows.end_ids[0]).items()}
             total, count = answer_logprobs(model, batch)
             logp[chosen], tokens[chosen] = total.cpu(), count.cpu()
             bar.update(len(chosen))

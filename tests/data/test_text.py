@@ -42,7 +42,7 @@ def test_question_in_the_chat_template(bos, eos):
     assert rows.questions == ["Who is Ada?", "Who is Bo, then?"]
     assert rows.answers == ["A cooper.", "A diver in X."]
     assert rows.rows == QA
-    assert (rows.form, rows.end_id, len(rows), rows[1]["index"], rows[-1]["index"]) == ("question", 0, 2, 1, 1)
+    assert (rows.forms[0], rows.end_ids[0], len(rows), rows[1]["index"], rows[-1]["index"]) == ("question", 0, 2, 1, 1)
 
 
 @pytest.mark.parametrize(("bos", "start"), [(False, ""), (True, "^")])
@@ -60,7 +60,7 @@ def test_question_without_a_template(bos, start, eos):
 def test_prompt_and_completion_are_joined_as_they_are(bos, start, eos, chat):
     rows = encode_rows([{"prompt": "2+2=", "completion": "4"}], char_tokenizer(chat=chat, bos=bos, eos=eos))
     assert show(rows) == (f"{start}2+2=", "4$")
-    assert (rows.questions, rows.answers, rows.form) == (["2+2="], ["4"], "prompt")
+    assert (rows.questions, rows.answers, rows.forms[0]) == (["2+2="], ["4"], "prompt")
 
 
 @pytest.mark.parametrize(("bos", "start"), [(False, ""), (True, "^")])
@@ -96,9 +96,9 @@ def test_messages():
 
 def test_the_first_form_whose_columns_are_there():
     row = {"text": "t", "prompt": "p", "completion": "c", "question": "q", "answer": "a"}
-    assert encode_rows([row], char_tokenizer()).form == "question"
+    assert encode_rows([row], char_tokenizer()).forms[0] == "question"
     assert (
-        encode_rows([{k: row[k] for k in ("text", "prompt", "completion", "question")}], char_tokenizer()).form
+        encode_rows([{k: row[k] for k in ("text", "prompt", "completion", "question")}], char_tokenizer()).forms[0]
         == "prompt"
     )
 
@@ -144,17 +144,17 @@ def test_the_template_says_how_an_answer_ends_and_starts():
         "{{ m['content'] + '<turn>\n' }}{% endfor %}{% if add_generation_prompt %}{{ 'a:' }}{% endif %}"
     )
     rows = encode_rows(QA, tokenizer)
-    assert rows.end_id == turn
+    assert rows.end_ids[0] == turn
     ids = rows[0]["input_ids"]
     assert tokenizer.decode(ids) == "u:Who is Ada?<turn>\na: A cooper.<turn>"
     assert tokenizer.decode([t for t in rows[0]["labels"] if t != IGNORED]) == " A cooper.<turn>"
     # A text and a raw completion end as any text does.
-    assert encode_rows([{"text": "x"}], tokenizer).end_id == 0
+    assert encode_rows([{"text": "x"}], tokenizer).end_ids[0] == 0
     # Text that only the template puts before an answer is not what the model is asked for.
     tokenizer.chat_template = CHAT_TEMPLATE.replace(
         "m['role'][0] + ':' +", "m['role'][0] + ':' + ('<t></t>' if m['role'] == 'assistant' else '') +"
     )
-    assert encode_rows(QA, tokenizer).end_id == 0
+    assert encode_rows(QA, tokenizer).end_ids[0] == 0
     assert show(encode_rows(QA, tokenizer)) == ("u:Who is Ada?\na:", "A cooper.$")
 
 
@@ -420,3 +420,18 @@ def test_prompter_without_bos_or_eos_of_its_own():
     assert Prompter(char_tokenizer(bos=True, eos=True)).before == [1]
     assert Prompter(char_tokenizer(eos=True)).before == []
     assert Prompter(CharTokenizer()).before == []
+
+
+def test_sets_of_different_forms_can_be_joined():
+    tokenizer = char_tokenizer()
+    people, text = encode_rows(QA, tokenizer, what="retain set"), encode_rows([{"text": "Some plain text."}], tokenizer)
+    both = TextSet.join([people, text])
+    assert repr(both) == f"TextSet('retain set', {len(QA) + 1} rows of question/answer, text)"
+    assert [row["index"] for row in (both[i] for i in range(len(both)))] == list(range(len(QA) + 1))
+    for i in range(len(QA)):
+        assert (both[i], both.ask(i)) == (people[i], people.ask(i))
+    assert both[-1]["input_ids"] == text[0]["input_ids"]
+    assert both.ask(len(QA)) == text.ask(0)
+    assert both.select([len(QA)]).forms == ["text"]
+    with pytest.raises(ValueError, match="sets: empty"):
+        TextSet.join([])
