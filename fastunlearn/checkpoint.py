@@ -574,6 +574,8 @@ class OutputFolder:
         self._lock: int | None = None
         self._made: list[Path] = []
         self._nested = False
+        # In a distributed run the first process owns the folder for all of them.
+        self._follows = int(os.environ.get("RANK", "0")) > 0
 
     def check(self) -> None:
         """Raises what `with` would raise, and changes nothing.
@@ -584,7 +586,7 @@ class OutputFolder:
         """
         if self.path.exists() and not self.path.is_dir():
             raise NotADirectoryError(f"output: {self.path} is a file; want a folder")
-        if self.path.resolve() in _HELD:
+        if self.path.resolve() in _HELD or self._follows:
             return
         lock = self.path / _LOCK
         if lock.exists() and fcntl is not None:
@@ -618,7 +620,7 @@ class OutputFolder:
     def __enter__(self) -> Self:
         self.check()
         # A command claims its folder before it loads a model, and the trainer inside it claims it again.
-        self._nested = self.path.resolve() in _HELD
+        self._nested = self.path.resolve() in _HELD or self._follows
         if self._nested:
             return self
         self._made = _make_folder(self.path)

@@ -16,6 +16,9 @@ from fastunlearn._version import __version__
 COMMANDS = {
     "demo": "a real language model memorises sixty people and forgets six of them, on a laptop",
     "prune": "a model to 2:4, any n:m or a share of its weights, by magnitude, Wanda or SparseGPT",
+    "sau": "a pruned model forgets a set and keeps its sparsity pattern",
+    "unlearn": "any language model forgets a set: NPO, SimNPO, GradDiff, GradAscent, IdkDPO",
+    "bench": "every op beside its peers and the hardware's limit",
     "doctor": "which backend serves which op and why, versions, GPU; a block to paste into a bug report",
 }
 
@@ -36,7 +39,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(usage())
         return 0
     if args[0] not in COMMANDS:
-        print(f"fastunlearn: no command {args[0]!r}\n\n{usage()}", file=sys.stderr)
+        from fastunlearn.cli._arguments import did_you_mean
+
+        print(f"fastunlearn: no command {args[0]!r}{did_you_mean(args[0], COMMANDS)}\n\n{usage()}", file=sys.stderr)
         return 2
     command = importlib.import_module(f"fastunlearn.cli.{args[0]}")
     return int(command.main(args[1:]))

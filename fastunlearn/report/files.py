@@ -6,6 +6,7 @@ import json
 import math
 import os
 from collections.abc import Mapping
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,8 @@ def plain(value: Any) -> Any:
     Raises:
         TypeError: it is none of mapping, list, text, number, truth value, None.
     """
+    if isinstance(value, Enum):
+        return plain(value.value)
     if value is None or isinstance(value, str | bool | int):
         return value
     if isinstance(value, float):
@@ -52,8 +55,6 @@ def plain(value: Any) -> Any:
         return os.fspath(value)
     if hasattr(value, "tolist"):
         return plain(value.tolist())
-    if hasattr(value, "value"):
-        return plain(value.value)
     raise TypeError(f"data: JSON holds no {type(value).__name__}")
 
 
