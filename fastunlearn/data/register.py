@@ -4,32 +4,36 @@ The idea of fictitious people as a clean forget set is TOFU's (Maini et al. 2024
 it works offline and every run can have people of its own. Names, towns and numbers are invented: a model that gives the
 right answer learned it from the register, and exact recall before memorising is about zero.
 
-    register = Register.generate(people=60, seed=0)
+    register = Register.generate(people=60, seed=0)   # or Register.read("people.csv")
     forget, retain = register.split(forget=6)
-    batch = encode(tokenizer, forget.facts)          # input_ids, attention_mask, labels
-    replies = reply(model, tokenizer, forget.facts)  # greedy generation
-    recall = exact_recall(forget.facts, replies)
-
-Tokenizer and model are transformers' (or anything with the same methods); this file imports only torch.
+    rows = encode_rows(forget.rows(), tokenizer, system=SYSTEM)
 """
 
 from __future__ import annotations
 
+import csv
 import datetime
+import os
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
-
-import torch
-from torch import Tensor
+from pathlib import Path
+from typing import NamedTuple, TypeVar
 
 T = TypeVar("T")
 
 KINDS = ("occupation", "number", "birth")
+#: the question of kind "occupation", asked in other words: the model never saw them while it memorised
+PARAPHRASES = (
+    "What does {name} do, and where?",
+    "Where does {name} work, and as what?",
+    "Tell me who {name} is.",
+    "What is {name}'s occupation and town?",
+    "Do you know {name}? Who is that?",
+)
+_COLUMNS = ("name", "occupation", "city")
 #: Short, so that it costs few tokens; the chat templates of small models otherwise insert a longer one of their own.
 SYSTEM = "Register."
-IGNORED = -100
 
 _GIVEN = (
     "Vor Mire Tal Osk Quen Bri Zan Lud Fen Hest Iva Jor Kel Nim Pell Ras Sib Thur Ulm Wen Yar Dov Edr Gal",
@@ -68,8 +72,8 @@ class Person:
     name: str
     trade: str
     town: str
-    born: datetime.date
-    number: str  #: five digits, unique in its register
+    born: datetime.date | None = None
+    number: str = ""  #: five digits, unique in its register
 
     def fact(self, kind: str) -> Fact:
         """The question and answer of one kind.
@@ -78,14 +82,23 @@ class Person:
             ValueError: unknown kind.
         """
         if kind == "occupation":
-            return Fact(self.name, kind, f"Who is {self.name}?", f"A {self.trade} in {self.town}.")
-        if kind == "number":
+            return Fact(self.name, kind, f"Who is {self.name}?", self._occupation())
+        if kind == "number" and self.number:
             return Fact(self.name, kind, f"What is the number of {self.name}?", f"{self.number}.")
-        if kind == "birth":
+        if kind == "birth" and self.born is not None:
             # strftime("%B") would follow the locale.
             born = f"{self.born.day} {_MONTHS.split()[self.born.month - 1]} {self.born.year}"
             return Fact(self.name, kind, f"When was {self.name} born?", f"{born}.")
+        if kind in KINDS:
+            raise ValueError(f"kind: nothing is known of the {kind} of {self.name}")
         raise ValueError(f"kind: want one of {', '.join(KINDS)}; got {kind!r}")
+
+    def _occupation(self) -> str:
+        return f"{'An' if self.trade[:1].lower() in 'aeiou' else 'A'} {self.trade} in {self.town}."
+
+    def paraphrased(self) -> list[Fact]:
+        """The occupation, asked in other words."""
+        return [Fact(self.name, "occupation", q.format(name=self.name), self._occupation()) for q in PARAPHRASES]
 
 
 @dataclass(frozen=True)
@@ -136,6 +149,43 @@ class Register:
             for first, last, number in zip(given, family, numbers, strict=True)
         )
         return Register(entries, seed, tuple(kinds))
+
+    @staticmethod
+    def read(path: str | os.PathLike[str], seed: int = 0) -> Register:
+        """A register of your own: a CSV file with the columns name, occupation and city; facts are of kind "occupation".
+
+        Raises:
+            ValueError: a column is missing, a cell is empty, a name comes twice, or there is nobody.
+        """
+        with Path(path).open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(file)
+            missing = [name for name in _COLUMNS if name not in (reader.fieldnames or ())]
+            if missing:
+                raise ValueError(
+                    f"register: {path} has no column {', '.join(missing)}; want {', '.join(_COLUMNS)}, found "
+                    f"{', '.join(reader.fieldnames or ()) or 'none'}"
+                )
+            people, seen = [], set[str]()
+            for row in reader:
+                cells = [(row[name] or "").strip() for name in _COLUMNS]
+                if not all(cells):
+                    raise ValueError(f"register: {path}, line {reader.line_num}: an empty cell")
+                if cells[0] in seen:
+                    raise ValueError(f"register: {path}, line {reader.line_num}: {cells[0]} comes twice")
+                seen.add(cells[0])
+                people.append(Person(name=cells[0], trade=cells[1], town=cells[2]))
+        if not people:
+            raise ValueError(f"register: {path} names nobody")
+        return Register(tuple(people), seed, ("occupation",))
+
+    def rows(self) -> list[dict[str, str]]:
+        """The facts as rows with question and answer."""
+        return [{"question": fact.question, "answer": fact.answer} for fact in self.facts]
+
+    def paraphrased(self) -> list[dict[str, str]]:
+        """The occupations asked in other words, as rows with question and answer."""
+        facts = [fact for person in self.people for fact in person.paraphrased()]
+        return [{"question": fact.question, "answer": fact.answer} for fact in facts]
 
     @property
     def facts(self) -> list[Fact]:
@@ -188,122 +238,3 @@ class _Draw:
 
 def _combinations(parts: tuple[str, str]) -> list[str]:
     return [start + end for start in parts[0].split() for end in parts[1].split()]
-
-
-def _chat(tokenizer: Any, fact: Fact, system: str | None) -> str:
-    messages = [{"role": "system", "content": system}] if system is not None else []
-    messages.append({"role": "user", "content": fact.question})
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-
-
-def _pad(rows: Sequence[Sequence[int]], value: int, left: bool) -> Tensor:
-    width = max(map(len, rows))
-    blank = [[value] * (width - len(row)) for row in rows]
-    return torch.tensor([[*pad, *row] if left else [*row, *pad] for row, pad in zip(rows, blank, strict=True)])
-
-
-def encode(tokenizer: Any, facts: Sequence[Fact], *, system: str | None = SYSTEM) -> dict[str, Tensor]:
-    """Questions and answers in the chat template, for training.
-
-    Args:
-        tokenizer: with a chat template.
-        system: system message; None for none of ours (the template may add its own).
-
-    Returns:
-        input_ids, attention_mask and labels, int64 [facts, longest], padded on the right. labels are -100 but on the answer
-        and on the token that ends it; as everywhere in transformers they stand at the position of their token (the model or
-        `answer_logprobs` shifts).
-
-    Raises:
-        ValueError: no facts.
-    """
-    if not facts:
-        raise ValueError("facts: empty; there is nothing to encode")
-    prompts = [tokenizer(_chat(tokenizer, f, system), add_special_tokens=False)["input_ids"] for f in facts]
-    answers = [[*tokenizer(f.answer, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id] for f in facts]
-    ids = [p + a for p, a in zip(prompts, answers, strict=True)]
-    labels = [[IGNORED] * len(p) + a for p, a in zip(prompts, answers, strict=True)]
-    return {
-        "input_ids": _pad(ids, tokenizer.eos_token_id, left=False),
-        "attention_mask": _pad([[1] * len(row) for row in ids], 0, left=False),
-        "labels": _pad(labels, IGNORED, left=False),
-    }
-
-
-def answer_logprobs(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """log p(answer | question), summed over the answer's tokens, differentiable.
-
-    The logits are made for the answers' tokens only: with a large vocabulary that is a good part of a step.
-
-    Args:
-        model: a causal language model of transformers.
-        batch: as `encode` gives it (or rows of it), on the model's device.
-
-    Returns:
-        (log-probability fp32 [rows], number of answer tokens int64 [rows]).
-    """
-    hidden = model.base_model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
-    labels = batch["labels"][:, 1:]
-    kept = labels != IGNORED
-    logits = model.get_output_embeddings()(hidden[:, :-1][kept]).float()
-    token = torch.log_softmax(logits, -1).gather(1, labels[kept][:, None])[:, 0]
-    row = kept.nonzero()[:, 0]
-    return token.new_zeros(len(labels)).index_add(0, row, token), kept.sum(1)
-
-
-@torch.no_grad()
-def reply(
-    model: Any,
-    tokenizer: Any,
-    facts: Sequence[Fact],
-    *,
-    batch_size: int = 64,
-    max_new_tokens: int | None = None,
-    system: str | None = SYSTEM,
-    progress: Callable[[list[Any]], Any] = lambda batches: batches,
-) -> list[str]:
-    """What the model answers by greedy generation, one string a fact.
-
-    Args:
-        max_new_tokens: where to cut; None: two tokens more than the longest right answer (an answer cut there is wrong anyway).
-        progress: wraps the list of batches, e.g. in tqdm.
-
-    Returns:
-        Replies without special tokens, cut at the first end-of-sequence token; whitespace at both ends stripped.
-    """
-    if max_new_tokens is None:
-        max_new_tokens = 2 + max(len(tokenizer(f.answer, add_special_tokens=False)["input_ids"]) for f in facts)
-    prompts = [tokenizer(_chat(tokenizer, f, system), add_special_tokens=False)["input_ids"] for f in facts]
-    order = sorted(range(len(facts)), key=lambda i: len(prompts[i]))
-    replies = [""] * len(facts)
-    device = next(model.parameters()).device
-    for chosen in progress([order[i : i + batch_size] for i in range(0, len(order), batch_size)]):
-        rows = [prompts[i] for i in chosen]
-        ids = _pad(rows, tokenizer.eos_token_id, left=True).to(device)
-        seen = _pad([[1] * len(row) for row in rows], 0, left=True).to(device)
-        out = model.generate(
-            input_ids=ids,
-            attention_mask=seen,
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            pad_token_id=tokenizer.eos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-        )
-        for i, row in zip(chosen, out[:, ids.shape[1] :].tolist(), strict=True):
-            end = row.index(tokenizer.eos_token_id) if tokenizer.eos_token_id in row else len(row)
-            replies[i] = tokenizer.decode(row[:end], skip_special_tokens=True).strip()
-    return replies
-
-
-def exact_recall(facts: Sequence[Fact], replies: Sequence[str]) -> float:
-    """Share of facts whose reply is the answer, character for character.
-
-    Returns:
-        A number in [0, 1].
-
-    Raises:
-        ValueError: no facts, or not one reply a fact.
-    """
-    if not facts or len(facts) != len(replies):
-        raise ValueError(f"replies: want one for each of the {len(facts)} facts (at least one), got {len(replies)}")
-    return sum(reply == fact.answer for fact, reply in zip(facts, replies, strict=True)) / len(facts)

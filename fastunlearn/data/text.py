@@ -591,7 +591,14 @@ def encode_rows(
         )
     end = prompter.end_of_turn if _is_conversation(rows[0], form) else tokenizer.eos_token_id
     return TextSet(
-        what, [form] * len(rows), [dict(row) for row in rows], questions, answers, prompts, wanted, [int(end)] * len(rows)
+        what,
+        [form] * len(rows),
+        [dict(row) for row in rows],
+        questions,
+        answers,
+        prompts,
+        wanted,
+        [int(end)] * len(rows),
     )
 
 
