@@ -5,16 +5,27 @@
 See README.md for the three ways in: drop-in ops, recipes for a whole model, benchmarks.
 """
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from fastunlearn import ops, optim
 from fastunlearn._backend import BackendError, Explanation, FallbackWarning, backend, explain
 from fastunlearn._version import __version__
 from fastunlearn.ops.mask import BitMask, load_masks, save_masks
+
+if TYPE_CHECKING:
+    from fastunlearn.methods.sau import SAUConfig, SAUTrainer
+    from fastunlearn.trainer import UnlearnConfig, UnlearnTrainer
 
 __all__ = [
     "BackendError",
     "BitMask",
     "Explanation",
     "FallbackWarning",
+    "SAUConfig",
+    "SAUTrainer",
+    "UnlearnConfig",
+    "UnlearnTrainer",
     "__version__",
     "backend",
     "explain",
@@ -23,3 +34,22 @@ __all__ = [
     "optim",
     "save_masks",
 ]
+
+#: names whose modules import transformers: loaded when they are first asked for
+_LAZY = {
+    "SAUConfig": "fastunlearn.methods.sau",
+    "SAUTrainer": "fastunlearn.methods.sau",
+    "UnlearnConfig": "fastunlearn.trainer",
+    "UnlearnTrainer": "fastunlearn.trainer",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'fastunlearn' has no attribute {name!r}")
+    try:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] == "fastunlearn":
+            raise
+        raise ImportError(f"fastunlearn.{name} needs {error.name}: pip install 'fastunlearn[llm]'") from error

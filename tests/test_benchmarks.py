@@ -409,7 +409,7 @@ def test_compare(result: dict):
 def test_rows_of_the_demo_study():
     from benchmarks import demo
 
-    stage = {"forget": 0.0, "retain": 0.99, "forget_probability": 0.0012, "retain_probability": 0.98}
+    stage = {"forget": 0.0, "retain": 0.99, "paraphrased": 0.03, "perplexity": 181.234}
     result = {
         "settings": {"forget": 6, "people": 60},
         "seconds": dict(zip("abcdefg", range(1, 8))),
@@ -420,3 +420,4 @@ def test_rows_of_the_demo_study():
     assert {(row["target"], row["seed"], row["forget recall"], row["retain recall"]) for row in rows} == {
         ("6 of 60 people", 3, "0%", "99%")
     }
+    assert {(row["in other words"], row["perplexity"]) for row in rows} == {("3%", 181.2)}

@@ -209,7 +209,7 @@ def test_targets_in_words():
         "recalls only 94.0% of what it had to keep",
         "perplexity on other text changed by -6.0%",
     ]
-    assert "changed by nan%" in demo.missed(learned, stage(0, 1, 0, math.nan), [])[0]
+    assert "changed by +nan%" in demo.missed(learned, stage(0, 1, 0, math.nan), [])[0]
     table = demo.table({"memorised": learned, "unlearned": good}, (6, 54)).splitlines()
     assert "the 6 to forget" in table[0]
     assert table[-1].split() == ["unlearned", "5.0%", "10.0%", "95.0%", "104.5"]

@@ -143,3 +143,11 @@ def test_public_names_exist_and_are_documented():
             thing = getattr(module, name)
             if callable(thing):
                 assert thing.__doc__, f"{module.__name__}.{name} has no docstring"
+
+
+def test_trainers_are_loaded_when_they_are_asked_for():
+    code = "import sys, fastunlearn; assert 'transformers' not in sys.modules; print(fastunlearn.SAUTrainer.__name__)"
+    assert python(code) == "SAUTrainer"
+    code = "import sys; sys.modules['transformers'] = None; import fastunlearn; fastunlearn.UnlearnTrainer"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert "fastunlearn.UnlearnTrainer needs transformers: pip install 'fastunlearn[llm]'" in done.stderr
