@@ -16,7 +16,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -243,6 +243,7 @@ class UnlearnTrainer(Trainer):
         self._sums: dict[str, Tensor] = {}
         self._terms = 0
         self._grad_norm = torch.zeros(())
+        self._max_grad_norm = args.max_grad_norm if args.max_grad_norm and args.max_grad_norm > 0 else None
         self._references: dict[str, Tensor] = {}
         pad_id = getattr(processing_class, "pad_token_id", None)
         self.pad_id = int(pad_id if pad_id is not None else processing_class.eos_token_id)
@@ -342,7 +343,7 @@ class UnlearnTrainer(Trainer):
             return self.optimizer
         args, model = self.args, self.model if model is None else model
         name = str(getattr(args.optim, "value", args.optim))
-        if name not in _ADAMW | {"sgd"}:
+        if not self._own_optimizer():
             if self.movable:
                 raise ValueError(
                     f"optim: {name} would move weights that the masks freeze; want adamw_torch or sgd (both masked here)"
@@ -363,7 +364,7 @@ class UnlearnTrainer(Trainer):
             groups.append(group)
         common: dict[str, Any] = {
             "lr": args.learning_rate,
-            "max_grad_norm": args.max_grad_norm if args.max_grad_norm and args.max_grad_norm > 0 else None,
+            "max_grad_norm": self._max_grad_norm,
             "stochastic_rounding": args.stochastic_rounding,
             "master_weights": args.master_weights,
             "seed": args.seed,
@@ -479,7 +480,7 @@ class UnlearnTrainer(Trainer):
             for name, value in self._sums.items():
                 logs[name] = float(value) / self._terms
             self._sums, self._terms = {}, 0
-            if self._masked_optimizer() is not None and self.args.max_grad_norm:
+            if self._masked_optimizer() is not None and self._max_grad_norm:
                 logs["grad_norm"] = float(self._grad_norm)
             logs |= self.extra_logs()
         super().log(logs, start_time)
@@ -538,7 +539,14 @@ class UnlearnTrainer(Trainer):
             else:
                 self._localize()
                 self.prepare_weights()
-            return super().train(resume_from_checkpoint or None, *args, **options)
+            # In early versions of transformers 5 clipping stands in the loop itself, where it cannot be overridden.
+            inline = not hasattr(Trainer, "_clip_grad_norm") and self._own_optimizer()
+            with _replaced(self.args, max_grad_norm=0.0) if inline else nullcontext():
+                return super().train(resume_from_checkpoint or None, *args, **options)
+
+    def _own_optimizer(self) -> bool:
+        """Whether the optimiser will be one of ours, that clips by itself."""
+        return str(getattr(self.args.optim, "value", self.args.optim)) in _ADAMW | {"sgd"}
 
     def prepare_weights(self) -> None:
         """Before the first step of a run that is not resumed; for methods to override."""
