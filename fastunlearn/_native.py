@@ -28,7 +28,7 @@ def _stale(module: ModuleType) -> str | None:
 _C: ModuleType | None
 _why_missing: str | None
 try:
-    from fastunlearn import _C  # type: ignore[attr-defined, no-redef]
+    from fastunlearn import _C  # type: ignore[no-redef]
 
     assert _C is not None
     _why_missing = _stale(_C)

@@ -14,6 +14,7 @@ import json
 import math
 import os
 import shutil
+import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -24,8 +25,9 @@ from typing import Any, cast
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from tqdm import tqdm
 from transformers import Trainer, TrainingArguments
-from transformers.trainer_callback import TrainerCallback
+from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerCallback
 
 from fastunlearn import optim
 from fastunlearn.checkpoint import (
@@ -260,6 +262,11 @@ class UnlearnTrainer(Trainer):
         # Our losses are means over a batch; the Trainer must not expect a sum over the tokens of a whole step.
         self.model_accepts_loss_kwargs = False
         self.add_callback(_EpochOrder(self))
+        # transformers' bar does not ask whether it writes to a terminal, and prints every line of the log as a dict.
+        self.remove_callback(ProgressCallback)
+        self.remove_callback(PrinterCallback)
+        if not args.disable_tqdm:
+            self.add_callback(_Progress())
 
     # ---- data -------------------------------------------------------------------------------------------------------
 
@@ -656,6 +663,38 @@ class _EpochOrder(TrainerCallback):
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self.trainer._sampler is not None:
             self.trainer._sampler.set_epoch(int(state.epoch or 0))
+
+
+class _Progress(TrainerCallback):
+    """One bar with the two losses; where standard error is no terminal, a short line for each line of the log."""
+
+    bar: Any = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.is_world_process_zero:
+            self.bar = tqdm(
+                total=state.max_steps, initial=state.global_step, desc="  unlearning", unit="step", disable=None
+            )
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.bar is not None:
+            self.bar.update(state.global_step - self.bar.n)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        names = {"forget_loss": "forget", "retain_loss": "retain", "capacity": "capacity"}
+        shown = {short: f"{logs[name]:.3g}" for name, short in names.items() if name in (logs or {})}
+        if self.bar is None or not shown:
+            return
+        if not self.bar.disable:
+            self.bar.set_postfix(shown)
+            return
+        numbers = ", ".join(f"{name} {value}" for name, value in shown.items())
+        print(f"  step {state.global_step} of {state.max_steps}: {numbers}", file=sys.stderr, flush=True)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
 
 
 def _plain(name: str) -> str:

@@ -192,6 +192,17 @@ def test_the_log_names_what_the_step_did(tmp_path):
     assert lines[1]["forget_loss"] < lines[0]["forget_loss"]
 
 
+def test_where_no_terminal_is_the_log_is_short_lines(tmp_path, capsys):
+    make(tmp_path / "out", disable_tqdm=False).train()
+    out, err = capsys.readouterr()
+    lines = [line for line in err.splitlines() if line.startswith("  step ")]
+    assert [line.split(":")[0] for line in lines] == ["  step 1 of 2", "  step 2 of 2"]
+    assert "forget 13.9, retain " in lines[0]
+    assert "{'loss'" not in out + err
+    make(tmp_path / "silent", disable_tqdm=True).train()
+    assert "  step " not in "".join(capsys.readouterr())
+
+
 def test_clipping_takes_the_norm_of_what_moves(tmp_path):
     model = tiny_llama()
     masks = half_masks(model)
