@@ -42,6 +42,11 @@ def run(args: argparse.Namespace) -> int:
         settings.total_s = args.total
     settings.say = lambda line: print(line, flush=True)
     whole = not (args.ops or args.quick or args.cases)
+    if args.update and (not args.ops or args.quick or args.cases):
+        raise ValueError(
+            "--update: replaces whole ops in the device's results: name them by --ops, without --quick and --cases"
+        )
+    whole = whole or args.update
     out = Path(args.out) if args.out else RESULTS if whole else ROOT / "out"
     if out.suffix != ".json":
         out = out / f"{machine.slug(device)}.json"
@@ -51,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
 
     signal.signal(signal.SIGTERM, terminate)
     result = harness.run(ops.load(args.ops), device, settings)
-    write_json(out, result)
+    write_json(out, merged(json.loads(out.read_text()), result) if args.update else result)
     for t in result["targets"]:
         print(
             f"{'met   ' if t['met'] else 'MISSED'} {t['op']}, {t['case']}: {t['provider']} {t['kind']} "
@@ -64,6 +69,24 @@ def run(args: argparse.Namespace) -> int:
     for row in wrong:
         print(f"wrong: {row['op']}, {row['case']}: {row['provider']}", file=sys.stderr)
     return 1 if any(row["provider"].startswith("fastunlearn") for row in wrong) else 0
+
+
+def merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """The results of a whole run with some ops measured again; `meta` says which, at which commit and copy bandwidth.
+
+    Raises:
+        ValueError: the two are of different devices or versions of torch.
+    """
+    for key in ("device", "torch", "triton", "threads"):
+        if old["meta"][key] != new["meta"][key]:
+            raise ValueError(f"--update: {key} was {old['meta'][key]}, is {new['meta'][key]} now; run all ops again")
+    again = {row["op"] for row in new["rows"]}
+    note = {key: new["meta"][key] for key in ("commit", "date", "copy_gbps")}
+    meta = {**old["meta"], "updated": {**old["meta"].get("updated", {}), **dict.fromkeys(sorted(again), note)}}
+    parts = {key: [row for row in old[key] if row["op"] not in again] + new[key] for key in ("rows", "targets")}
+    parts = {key: sorted(rows, key=lambda row: row["op"]) for key, rows in parts.items()}
+    left_out = [line for line in old["left_out"] if line.split(":")[0].split(",")[0] not in again]
+    return {"meta": meta, **parts, "left_out": left_out + new["left_out"]}
 
 
 def table(args: argparse.Namespace) -> int:
@@ -119,6 +142,7 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument(
         "--out", help="file, or folder for <device>.json; default benchmarks/results, or out/ for a part of a run"
     )
+    p.add_argument("--update", action="store_true", help="replace the ops of --ops in the device's committed results")
     p.add_argument("--quick", action="store_true", help="few cases, little time")
     p.add_argument("--cases", help="only cases whose name contains this")
     p.add_argument("--seconds", type=float, help="time of one provider in one case")

@@ -75,7 +75,14 @@ def heading(meta: dict[str, Any]) -> str:
     rates = f"copy {meta['copy_gbps']:.4g} GB/s, matmul {meta['matmul_tflops']:.3g} TFLOP/s"
     threads = f", {meta['threads']} threads" if meta["device_type"] == "cpu" else f", driver {meta['driver']}"
     versions = f"torch {meta['torch']}" + (f", triton {meta['triton']}" if meta["device_type"] == "cuda" else "")
-    return f"{meta['device']}{threads}; {versions}; {rates}, measured in the same run; commit {meta['commit']}, {meta['date']}."
+    later = "".join(
+        f" {op}: measured again at commit {note['commit']}, {note['date']}, copy {note['copy_gbps']:.4g} GB/s."
+        for op, note in meta.get("updated", {}).items()
+    )
+    return (
+        f"{meta['device']}{threads}; {versions}; {rates}, measured in the same run; commit {meta['commit']}, {meta['date']}."
+        + later
+    )
 
 
 def _targets(result: dict[str, Any]) -> list[str]:

@@ -421,3 +421,34 @@ def test_rows_of_the_demo_study():
         ("6 of 60 people", 3, "0%", "99%")
     }
     assert {(row["in other words"], row["perplexity"]) for row in rows} == {("3%", 181.2)}
+
+
+def test_some_ops_measured_again():
+    meta = {"device": "CPU", "torch": "2", "triton": "", "threads": 2, "commit": "a", "date": "d1", "copy_gbps": 40.0}
+
+    def row(op, ms):
+        return {"op": op, "case": "c", "ms_p50": ms}
+
+    old = {
+        "meta": meta,
+        "rows": [row("adamw", 1), row("nm", 2)],
+        "targets": [row("nm", 2)],
+        "left_out": ["nm, c: no time"],
+    }
+    new = {"meta": {**meta, "commit": "b", "date": "d2", "copy_gbps": 44.0}, "rows": [row("nm", 1), row("redistribute", 3)],
+           "targets": [row("nm", 1)], "left_out": []}  # fmt: skip
+    both = cli.merged(old, new)
+    assert both["rows"] == [row("adamw", 1), row("nm", 1), row("redistribute", 3)]
+    assert (both["targets"], both["left_out"]) == ([row("nm", 1)], [])
+    assert both["meta"]["commit"] == "a"
+    assert both["meta"]["updated"] == {
+        key: {"commit": "b", "date": "d2", "copy_gbps": 44.0} for key in ["nm", "redistribute"]
+    }
+    with pytest.raises(ValueError, match="--update: torch was 2, is 3 now"):
+        cli.merged(old, {**new, "meta": {**new["meta"], "torch": "3"}})
+    with pytest.raises(ValueError, match="--update: replaces whole ops"):
+        cli.run(
+            cli.argparse.Namespace(
+                update=True, ops=None, quick=False, cases=None, device="cpu", seconds=None, total=None
+            )
+        )
