@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 from fastunlearn._version import __version__
 from fastunlearn.cli import _arguments
+from fastunlearn.cli._run import guarded
 
 PROG = "fastunlearn prune"
 
@@ -66,17 +67,14 @@ class PruneArguments:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Prunes; 0 when the checkpoint was written, 1 when it could not be, 2 for arguments or data that will not do."""
-    (args,) = _arguments.parse((PruneArguments,), argv, PROG, description=(__doc__ or "").split("\n\n")[0])
-    try:
+    """Prunes; 0 when the checkpoint was written, 2 (one line on standard error) for what cannot work."""
+
+    def work() -> int:
+        (args,) = _arguments.parse((PruneArguments,), argv, PROG, description=(__doc__ or "").split("\n\n")[0])
         _run(args)
-    except (ValueError, TypeError, ImportError, FileExistsError, FileNotFoundError, BlockingIOError) as error:
-        print(f"{PROG}: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"{PROG}: {error}", file=sys.stderr)
-        return 1
-    return 0
+        return 0
+
+    return guarded(PROG, work)
 
 
 def _check(args: PruneArguments) -> None:
