@@ -16,7 +16,7 @@ import os
 import shutil
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,7 +29,7 @@ from tqdm import tqdm
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerCallback
 
-from fastunlearn import optim
+from fastunlearn import ops, optim
 from fastunlearn.checkpoint import (
     MASKS,
     PRUNING,
@@ -45,8 +45,9 @@ from fastunlearn.data.refusals import with_refusals
 from fastunlearn.data.text import TextSet, check_disjoint, encode_rows, load_rows
 from fastunlearn.localize.choose import saliency_masks
 from fastunlearn.objectives import Objective, answer_kl, answer_logprobs, make_objective, token_nll
-from fastunlearn.objectives.cached_logprobs import adapter_off, evaluating, reference_logprobs
+from fastunlearn.objectives.cached_logprobs import adapter_off, reference_logprobs, rows_digest
 from fastunlearn.objectives.language import closest
+from fastunlearn.objectives.logprobs import evaluating
 from fastunlearn.ops.mask import BitMask, load_masks, save_masks
 from fastunlearn.parametrize import full_weights, lora
 from fastunlearn.updates import Update, make_update
@@ -54,6 +55,8 @@ from fastunlearn.updates import Update, make_update
 REFERENCE_FILE = "reference_logprobs.safetensors"
 #: masks of what the optimiser moves, in a checkpoint to resume from
 MOVABLE = "movable.safetensors"
+#: hashes of the rows of a run, in a checkpoint to resume from
+DATA_FILE = "data.json"
 STATE_FILE = "trainer_state.json"
 LOCALIZE = ("all", "saliency")
 _ADAMW = {"adamw_torch", "adamw_torch_fused"}
@@ -61,6 +64,10 @@ _ADAMW = {"adamw_torch", "adamw_torch_fused"}
 
 class DivergenceError(ArithmeticError):
     """The loss, a gradient or a weight is no longer finite; the message names the step and the rows."""
+
+
+class PatternError(ArithmeticError):
+    """A weight that pruning removed is no longer zero; nothing was saved."""
 
 
 @dataclass
@@ -205,25 +212,49 @@ class UnlearnTrainer(Trainer):
             loaded = load_checkpoint(model, **options)
             module, masks = cast(nn.Module, loaded.model), loaded.masks if masks is None else masks
             processing_class = processing_class or loaded.tokenizer
-            pruning = loaded.pruning if pruning is None else pruning
+            if pruning is None and masks is not None:
+                # Masks beside a model say what pruning left, also where nobody wrote down how.
+                pruning = loaded.pruning or {}
         elif quantization_config is not None:
             raise ValueError("quantization_config: is for a model given by name; this one is loaded already")
         else:
             module = model
         if processing_class is None:
             raise ValueError("processing_class: want the model's tokenizer, got None")
+        if args.n_gpu > 1:
+            raise ValueError(
+                f"this process sees {args.n_gpu} GPUs: start one process a GPU (torchrun --nproc_per_node {args.n_gpu} ...), "
+                "or show it one (CUDA_VISIBLE_DEVICES=0)"
+            )
+        if args.fsdp:
+            raise ValueError("fsdp: not supported by this trainer yet; DDP (torchrun) is")
+        if any(p.dtype == torch.float16 for p in module.parameters()) and (not args.master_weights or args.fp16):
+            raise ValueError(
+                "dtype: float16 weights lose most small updates; load them as float32 (with fp16=true for speed) or bfloat16, or "
+                "set master_weights=true (without fp16=true)"
+            )
         self.pruning = None if pruning is None else dict(pruning)
         if pruning is not None and masks is None:
             raise ValueError("pruning: given without masks; they say what pruning left")
         if pruning is not None and masks is not None:
             check_masks(module, masks)
         if peft_config is not None:
-            if masks is not None and args.localize == "all":
+            if masks is not None:
                 raise ValueError(
                     "peft_config: a dense adapter would fill a pruned model's zeros when it is merged; train the full weights "
                     "of a pruned model (no peft_config)"
                 )
+            if args.trainable_params_regex is not None:
+                raise ValueError(
+                    "trainable_params_regex: with an adapter only the adapter trains; choose target_modules there"
+                )
             module = lora(module, peft_config)
+        elif hasattr(module, "disable_adapter") and self.objective.needs_reference:
+            warnings.warn(
+                "model: it carries an adapter, and the reference model is the one with the adapter off; if the adapter holds "
+                "what must be forgotten, merge it first (merge_and_unload)",
+                stacklevel=2,
+            )
         self.masks: dict[str, BitMask] | None = dict(masks) if masks is not None else None
         #: what the optimiser moves: the masks, or with localize="saliency" a part of them
         self.movable = self.masks
@@ -244,6 +275,7 @@ class UnlearnTrainer(Trainer):
         self.trained = None if hasattr(module, "disable_adapter") else self._select(module, args)
         self._sums: dict[str, Tensor] = {}
         self._terms = 0
+        self._rows: dict[str, list[int]] = {}
         self._grad_norm = torch.zeros(())
         self._max_grad_norm = args.max_grad_norm if args.max_grad_norm and args.max_grad_norm > 0 else None
         self._references: dict[str, Tensor] = {}
@@ -296,10 +328,8 @@ class UnlearnTrainer(Trainer):
             raise ValueError("forget_dataset: empty")
         alternates = None
         if self.objective.needs_alternates:
-            rows = with_refusals(forget.rows, seed=args.seed)
-            alternates = encode_rows(
-                rows, tokenizer, what="refusals", system=args.system_prompt, max_length=args.max_length
-            )
+            options = forget.options or {"system": args.system_prompt, "max_length": args.max_length}
+            alternates = encode_rows(with_refusals(forget.rows, seed=args.seed), tokenizer, what="refusals", **options)
         return PairedSet(forget, retain if self.objective.alpha else None, alternates)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> PairedSampler:
@@ -347,6 +377,7 @@ class UnlearnTrainer(Trainer):
     def create_optimizer(self, model: Any = None) -> Any:
         """MaskedAdamW or MaskedSGD over what may move; another `optim` only where nothing is masked."""
         if self.optimizer is not None:
+            self._check_optimizer(self._masked_optimizer())
             return self.optimizer
         args, model = self.args, self.model if model is None else model
         name = str(getattr(args.optim, "value", args.optim))
@@ -365,7 +396,7 @@ class UnlearnTrainer(Trainer):
                 continue
             group: dict[str, Any] = {"params": named, "weight_decay": weight_decay}
             if self.movable:
-                group["masks"] = [self.movable.get(_plain(n)) for n, _ in named]
+                group["masks"] = [self._mask_of(n, p) for n, p in named]
             if scales:
                 group["lr_scale"] = [scales.get(_plain(n)) for n, _ in named]
             groups.append(group)
@@ -384,11 +415,37 @@ class UnlearnTrainer(Trainer):
         self.optimizer.register_step_post_hook(self._note_grad_norm)
         return self.optimizer
 
+    def _mask_of(self, name: str, parameter: Tensor) -> BitMask | None:
+        """A parameter's mask beside it; None: it has none and may move as a whole."""
+        assert self.movable is not None
+        mask = self.movable.get(_plain(name))
+        if mask is None and not self.train_unmasked and self.masks is not None:
+            raise ValueError(
+                f"masks: none is of {name}, and what has no mask is frozen; names of a wrapped model differ?"
+            )
+        return None if mask is None else mask.to(parameter.device)
+
+    def _check_optimizer(self, own: Any) -> None:
+        """A user's optimiser must freeze what the masks freeze."""
+        if not self.movable:
+            return
+        named = {_plain(n): p for n, p in self.model.named_parameters()}
+        wrong = own is None or any(
+            p in own._entries and own._entries[p].slot.count != int(self.movable[n].count())
+            for n, p in named.items()
+            if n in self.movable
+        )
+        if wrong:
+            raise ValueError(
+                "optimizers: would move weights that the masks freeze; want optim.MaskedAdamW or MaskedSGD with these masks, or "
+                "leave the optimiser to the trainer"
+            )
+
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         if self.lr_scheduler is None and not self.args.warmup_steps and self.args.warmup_epochs:
-            per_epoch = math.ceil(
-                len(self.train_dataset) / max(1, self.args.train_batch_size * self.args.world_size)
-            ) / max(1, self.args.gradient_accumulation_steps)
+            rows = len(self.train_dataset) / max(1, self.args.train_batch_size * self.args.world_size)
+            batches = math.floor(rows) if self.args.dataloader_drop_last else math.ceil(rows)
+            per_epoch = math.ceil(batches / max(1, self.args.gradient_accumulation_steps))
             steps = min(math.ceil(self.args.warmup_epochs * per_epoch), num_training_steps)
             with _replaced(self.args, warmup_steps=steps):
                 return super().create_scheduler(num_training_steps, optimizer)
@@ -457,10 +514,31 @@ class UnlearnTrainer(Trainer):
                     self.after_forget(model)
             total += loss.detach() * (factor * share)
             self._note(f"{name}_loss", loss.detach())
+            self._rows.setdefault(name, []).extend(inputs[name]["index"].tolist())
         self._terms += 1
         if self.accelerator.sync_gradients:
             self.update.combine(params)
+            self._check_gradients(params)
+            self._rows.clear()
         return total
+
+    def _check_gradients(self, params: Sequence[Tensor]) -> None:
+        # With a scaler gradients may overflow: the scaler sees it and leaves the step out.
+        if getattr(self.accelerator, "scaler", None) is not None:
+            return
+        by_device: dict[Any, list[Tensor]] = {}
+        for p in params:
+            if p.grad is not None:
+                by_device.setdefault(p.grad.device, []).append(_local(p.grad))
+        # A gradient of a frozen entry does no harm by itself, but it comes from the same broken pass.
+        norms = [ops.masked_grad_norm(grads, [None] * len(grads)) for grads in by_device.values()]
+        if all(bool(torch.isfinite(norm)) for norm in norms):
+            return
+        rows = "; ".join(f"{name} rows {', '.join(map(str, index[:16]))}" for name, index in self._rows.items())
+        raise DivergenceError(
+            f"a gradient is not finite in step {self.state.global_step + 1}, in the batch of {rows}. Training stopped before "
+            f"that step. {self._last_good()} A lower learning rate, max_grad_norm or a larger alpha help."
+        )
 
     def after_forget(self, model: Any) -> None:
         """When `.grad` holds the gradient of the forget term alone; for methods to override."""
@@ -531,7 +609,11 @@ class UnlearnTrainer(Trainer):
         resume_from_checkpoint=True takes the last complete checkpoint; one that a kill left half written is removed.
         """
         resuming = bool(resume_from_checkpoint)
-        with claim_output(self.output, overwrite=self.args.overwrite_output_dir, resume=resuming):
+        with claim_output(
+            self.output,
+            overwrite=self.args.overwrite_output_dir,
+            resume=resumes_in(self.output, resume_from_checkpoint),
+        ):
             if resume_from_checkpoint is True:
                 resume_from_checkpoint = last_checkpoint(self.output, remove_incomplete=True)
                 if resume_from_checkpoint is None:
@@ -540,6 +622,7 @@ class UnlearnTrainer(Trainer):
                     )
             if resuming:
                 self._check_resumable(str(resume_from_checkpoint))
+            self._place_masks()
             self._set_references(str(resume_from_checkpoint) if resuming else None)
             if resuming:
                 self.load_extra(Path(str(resume_from_checkpoint)))
@@ -555,6 +638,14 @@ class UnlearnTrainer(Trainer):
         """Whether the optimiser will be one of ours, that clips by itself."""
         return str(getattr(self.args.optim, "value", self.args.optim)) in _ADAMW | {"sgd"}
 
+    def _place_masks(self) -> None:
+        """Masks beside their parameters: the Trainer has moved the model since they were read."""
+        devices = {_plain(name): parameter.device for name, parameter in self.model.named_parameters()}
+        if self.masks is not None:
+            same = self.movable is self.masks
+            self.masks = {name: mask.to(devices.get(name, mask.device)) for name, mask in self.masks.items()}
+            self.movable = self.masks if same else self.movable
+
     def prepare_weights(self) -> None:
         """Before the first step of a run that is not resumed; for methods to override."""
 
@@ -563,9 +654,22 @@ class UnlearnTrainer(Trainer):
             raise ValueError(
                 f"resume_from_checkpoint: {checkpoint} is no complete checkpoint ({STATE_FILE} is missing)"
             )
+        absent = [name for name in ("optimizer.pt", "scheduler.pt") if not (Path(checkpoint) / name).exists()]
+        if absent and not self.is_deepspeed_enabled:
+            raise ValueError(
+                f"resume_from_checkpoint: {checkpoint} has no {' and no '.join(absent)} (save_only_model?); going on without would "
+                "not give the weights of a run that was not interrupted"
+            )
+        record = Path(checkpoint) / DATA_FILE
+        if record.exists() and json.loads(record.read_text()) != self._digests():
+            raise ValueError(
+                f"resume_from_checkpoint: {checkpoint} is of other rows (or another localize) than this run's"
+            )
         path = Path(checkpoint) / MOVABLE
         saved = load_masks(path, device=self.args.device) if path.exists() else None
         if self.args.localize == "saliency":
+            if saved is None:
+                raise ValueError(f"resume_from_checkpoint: {checkpoint} is of a run without localize=saliency")
             self.movable, self._chosen = saved, True
             return
         mine = self.masks or {}
@@ -609,6 +713,13 @@ class UnlearnTrainer(Trainer):
             save_file(self._references, folder / REFERENCE_FILE)
         if self.movable is not None:
             save_masks(self.movable, folder / MOVABLE)
+        (folder / DATA_FILE).write_text(json.dumps(self._digests()), encoding="utf-8")
+
+    def _digests(self) -> dict[str, str]:
+        """Hashes of the rows this run sees, and of where its movable weights come from."""
+        sets = {"forget": self.train_dataset.forget, "retain": self.train_dataset.retain}
+        rows = {name: rows_digest(rows, self.processing_class) for name, rows in sets.items() if rows is not None}
+        return {**rows, "localize": self.args.localize}
 
     def load_extra(self, checkpoint: Path) -> None:
         """Reads what `save_extra` wrote, before training goes on from `checkpoint`; for methods to extend."""
@@ -619,6 +730,12 @@ class UnlearnTrainer(Trainer):
             super().save_model(output_dir, _internal_call)
             return
         self.assert_sound()
+        folder = Path(output_dir or self.output)
+        if self.pruning is None and (folder / MASKS).exists():
+            raise ValueError(
+                f"output_dir: {folder} holds the masks of a pruned model, and this run has none to put in their place (pruning=); "
+                "choose another folder"
+            )
         if self.args.should_save:
             save_checkpoint(
                 output_dir or self.output,
@@ -631,12 +748,17 @@ class UnlearnTrainer(Trainer):
         if self.args.push_to_hub:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
+    def create_model_card(self, *args: Any, **options: Any) -> None:
+        """As in Trainer, where there is no card yet: the commands write one with what was measured."""
+        if not (self.output / "README.md").exists():
+            super().create_model_card(*args, **options)
+
     @torch.no_grad()
     def assert_sound(self) -> None:
         """
         Raises:
             DivergenceError: a weight that trains is not finite.
-            RuntimeError: a weight outside its mask is not zero, or an n:m pattern does not hold.
+            PatternError: a weight outside its mask is not zero, or an n:m pattern does not hold.
         """
         model = self.accelerator.unwrap_model(self.model)
         for name, parameter in model.named_parameters():
@@ -651,7 +773,7 @@ class UnlearnTrainer(Trainer):
                 check_masks(model, self.masks)
                 check_pattern(model, self.masks, self.pruning)
             except ValueError as error:
-                raise RuntimeError(f"the sparsity pattern broke in training, nothing is saved: {error}") from error
+                raise PatternError(f"the sparsity pattern broke in training, nothing is saved: {error}") from error
 
 
 class _EpochOrder(TrainerCallback):
@@ -718,6 +840,11 @@ def _replaced(target: Any, **values: Any) -> Iterator[None]:
     finally:
         for name, value in before.items():
             object.__setattr__(target, name, value)
+
+
+def resumes_in(output: str | os.PathLike[str], checkpoint: str | bool | None) -> bool:
+    """Whether a run that resumes from `checkpoint` goes on in its own output folder: another's content is not its to overwrite."""
+    return bool(checkpoint) and (checkpoint is True or Path(str(checkpoint)).resolve().parent == Path(output).resolve())
 
 
 def complete_checkpoint(folder: str | os.PathLike[str]) -> bool:

@@ -18,11 +18,21 @@ pytest.importorskip("transformers")
 
 import fastunlearn
 from fastunlearn import BitMask, load_masks
+from fastunlearn.checkpoint import save_checkpoint
 from fastunlearn.data.pairs import PairedSampler
+from fastunlearn.data.refusals import with_refusals
 from fastunlearn.data.register import Register
+from fastunlearn.data.text import encode_rows
 from fastunlearn.objectives import NPO, answer_logprobs, token_nll
 from fastunlearn.objectives import cached_logprobs as cached
-from fastunlearn.trainer import DivergenceError, UnlearnConfig, UnlearnTrainer, complete_checkpoint, last_checkpoint
+from fastunlearn.trainer import (
+    DivergenceError,
+    PatternError,
+    UnlearnConfig,
+    UnlearnTrainer,
+    complete_checkpoint,
+    last_checkpoint,
+)
 from tests.tiny_chat import CharTokenizer, tiny_llama
 
 TOKENIZER = CharTokenizer()
@@ -316,6 +326,21 @@ def test_kl_without_a_reference_says_what_to_do(tmp_path):
     assert trainer.state.log_history[0]["retain_loss"] == pytest.approx(0, abs=1e-5)
 
 
+def test_refusals_have_the_prompt_of_what_they_refuse(tmp_path):
+    forget = encode_rows(FORGET, TOKENIZER, system="SYS")
+    trainer = make(tmp_path / "out", forget=forget, objective="IdkDPO")
+    for i in range(3):
+        asked, refused = trainer.train_dataset.forget.ask(i)[0], trainer.train_dataset.alternates.ask(i)[0]
+        assert asked == refused
+        assert TOKENIZER.decode(asked).startswith("s:SYS")
+    chat = [{"prompt": [{"role": "user", "content": "Who?"}], "completion": [{"role": "assistant", "content": "Me."}]}]
+    cell = [{"messages": json.dumps([{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Me."}])}]
+    for rows_ in (chat, cell):
+        (row,) = with_refusals(rows_)
+        assert encode_rows([row], TOKENIZER).questions == ["Who?"]
+        assert "Me." not in str(row)
+
+
 # The order of rows.
 
 
@@ -360,7 +385,8 @@ torch.save(t.weights(trainer.model), folder.parent / f"{folder.name}-{mode}.pt")
 
 def resumable(folder: Path) -> UnlearnTrainer:
     model = tiny_llama()
-    model.config.attention_dropout = 0.1
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = 0.2  # so that a resumed run needs the random state too
     masks = half_masks(model)
     # Two steps an epoch, saved in the middle of one.
     return make(
@@ -458,6 +484,88 @@ def test_nan_stops_before_the_step_and_keeps_the_last_checkpoint(tmp_path):
         assert torch.equal(tensor, model.state_dict()[name]), "the weights are those of the last good step"
 
 
+class _BrokenGradient(UnlearnTrainer):
+    """A gradient is NaN in step 2, the loss is not."""
+
+    def after_forget(self, model):
+        if self.state.global_step == 1:
+            next(p for p in model.parameters() if p.grad is not None).grad.view(-1)[0] = math.nan
+
+
+def test_a_gradient_that_is_not_finite_stops_before_the_step(tmp_path):
+    model = tiny_llama()
+    trainer = _BrokenGradient(model, config(tmp_path / "out", num_train_epochs=5), FORGET, RETAIN, TOKENIZER)
+    with pytest.raises(
+        DivergenceError, match=r"a gradient is not finite in step 2, in the batch of forget rows .*; retain rows "
+    ):
+        trainer.train()
+    assert all(bool(torch.isfinite(p).all()) for p in model.parameters())
+
+
+def test_an_optimiser_that_would_fill_the_zeros_is_refused(tmp_path):
+    model = tiny_llama()
+    masks = half_masks(model)
+    own = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    args = config(tmp_path / "out")
+    trainer = UnlearnTrainer(model, args, FORGET, RETAIN, TOKENIZER, optimizers=(own, None), masks=masks, pruning={})
+    with pytest.raises(ValueError, match="optimizers: would move weights that the masks freeze"):
+        trainer.train()
+    named = [(n, p) for n, p in model.named_parameters() if n in masks]
+    right = fastunlearn.optim.MaskedAdamW(named, masks, lr=1e-3)
+    args = config(tmp_path / "b")
+    UnlearnTrainer(model, args, FORGET, RETAIN, TOKENIZER, optimizers=(right, None), masks=masks, pruning={}).train()
+    assert not any(model.get_parameter(n)[~m.unpack()].any() for n, m in masks.items())
+
+
+def test_resuming_from_elsewhere_overwrites_nothing(tmp_path):
+    make(tmp_path / "first", save_strategy="epoch").train()
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "model.safetensors").write_bytes(b"another model")
+    with pytest.raises(FileExistsError, match=r"model\.safetensors"):
+        make(other, save_strategy="epoch").train(resume_from_checkpoint=str(tmp_path / "first" / "checkpoint-1"))
+    assert (other / "model.safetensors").read_bytes() == b"another model"
+
+
+def test_resuming_with_other_rows_or_half_a_checkpoint_is_refused(tmp_path):
+    make(tmp_path / "out", save_strategy="epoch").train()
+    swapped = rows(8, seed=5)[:3]
+    with pytest.raises(ValueError, match="is of other rows"):
+        make(tmp_path / "out", forget=swapped).train(resume_from_checkpoint=True)
+    with pytest.raises(ValueError, match="is of other rows"):
+        make(tmp_path / "out", localize="saliency").train(resume_from_checkpoint=True)
+    make(tmp_path / "light", save_strategy="epoch", save_only_model=True).train()
+    with pytest.raises(ValueError, match=r"has no optimizer\.pt"):
+        make(tmp_path / "light", save_only_model=True).train(resume_from_checkpoint=True)
+
+
+def test_masks_of_another_model_are_not_deleted(tmp_path):
+    model = tiny_llama()
+    masks = half_masks(model)
+    save_checkpoint(tmp_path / "pruned", model, TOKENIZER, masks=masks, pruning={"pattern": "2:4"})
+    trainer = make(tmp_path / "out", num_train_epochs=1)
+    with pytest.raises(ValueError, match="holds the masks of a pruned model"):
+        trainer.save_model(str(tmp_path / "pruned"))
+    assert (tmp_path / "pruned" / "masks.safetensors").exists()
+
+
+def test_half_precision_weights_need_masters(tmp_path):
+    with pytest.raises(ValueError, match="dtype: float16 weights lose most small updates"):
+        make(tmp_path / "out", tiny_llama().half())
+    make(tmp_path / "b", tiny_llama().half(), master_weights=True)
+
+
+def test_warmup_counts_steps(tmp_path):
+    trainer = make(
+        tmp_path / "out", forget=rows()[:5], retain=rows()[5:], per_device_train_batch_size=1, gradient_accumulation_steps=4,
+        warmup_epochs=2.0, num_train_epochs=4,
+    )  # fmt: skip
+    trainer.train()
+    rates = [line["learning_rate"] for line in trainer.state.log_history if "loss" in line]
+    assert len(rates) == 8
+    assert rates.index(max(rates)) == 4
+
+
 def test_weights_that_are_not_finite_are_not_saved(tmp_path):
     model = tiny_llama()
     trainer = make(tmp_path / "out", model, num_train_epochs=1)
@@ -477,7 +585,7 @@ def test_a_broken_pattern_is_not_saved(tmp_path):
     name = next(iter(masks))
     with torch.no_grad():
         model.get_parameter(name).fill_(1.0)
-    with pytest.raises(RuntimeError, match="the sparsity pattern broke in training, nothing is saved"):
+    with pytest.raises(PatternError, match="the sparsity pattern broke in training, nothing is saved"):
         trainer.save_model()
     assert not (tmp_path / "out" / "model.safetensors").exists()
 
@@ -572,6 +680,11 @@ def test_arguments_of_the_wrong_kind(tmp_path):
     model = tiny_llama()
     with pytest.raises(ValueError, match="a dense adapter would fill a pruned model's zeros"):
         make(tmp_path / "p", model, masks=half_masks(model), peft_config=peft.LoraConfig(target_modules=["q_proj"]))
+    lora = peft.LoraConfig(target_modules=["q_proj"])
+    with pytest.raises(ValueError, match="a dense adapter would fill a pruned model's zeros"):
+        make(tmp_path / "q", model, masks=half_masks(model), peft_config=lora, localize="saliency")
+    with pytest.raises(ValueError, match="trainable_params_regex: with an adapter"):
+        make(tmp_path / "r", peft_config=peft.LoraConfig(target_modules=["q_proj"]), trainable_params_regex=[".*"])
 
 
 def test_defaults_are_open_unlearnings(tmp_path):

@@ -118,6 +118,18 @@ def versions() -> dict[str, str]:
     return out
 
 
+def shown_command(prog: str, argv: Sequence[str]) -> str:
+    """The command line as it may be published: values of arguments whose name says token are left out."""
+    words: list[str] = []
+    secret = False
+    for word in argv:
+        name, equals, _ = word.partition("=")
+        hidden = "token" in name.lower() and (bool(equals) or word.startswith("--"))
+        words.append("***" if secret else f"{name}=***" if hidden and equals else word)
+        secret = hidden and not equals and not secret
+    return shlex.join([*prog.split(), *words])
+
+
 # Measuring.
 
 
@@ -284,11 +296,15 @@ def unlearn(
     )
     resume = resume_of(config)
     # With an overwritten folder, a resumed run needs the checkpoints of the one before.
-    folder = claim_output(config.output_dir, overwrite=config.overwrite_output_dir, resume=bool(resume))
+    from fastunlearn.trainer import resumes_in
+
+    folder = claim_output(
+        config.output_dir, overwrite=config.overwrite_output_dir, resume=resumes_in(config.output_dir, resume)
+    )
     folder.check()
     ready = _prepare(script, config, masks)
     with folder:
-        return _train(script, config, trainer_class, method, ready, resume, shlex.join([*prog.split(), *argv]))
+        return _train(script, config, trainer_class, method, ready, resume, shown_command(prog, argv))
 
 
 def _train(
@@ -356,8 +372,12 @@ def _train(
     outcome = trainer.train(resume_from_checkpoint=resume or None)
     say("asking after ...")
     after = ask()
+    push, trainer.args.push_to_hub = trainer.args.push_to_hub, False
     trainer.save_model()
+    trainer.args.push_to_hub = push
     if not main:
+        if push:
+            trainer.push_to_hub()
         return 0
     output = Path(config.output_dir)
     history = trainer.state.log_history
@@ -379,6 +399,9 @@ def _train(
     )  # fmt: skip
     write_bytes(output / "README.md", card.encode(), overwrite=True)
     _draw(history, output / "curves.png", f"{method}, {config.objective}: {Path(script.model_name_or_path).name}")
+    if push:
+        # Last: with the card and the numbers.
+        trainer.push_to_hub()
     if before.numbers:
         print(f"\n{table(before.numbers, after.numbers)}\n")
         if script.samples and parts:

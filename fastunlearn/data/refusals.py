@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -47,10 +48,14 @@ def with_refusals(rows: Sequence[Mapping[str, Any]], seed: int = 0) -> list[dict
         # Only random() is promised to give the same numbers in every version of Python.
         refusal = str(row.get("alternate") or REFUSALS[int(draw.random() * len(REFUSALS))])
         if "messages" in row:
-            *before, last = row["messages"]
+            # In a table a conversation is JSON text.
+            messages = json.loads(row["messages"]) if isinstance(row["messages"], str) else row["messages"]
+            *before, last = messages
             replaced.append({"messages": [*before, {**last, "content": refusal}]})
         elif "question" in row and "answer" in row:
             replaced.append({"question": row["question"], "answer": refusal})
+        elif "prompt" in row and "completion" in row and not isinstance(row["prompt"], str):
+            replaced.append({"prompt": row["prompt"], "completion": [{"role": "assistant", "content": refusal}]})
         elif "prompt" in row and "completion" in row:
             space = " " if str(row["completion"]).startswith(" ") else ""
             replaced.append({"prompt": row["prompt"], "completion": space + refusal})

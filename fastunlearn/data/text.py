@@ -265,6 +265,8 @@ class TextSet(Dataset[TokenRow]):
         self.what, self.forms, self.rows, self.end_ids = what, forms, rows, end_ids
         self.questions, self.answers = questions, answers
         self._prompts, self._wanted = prompts, wanted
+        #: `encode_rows`' system and max_length, so that other answers to the same questions are encoded alike
+        self.options: dict[str, Any] = {}
 
     @classmethod
     def join(cls, sets: Sequence[TextSet]) -> TextSet:
@@ -590,7 +592,7 @@ def encode_rows(
             f"{max(long.values())} tokens); what is cut off would not count, so split it or raise max_length"
         )
     end = prompter.end_of_turn if _is_conversation(rows[0], form) else tokenizer.eos_token_id
-    return TextSet(
+    encoded = TextSet(
         what,
         [form] * len(rows),
         [dict(row) for row in rows],
@@ -600,6 +602,8 @@ def encode_rows(
         wanted,
         [int(end)] * len(rows),
     )
+    encoded.options = {"system": system, "max_length": max_length}
+    return encoded
 
 
 def _is_conversation(row: Row, form: str) -> bool:

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from fastunlearn.data.text import IGNORED, Prompter, TextSet, collate, pad
+from fastunlearn.data.text import Prompter, TextSet, collate, pad
+from fastunlearn.objectives.logprobs import answer_logprobs
 
 #: of a free answer, where nothing says how long the right one is
 _FREE = 64
@@ -151,36 +152,6 @@ def exact_recall(answers: Sequence[str], wanted: Sequence[str]) -> float:
     if not wanted or len(answers) != len(wanted):
         raise ValueError(f"answers: want one for each of the {len(wanted)} wanted (at least one), got {len(answers)}")
     return sum(a.strip() == w.strip() for a, w in zip(answers, wanted, strict=True)) / len(wanted)
-
-
-def answer_logprobs(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """log p(answer | prompt), summed over the tokens whose label counts, differentiable.
-
-    The output layer sees the positions of those tokens only: with a large vocabulary that is a good part of a step. What a
-    model does to its logits (scale, soft cap) is done to them.
-
-    Args:
-        model: a causal language model of transformers, or peft's wrapper.
-        batch: input_ids, attention_mask, labels as `collate` gives them, on the model's device.
-
-    Returns:
-        (log-probability fp32 [rows], number of tokens int64 [rows]).
-    """
-    labels = batch["labels"][:, 1:]
-    kept = labels != IGNORED
-    head = model.get_output_embeddings()
-
-    def only_kept(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (args[0][:, :-1][kept][None], *args[1:])
-
-    handle = head.register_forward_pre_hook(only_kept)
-    try:
-        out = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
-    finally:
-        handle.remove()
-    token = torch.log_softmax(out.logits[0].float(), -1).gather(1, labels[kept][:, None])[:, 0]
-    row = kept.nonzero()[:, 0]
-    return token.new_zeros(len(labels)).index_add(0, row, token), kept.sum(1)
 
 
 def score_answers(

@@ -36,7 +36,7 @@ def saliency_masks(
         Parameter name -> mask; parameters of `within` keep a subset of their mask.
 
     Raises:
-        ValueError: density outside (0, 1].
+        ValueError: density outside (0, 1], or so small that nothing may move.
     """
     from fastunlearn import ops
 
@@ -53,12 +53,14 @@ def saliency_masks(
         for name, score in scores.items():
             if name in within:
                 # Scores of kind "abs" are >= 0: -1 stands behind every entry that is left.
-                score.masked_fill_(~within[name].unpack(), -1.0)
+                score.masked_fill_(~within[name].unpack().to(score.device), -1.0)
                 allowed += int(within[name].count())
             else:
                 allowed += score.numel()
-    names = list(scores)
-    chosen = ops.topk_mask([scores[name] for name in names], k=int(density * allowed))
+    names, k = list(scores), int(density * allowed)
+    if k == 0:
+        raise ValueError(f"saliency_density: {density} of {allowed:,} weights is none; want a larger share")
+    chosen = ops.topk_mask([scores[name] for name in names], k=k)
     masks = dict(zip(names, chosen, strict=True))
     torch.clear_autocast_cache()
     return masks

@@ -13,8 +13,8 @@ and off by default. Its kinds, with M the mask, D a change of the dense weights,
     retain  before training: survivors are corrected towards the dense model's outputs on the retain set:
             the same with D = W_dense - W and X_retain
 
-The capacity meter, ||M g|| / ||g|| of the forget gradient g over the pruned layers, says which share of what the forget set asks
-for the mask lets through.
+The capacity meter, ||M g|| / ||g|| over the pruned layers, says which share of what the forget set asks for the mask lets through;
+g is the gradient of the forget term in the first micro-batch of a step, the mean over the steps since the last line of the log.
 """
 
 from __future__ import annotations
@@ -34,8 +34,9 @@ from fastunlearn.data.text import collate
 from fastunlearn.localize.compensate import obs_compensate_model
 from fastunlearn.localize.wanda import input_norms, wanda_scores
 from fastunlearn.objectives import answer_logprobs
-from fastunlearn.objectives.cached_logprobs import evaluating
 from fastunlearn.objectives.language import closest
+from fastunlearn.objectives.logprobs import evaluating
+from fastunlearn.ops.mask import BitMask
 from fastunlearn.trainer import UnlearnConfig, UnlearnTrainer
 
 REDISTRIBUTION = ("none", "update", "obs", "retain")
@@ -114,7 +115,7 @@ class SAUTrainer(UnlearnTrainer):
             raise TypeError(f"args: want a SAUConfig, got {type(args).__name__}")
         self.train_unmasked = args.train_unpruned
         self._factors: dict[str, Tensor] = {}
-        self._capacity: Tensor | None = None
+        self._capacity: list[Tensor] = []
         super().__init__(model, args, *positional, **options)
         if self.masks is None:
             raise ValueError(
@@ -124,6 +125,30 @@ class SAUTrainer(UnlearnTrainer):
         if self.pruning is None:
             self.pruning = {}
             check_masks(self.model, self.masks)
+        # Found before any work.
+        self._dense = self._twin("dense_model")
+        self._unlearned = self._twin("dense_unlearned_model") if args.redistribution == "obs" else None
+        if args.redistribution == "retain" and self.train_dataset.retain is None:
+            raise ValueError("redistribution: retain needs a retain set, and the objective has no retain term")
+
+    def _twin(self, argument: str) -> Mapping[str, Tensor] | None:
+        source = getattr(self.args, argument)
+        if self.args.redistribution == "none" or source is None:
+            return None
+        assert self.masks is not None
+        parameters = dict(self.model.named_parameters())
+        try:
+            return dense_weights(source, {name: parameters[name].shape for name in self.masks})
+        except (ValueError, OSError) as error:
+            text = str(error).removeprefix("source: ").removeprefix("dense_model: ")
+            raise ValueError(f"{argument}: {text}") from error
+
+    def _moving(self) -> dict[str, BitMask]:
+        """Masks of what may move: redistribution touches nothing else."""
+        parameters = dict(self.model.named_parameters())
+        pruned = self.masks or {}
+        movable = (self.movable or {}).items()
+        return {name: mask for name, mask in movable if name in pruned and parameters[name].requires_grad}
 
     # ---- redistribution -------------------------------------------------------------------------------------------------
 
@@ -143,28 +168,20 @@ class SAUTrainer(UnlearnTrainer):
         args, sets = self.args, self.train_dataset
         if args.redistribution == "none":
             return
-        assert args.dense_model is not None
-        assert self.masks is not None
-        parameters = dict(self.model.named_parameters())
-        dense = dense_weights(args.dense_model, {name: parameters[name].shape for name in self.masks})
+        assert self._dense is not None
         if args.redistribution == "update":
-            self._factors = self._redistribute(dense)
+            self._factors = self._redistribute(self._dense)
             return
+        moving = self._moving()
         if args.redistribution == "obs":
-            assert args.dense_unlearned_model is not None
-            after = dense_weights(args.dense_unlearned_model, {name: parameters[name].shape for name in self.masks})
-            rows, deltas = sets.forget, _Difference(after, dense)
+            assert self._unlearned is not None
+            rows, deltas = sets.forget, _Difference(self._unlearned, self._dense)
         else:
-            if sets.retain is None:
-                raise ValueError("redistribution: retain needs a retain set, and the objective has no retain term")
-            rows, deltas = sets.retain, _Difference(dense, {name: parameters[name] for name in self.masks})
+            parameters = dict(self.model.named_parameters())
+            rows, deltas = sets.retain, _Difference(self._dense, {name: parameters[name] for name in moving})
         with evaluating(self.model), self.accelerator.autocast():
             obs_compensate_model(
-                self.model,
-                self.masks,
-                deltas,
-                [batch["input_ids"] for batch in self._batches(rows)],
-                damping=args.damping,
+                self.model, moving, deltas, [batch["input_ids"] for batch in self._batches(rows)], damping=args.damping
             )
 
     def _redistribute(self, dense: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -182,12 +199,12 @@ class SAUTrainer(UnlearnTrainer):
 
     def _wanda(self, dense: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
         assert self.masks is not None
-        layers = {name: self.model.get_submodule(name.rpartition(".")[0]) for name in self.masks}
+        layers = {name: self.model.get_submodule(name.rpartition(".")[0]) for name in self._moving()}
         with evaluating(self.model), torch.no_grad(), input_norms(layers) as norms:
             for batch in self._batches(self.train_dataset.forget):
                 with self.accelerator.autocast():
                     answer_logprobs(self.model, batch)
-        for name in self.masks:
+        for name in layers:
             yield name, wanda_scores(dense[name].to(norms[name].device), norms[name])
 
     def _weight_grad(self, dense: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
@@ -199,15 +216,24 @@ class SAUTrainer(UnlearnTrainer):
                     loss = -answer_logprobs(self.model, batch).total.sum()
                 loss.backward()
         parameters = dict(self.model.named_parameters())
-        for name in self.masks:
+        for name in self._moving():
             grad = parameters[name].grad
-            assert grad is not None
+            if grad is None:
+                raise ValueError(f"importance: no gradient of the forget loss reaches {name}; use importance=wanda")
             yield name, (dense[name].to(grad.device).float() * grad.float()).abs()
             parameters[name].grad = None
         self.model.zero_grad(set_to_none=True)
 
     def lr_scale(self) -> dict[str, Tensor] | None:
-        return self._factors or None
+        if self.movable is self.masks:
+            return self._factors or None
+        # One factor a survivor of pruning; where fewer may move, the optimiser picks theirs from the full shape.
+        assert self.masks is not None
+        full = {}
+        for name, factor in self._factors.items():
+            kept = self.masks[name].unpack().to(factor.device)
+            full[name] = torch.ones(kept.shape, device=factor.device).masked_scatter_(kept, factor)
+        return full or None
 
     def save_extra(self, folder: Path) -> None:
         super().save_extra(folder)
@@ -232,15 +258,17 @@ class SAUTrainer(UnlearnTrainer):
         if not self.args.capacity or self.masks is None:
             return
         pruned = [
-            (p.grad, self.masks[n]) for n, p in self.model.named_parameters() if n in self.masks and p.grad is not None
+            (p.grad, self.masks[n].to(p.grad.device))
+            for n, p in self.model.named_parameters()
+            if n in self.masks and p.grad is not None
         ]
         grads, masks = [g for g, _ in pruned], [m for _, m in pruned]
         whole = ops.masked_grad_norm(grads, [None] * len(grads))
-        self._capacity = ops.masked_grad_norm(grads, masks) / whole.clamp_min(torch.finfo(torch.float32).tiny)
+        self._capacity.append(ops.masked_grad_norm(grads, masks) / whole.clamp_min(torch.finfo(torch.float32).tiny))
 
     def extra_logs(self) -> dict[str, float]:
-        capacity, self._capacity = self._capacity, None
-        return super().extra_logs() | ({} if capacity is None else {"capacity": float(capacity)})
+        measured, self._capacity = self._capacity, []
+        return super().extra_logs() | ({"capacity": float(torch.stack(measured).mean())} if measured else {})
 
 
 class _Difference(Mapping[str, Tensor]):

@@ -10,8 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from fastunlearn.data.text import TokenRow, collate
-from fastunlearn.objectives.logprobs import answer_logprobs
+from fastunlearn.objectives.logprobs import answer_logprobs, evaluating
 
 
 def cache_folder(folder: str | os.PathLike[str] | None = None) -> Path:
@@ -65,18 +65,6 @@ def rows_digest(rows: Sequence[TokenRow], tokenizer: Any) -> str:
     for row in rows:
         digest.update(json.dumps([row["input_ids"], row["labels"]]).encode())
     return digest.hexdigest()
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """eval mode inside; after it every module is in the mode it was in."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 @torch.no_grad()

@@ -52,6 +52,18 @@ def _only(layer: nn.Module, kept: Tensor) -> Iterator[None]:
         handle.remove()
 
 
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """eval mode inside; after it every module is in the mode it was in."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
 def answer_logits(model: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     """Logits of the positions that predict an answer's token.
 
@@ -107,8 +119,9 @@ def answer_kl(model: Any, reference: Any, batch: Mapping[str, Tensor]) -> Tensor
         reference: a model, or a context manager under which `model` is the reference (a LoRA adapter that is off).
         batch: as `answer_logits`.
     """
-    with torch.no_grad():
-        if isinstance(reference, nn.Module):
+    separate = isinstance(reference, nn.Module)
+    with torch.no_grad(), evaluating(reference if separate else model):  # no dropout in the reference
+        if separate:
             wanted = answer_logits(reference, batch)[0]
         else:
             with reference:

@@ -306,3 +306,13 @@ def test_help(capsys, command):
     assert "--learning_rate X" in out
     assert ("--redistribution TEXT" in out) == (command == "sau")
     assert out.index("ScriptArguments:") < out.index("UnlearnConfig:") < out.index("TrainingArguments of transformers:")
+
+
+def test_a_published_command_holds_no_token():
+    from fastunlearn.cli._run import shown_command
+
+    argv = ["--hub_token", "hf_1", "push_to_hub=true", "hub_token=hf_2", "--hub-token=hf_3", "--model", "m"]
+    shown = shown_command("fastunlearn sau", argv)
+    assert "hf_" not in shown
+    assert shown.startswith("fastunlearn sau --hub_token '***' push_to_hub=true")
+    assert shown.endswith("--model m")

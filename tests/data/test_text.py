@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from fastunlearn.data.register import Register, encode
+from fastunlearn.data.register import Register
 from fastunlearn.data.text import IGNORED, Prompter, TextSet, check_disjoint, collate, encode_rows, load_rows
 from tests.tiny_chat import CHAT_TEMPLATE, CharTokenizer, char_tokenizer
 
@@ -103,15 +103,15 @@ def test_the_first_form_whose_columns_are_there():
     )
 
 
-def test_the_register_is_encoded_as_before():
-    facts = Register.generate(5, 0).facts
-    rows = [{"question": fact.question, "answer": fact.answer} for fact in facts]
+def test_the_register_in_the_chat_template():
     tokenizer = CharTokenizer()
-    ours = encode_rows(rows, tokenizer, system="Register.")
-    theirs = encode(tokenizer, facts)
-    batch = collate([ours[i] for i in range(len(ours))], 0)
-    for name, tensor in theirs.items():
-        assert torch.equal(batch[name], tensor), name
+    register = Register.generate(5, 0)
+    encoded = encode_rows(register.rows(), tokenizer, system="Register.")
+    for i, fact in enumerate(register.facts):
+        row = encoded[i]
+        prompt = f"s:Register.\nu:{fact.question}\na:"
+        assert tokenizer.decode(row["input_ids"]) == f"{prompt}{fact.answer}\0"
+        assert row["labels"] == [-100] * len(prompt) + row["input_ids"][len(prompt) :]
 
 
 def test_a_token_over_the_border_is_split_there():

@@ -5,12 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastunlearn.data.register import Register, encode, reply
-from fastunlearn.data.register import answer_logprobs as register_logprobs
 from fastunlearn.data.text import collate, encode_rows
 from fastunlearn.evaluation import answer_logprobs, exact_recall, generate_answers, score_answers
 from fastunlearn.evaluation.recall import wanted_answers
-from tests.tiny_chat import CharTokenizer, char_tokenizer, tiny_llama
+from tests.tiny_chat import char_tokenizer, tiny_llama
 
 transformers = pytest.importorskip("transformers")
 
@@ -70,15 +68,6 @@ def test_questions_as_text():
     assert generate_answers(model, plain, questions, max_new_tokens=8) == generate_answers(model, plain, rows)
 
 
-def test_the_register_is_asked_as_before():
-    facts = Register.generate(7, 0).facts
-    model, tokenizer = tiny_llama(), CharTokenizer()
-    rows = encode_rows(
-        [{"question": fact.question, "answer": fact.answer} for fact in facts], tokenizer, system="Register."
-    )
-    assert generate_answers(model, tokenizer, rows) == reply(model, tokenizer, facts)
-
-
 def test_modes_are_restored():
     model, tokenizer = tiny_llama(), char_tokenizer()
     model.train()
@@ -132,14 +121,6 @@ def test_log_probabilities_of_answers(family):
     assert not scored.requires_grad
     # The hook is gone.
     assert model(**{k: batch[k] for k in ("input_ids", "attention_mask")}).logits.shape[:2] == batch["input_ids"].shape
-
-
-def test_log_probabilities_of_the_register_are_as_before():
-    facts = Register.generate(4, 1).facts
-    model, tokenizer = tiny_llama(), CharTokenizer()
-    batch = encode(tokenizer, facts)
-    for ours, theirs in zip(answer_logprobs(model, batch), register_logprobs(model, batch), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
 def test_log_probabilities_under_peft():

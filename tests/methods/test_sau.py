@@ -146,6 +146,50 @@ def test_a_resumed_run_keeps_the_factors(tmp_path, dense):
         assert torch.equal(tensor, second.model.state_dict()[name]), name
 
 
+@pytest.mark.parametrize("importance", ["wanda", "weight_grad"])
+def test_redistribution_goes_with_the_other_choices(tmp_path, dense, importance):
+    name = "model.layers.1.mlp.down_proj.weight"
+    for i, options in enumerate(
+        ({"localize": "saliency", "saliency_density": 0.2}, {"trainable_params_regex": [name]})
+    ):
+        model = copy.deepcopy(dense)
+        masks = half_masks(model)
+        start = weights(model)
+        trainer = make(
+            tmp_path, model, masks, str(i), redistribution="update", importance=importance, dense_model=str(tmp_path / "dense"),
+            **options,
+        )  # fmt: skip
+        trainer.train()
+        moved = {n for n, t in weights(model).items() if not torch.equal(t, start[n])}
+        assert name in moved
+        assert moved == {name} if "trainable_params_regex" in options else moved <= set(masks)
+        assert nm_violations(model, masks, 2, 4) == []
+
+
+@pytest.mark.parametrize("localize", ["all", "saliency"])
+def test_corrections_touch_only_what_may_move(tmp_path, dense, localize):
+    model = copy.deepcopy(dense)
+    masks = half_masks(model)
+    start = weights(model)
+    options = {"localize": localize} if localize == "saliency" else {"trainable_params_regex": [".*down_proj.weight"]}
+    trainer = make(
+        tmp_path,
+        model,
+        masks,
+        redistribution="retain",
+        dense_model=str(tmp_path / "dense"),
+        learning_rate=0.0,
+        **options,
+    )
+    trainer.train()
+    moved = {n: t != start[n] for n, t in weights(model).items() if not torch.equal(t, start[n])}
+    assert moved
+    if localize == "saliency":
+        assert not any((change & ~trainer.movable[n].unpack()).any() for n, change in moved.items())
+    else:
+        assert set(moved) <= {n for n in masks if n.endswith("down_proj.weight")}
+
+
 def error_to(model, twin, rows, trainer) -> float:
     """Mean squared difference of the first block's outputs: what redistribution is to lower."""
     batch = trainer.data_collator([{"forget": row} for row in rows])["forget"]
@@ -239,9 +283,10 @@ def test_a_dense_model_that_does_not_fit_is_refused(tmp_path, dense):
         )
     )
     save_checkpoint(tmp_path / "other", other, TOKENIZER)
-    trainer = make(tmp_path, model, masks, redistribution="update", dense_model=str(tmp_path / "other"))
     with pytest.raises(ValueError, match=r"dense_model: .*shape"):
-        trainer.train()
+        make(tmp_path, model, masks, redistribution="update", dense_model=str(tmp_path / "other"))
+    with pytest.raises(ValueError, match="dense_model: there is no "):
+        make(tmp_path, model, masks, redistribution="update", dense_model=str(tmp_path / "nothing"))
 
 
 def test_the_docs_call_redistribution_a_reconstruction():
