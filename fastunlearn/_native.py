@@ -12,6 +12,7 @@ from functools import cache
 from types import ModuleType
 
 import torch  # before _C: both then share the OpenMP runtime (and so the threads) that torch brings
+from torch import Tensor
 
 #: The interface of csrc/bindings.cpp (kAbi there) that this Python calls: both go up when a signature changes.
 ABI = 3
@@ -47,6 +48,16 @@ DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 
 
 # The module whose cuda_* functions run on CPU tensors, while `host_cuda` is active.
 _host_cuda: ModuleType | None = None
+
+
+def in_memory(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy where its memory does not hold its entries row-major and as they are: what data_ptr() may be taken of.
+
+    `x._neg_view()` and the imaginary part of a conjugated tensor share memory that holds the opposite of what they are.
+    """
+    if tensor.is_contiguous() and not tensor.is_neg():
+        return tensor
+    return tensor.contiguous().resolve_neg()
 
 
 def library() -> ModuleType:

@@ -175,7 +175,7 @@ class Batch:
         self.masters: list[Tensor | None] = []
         self.scales: list[Tensor | None] = []
         self.indices: list[int] = []  #: numbers of the tensors, for the random numbers of rounding
-        self.copied = False  #: a gradient lay otherwise in memory than its parameter and was copied
+        self.copied = False  #: a gradient lay otherwise in memory than its parameter (or negated) and was copied
         self.grad_addresses: list[int] = []
         self._roundable = np.zeros(0, dtype=bool)
         self.moves = 0  #: how often the gradients have moved since
@@ -205,7 +205,7 @@ class Batch:
         for kind, tensor in (("first", first), ("second", second), ("master", master), ("lr_scale", scale)):
             if tensor is not None:
                 check_compact(slot, tensor, f"{kind} state with the {what}")
-        if grad.stride() != param.stride():
+        if grad.stride() != param.stride() or grad.is_neg():
             grad = torch.empty_strided(param.shape, param.stride(), dtype=grad.dtype, device=grad.device).copy_(grad)
             self.copied = True
         self.slots.append(slot)
@@ -292,6 +292,18 @@ def units(numels: Sequence[int], size: int) -> tuple[np.ndarray, np.ndarray]:
 _REBUILD = "rebuild the optimiser after changing a parameter's shape, dtype or device"
 
 
+def check_not_negated(tensor: Tensor, what: str) -> None:
+    """
+    Raises:
+        TypeError: a lazily negated view, which cannot be changed by its address.
+    """
+    if tensor.is_neg():
+        raise TypeError(
+            f"{what} is a lazily negated view, whose memory holds the opposite of its entries; want a tensor of its own "
+            "(tensor.resolve_neg())"
+        )
+
+
 def check_layout(slot: Slot, param: Tensor, what: str) -> None:
     """
     Raises:
@@ -303,6 +315,7 @@ def check_layout(slot: Slot, param: Tensor, what: str) -> None:
         raise ValueError(
             f"{what}: the parameter has shape {tuple(param.shape)}, its mask was made for {tuple(slot.shape)}; {_REBUILD}"
         )
+    check_not_negated(param, f"{what}: the parameter")
     if param.device != slot.device:
         raise ValueError(f"{what}: the parameter is on {param.device}, its mask was made for {slot.device}; {_REBUILD}")
     if not param.permute(slot.order).is_contiguous():
@@ -319,6 +332,7 @@ def check_compact(slot: Slot, tensor: Tensor, what: str) -> None:
     """
     if tensor.dtype != torch.float32:
         raise TypeError(f"{what}: is {tensor.dtype}, want torch.float32; leave the state in float32, or {_REBUILD}")
+    check_not_negated(tensor, f"{what}:")
     if tuple(tensor.shape) != (slot.count,) or not tensor.is_contiguous():
         raise ValueError(
             f"{what}: want a contiguous tensor of shape ({slot.count},), got shape {tuple(tensor.shape)} and strides "

@@ -55,7 +55,7 @@ def _checked_scale(grad_scale: Tensor | None, device: torch.device) -> Tensor | 
             f"grad_scale: want one float32 number on {device}, got {grad_scale.dtype} of shape {tuple(grad_scale.shape)} "
             f"on {grad_scale.device}"
         )
-    return grad_scale
+    return grad_scale.resolve_neg()
 
 
 def _batch(

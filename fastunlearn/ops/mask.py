@@ -36,7 +36,7 @@ def _pack(bools: Tensor) -> Tensor:
     """bool [rows, cols] -> bits."""
     if _backend.resolve(_OP, bools.device) == "reference":
         return reference.mask_pack(bools)
-    bools = bools.contiguous()
+    bools = _native.in_memory(bools)
     rows, cols = bools.shape
     bits = torch.empty(rows, (cols + 7) // 8, dtype=torch.uint8, device=bools.device)
     call = getattr(_native.library(), f"mask_pack_{_native.suffix(bools.device)}")

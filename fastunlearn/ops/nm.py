@@ -42,12 +42,23 @@ def _check_pattern(n: int, m: int, cols: int, what: str) -> None:
         )
 
 
+def _nan_words(n: int, m: int) -> str:
+    return f"nm_mask: scores hold NaN; a NaN ranks below every number, and still exactly {n} of {m} are kept"
+
+
 def _warn_nan(n: int, m: int) -> None:
-    warnings.warn(
-        f"nm_mask: scores hold NaN; a NaN ranks below every number, and still exactly {n} of {m} are kept",
-        RuntimeWarning,
-        stacklevel=3,
-    )
+    warnings.warn(_nan_words(n, m), RuntimeWarning, stacklevel=3)
+
+
+def _check_memory(what: str, scores: Tensor) -> None:
+    """Refuses what has no memory of its own that a kernel could read."""
+    if hasattr(scores, "to_local"):
+        raise TypeError(
+            f"{what}: want a plain tensor, got a DTensor; pass {what}.to_local() where whole rows are sharded (Shard(0)), else "
+            f"{what}.full_tensor()"
+        )
+    if scores.layout != torch.strided:
+        raise TypeError(f"{what}: want a dense tensor, got {scores.layout} ({what}.to_dense() converts)")
 
 
 def _capturing(device: torch.device) -> bool:
@@ -68,7 +79,7 @@ def _nm_bits(scores: Sequence[Tensor], n: int, m: int) -> list[Tensor]:
         if not _capturing(device) and any(bool(t.isnan().any()) for t in scores):
             _warn_nan(n, m)
         return [reference_mask.mask_pack(reference.nm_mask(t, n, m)) for t in scores]
-    scores = [t if t.is_contiguous() else t.contiguous() for t in scores]
+    scores = [_native.in_memory(t) for t in scores]
     bits = empty_bits([(t.shape[0], t.shape[1]) for t in scores], device)
     if _native.is_cuda(device):
         _nm_cuda(scores, bits, n, m)
@@ -114,7 +125,7 @@ def _nm_cuda(scores: Sequence[Tensor], bits: Sequence[Tensor], n: int, m: int) -
         if bool(seen):
             _warn_nan(n, m)
     elif not _capturing(device):
-        say_later(seen, lambda found: _warn_nan(n, m) if bool(found) else None)
+        say_later(seen, lambda found: [_nan_words(n, m)] if bool(found) else [], RuntimeWarning)
 
 
 @torch.library.custom_op("fastunlearn::nm_mask", mutates_args=())
@@ -151,8 +162,8 @@ def nm_mask(scores: Tensor | Sequence[Tensor], n: int, m: int) -> BitMask | list
 
     Scores are compared as they are, signs included: pass `weight.abs()` for a magnitude pattern, |W| * norm for Wanda's.
     -0.0 equals 0.0; ties keep the lowest column; NaN ranks below every number, -inf included (still exactly n a group are
-    kept, and a `RuntimeWarning` says so). A call on a GPU waits for nothing, so there the warning comes with a later call or from
-    `fastunlearn.ops.nm.check_nan()`; none comes from a CUDA graph; with n = 0 or n = m nothing is compared and nothing is
+    kept, and a `RuntimeWarning` says so). A native call on a GPU waits for nothing, so there the warning comes with a later call,
+    from `fastunlearn.ops.nm.check_nan()` or when the process ends; none comes from a CUDA graph; with n = 0 or n = m nothing is compared and nothing is
     warned of.
 
     Args:
@@ -166,8 +177,8 @@ def nm_mask(scores: Tensor | Sequence[Tensor], n: int, m: int) -> BitMask | list
         BitMask of scores.shape on the scores' device; for a list a list of them, whose bits share one allocation.
 
     Raises:
-        TypeError: scores are no floating tensor (or list of those), n or m no int. ValueError: n or m out of range, m does not
-        divide the columns, tensors on different devices. RuntimeError: several tensors while a CUDA graph is captured.
+        TypeError: scores are no dense floating tensor (or list of those), a DTensor, n or m no int. ValueError: n or m out of
+        range, m does not divide the columns, tensors on different devices or on meta (outside of tracing). RuntimeError: several tensors while a CUDA graph is captured.
 
     Example:
         >>> mask = fastunlearn.ops.nm_mask(layer.weight.detach().abs(), 2, 4)
@@ -183,17 +194,23 @@ def nm_mask(scores: Tensor | Sequence[Tensor], n: int, m: int) -> BitMask | list
             raise TypeError(f"{what}: want a tensor, got {type(t).__name__}")
         if not t.is_floating_point():
             raise TypeError(f"{what}: want a floating tensor, got {t.dtype} (scores.float() converts)")
+        _check_memory(what, t)
         if flat and t.device != flat[0].device:
             raise ValueError(f"{what}: on {t.device}, the first on {flat[0].device}; call once for every device")
         rows, cols = rows_cols(t.shape)
         _check_pattern(n, m, cols, what)
         flat.append(t.detach().reshape(rows, cols))
+    traced = _backend.traced(flat)
+    if flat and flat[0].is_meta and not traced:
+        raise ValueError(
+            f"{'scores' if single else 'scores[0]'}: on meta, which holds no values; want scores on a device"
+        )
     if single:
         assert isinstance(scores, Tensor)
-        bits = _nm_mask_op(flat[0], n, m) if _backend.traced(flat) else _nm_bits(flat, n, m)[0]
+        bits = _nm_mask_op(flat[0], n, m) if traced else _nm_bits(flat, n, m)[0]
         return BitMask(bits, scores.shape)
     if not flat:
         _check_pattern(n, m, 0, "scores")
         return []
-    found = _nm_masks_op(flat, n, m) if _backend.traced(flat) else _nm_bits(flat, n, m)
+    found = _nm_masks_op(flat, n, m) if traced else _nm_bits(flat, n, m)
     return [BitMask._of(b, t.shape) for b, t in zip(found, scores)]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Sequence
 from itertools import chain
 from typing import Any, overload
@@ -26,7 +25,7 @@ MAX_CLIP = 1e6  # squares of factors are summed in fp32
 
 def _flat(importance: Sequence[Tensor]) -> list[Tensor]:
     """[rows, cols] of each, row-major in memory."""
-    return [t.detach().reshape(rows_cols(t.shape)).contiguous() for t in importance]
+    return [_native.in_memory(t.detach().reshape(rows_cols(t.shape))) for t in importance]
 
 
 def _say_invalid(i: int, importance: Tensor) -> str:
@@ -129,15 +128,14 @@ def _run_triton(
     call.write(outs)
     sizes = [out.numel() for out in outs]
 
-    def say(found: Tensor) -> None:
+    def words(found: Tensor) -> list[str]:
         counts, wrong = found.tolist()
         said = [_say_size(i, n, want) for i, (n, want) in enumerate(zip(sizes, counts)) if n != want]
         said += [f"importance[{i}]: holds NaN, infinite or negative entries; its factors are NaN" for i, w in enumerate(wrong) if w]  # fmt: skip
-        for words in said[:3]:
-            warnings.warn(f"redistribution: {words}", UserWarning, stacklevel=2)
+        return [f"redistribution: {text}" for text in said[:3]]
 
     if call.found.is_cuda:
-        say_later(call.found, say)
+        say_later(call.found, words, UserWarning)
     else:
         counts, wrong = call.found.tolist()
         _raise_invalid(wrong, importance)
@@ -217,6 +215,10 @@ def _check_out(outs: Sequence[Any], device: torch.device) -> None:
                 else type(out).__name__
             )
             raise TypeError(f"out[{i}]: want a contiguous float32 tensor of one dimension, got {got}")
+        if out.is_neg():
+            raise TypeError(
+                f"out[{i}]: a lazily negated view, whose memory holds the opposite of its entries; want a tensor of its own"
+            )
         if out.device != device:
             raise ValueError(f"out[{i}]: on {out.device}, but importance[{i}] is on {device}")
 
@@ -267,13 +269,14 @@ def redistribution(
         mask: the survivors: a BitMask of the importance's shape, or a list of them.
         beta: strength, in [0, 1]; 0 gives factors of 1.
         clip: largest factor before it is normalised, in [1, 1e6].
-        out: where the factors go: float32 [survivors], contiguous, or a list of them. With it a call on a GPU waits for nothing;
-            an importance that is none, and an `out` of the wrong size (of which nothing beyond its end is written), are then
-            warned of by a later call or by `fastunlearn.ops.redistribute.check_nan()`.
+        out: where the factors go: float32 [survivors], contiguous, or a list of them. With it a call on a GPU that runs the
+            Triton kernels waits for nothing; an importance that is none, and an `out` of the wrong size (of which nothing beyond
+            its end is written), are then warned of by a later call, by `fastunlearn.ops.redistribute.check_nan()` or when the
+            process ends. Plain PyTorch (float64, `backend("reference")`) waits for its checks there, and raises.
 
     Returns:
-        float32 [survivors], one factor for each set bit in row-major order; a list of them for lists. Without `out` a call
-        on a GPU waits once, for the sizes.
+        float32 [survivors], one factor for each set bit in row-major order; a list of them for lists. Without `out` the Triton
+        kernels' call waits once, for the sizes.
 
     Raises:
         TypeError: no floating tensors, no BitMasks, `out` of another kind. ValueError: shapes, devices or lengths that differ,

@@ -34,9 +34,9 @@ def _dispatch(scores: Sequence[Tensor], grads: Sequence[Tensor], weights: Sequen
         reference.saliency_accumulate_(scores, grads, weights, kind)
         return
     # The kernels see flat memory. Scores of another layout are worked on as a copy and written back.
-    flat = [s if s.is_contiguous() else s.contiguous() for s in scores]
-    grads = [g if g.is_contiguous() else g.contiguous() for g in grads]
-    weights = [w if w.is_contiguous() else w.contiguous() for w in weights]
+    flat = [_native.in_memory(s) for s in scores]
+    grads = [_native.in_memory(g) for g in grads]
+    weights = [_native.in_memory(w) for w in weights]
     if backend == "triton":
         from fastunlearn.kernels import saliency as kernels
 

@@ -124,9 +124,9 @@ def uniform(scores: Sequence[Tensor]) -> list[Tensor]:
     """The scores contiguous and of one dtype: the widest that is there, float32 for a mixture of 16 bits."""
     dtypes = {t.dtype for t in scores}
     if len(dtypes) == 1:
-        return [t if t.is_contiguous() else t.contiguous() for t in scores]
+        return [_native.in_memory(t) for t in scores]
     dtype = torch.float64 if torch.float64 in dtypes else torch.float32
-    return [t.to(dtype).contiguous() for t in scores]
+    return [_native.in_memory(t.to(dtype)) for t in scores]
 
 
 def extents(scores: Iterable[Tensor]) -> list[tuple[int, int]]:
@@ -172,12 +172,18 @@ def addresses(bits: Sequence[Sequence[Tensor]]) -> Tensor:
     return integers(b.data_ptr() for row in bits for b in row)
 
 
-def warn_nan(nan: int, entries: int, wanted: int) -> None:
+def _nan_words(nan: int, entries: int, wanted: int) -> list[str]:
     """`wanted`: entries asked for, at most; 0 where that is not known for all scopes together."""
     if not nan:
-        return
+        return []
     short = f"; only {entries - nan} of the {wanted} entries asked for are there to select" * (wanted > entries - nan)
-    warnings.warn(f"topk_mask: {nan} of {entries} scores are NaN and never selected{short}", UserWarning, stacklevel=5)
+    return [f"topk_mask: {nan} of {entries} scores are NaN and never selected{short}"]
+
+
+def warn_nan(nan: int, entries: int, wanted: int) -> None:
+    """As `_nan_words`."""
+    for text in _nan_words(nan, entries, wanted):
+        warnings.warn(text, UserWarning, stacklevel=5)
 
 
 def refuse_capture(device: torch.device) -> None:
@@ -210,7 +216,7 @@ def _select(
     wanted = max(sum(c * rows for c, (rows, _) in zip(row, per_scope)) for row in counts)
     entries = sum(rows * cols for rows, cols in shapes)
     if isinstance(found, Tensor):
-        say_later(found, lambda nan: warn_nan(int(nan), entries, wanted))
+        say_later(found, lambda nan: _nan_words(int(nan), entries, wanted), UserWarning)
     else:
         warn_nan(found, entries, wanted)
     return bits
@@ -371,7 +377,7 @@ def topk_mask(
 
     Returns:
         A `BitMask` for each tensor; for a list of densities a list of those. On a GPU nothing waits for the device, so the
-        warning of NaN comes with a later call or from `fastunlearn.ops.topk.check_nan()`.
+        warning of NaN comes with a later call, from `fastunlearn.ops.topk.check_nan()` or when the process ends.
 
     Raises:
         TypeError: scores are not a list of floating-point tensors; density or k is not a number.

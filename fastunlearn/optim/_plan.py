@@ -49,8 +49,8 @@ class Moving:
         self.states = [states[param] for param in self.params]
 
     def plain(self) -> bool:
-        """Whether all gradients have an address."""
-        return {grad.layout for grad in self.grads} <= {torch.strided}
+        """Whether all gradients have an address at which their entries lie as they are."""
+        return {grad.layout for grad in self.grads} <= {torch.strided} and not any(map(Tensor.is_neg, self.grads))
 
     def signature(self, names: Sequence[str]) -> list[Any]:
         """What tables are made from, but for the addresses of gradients.

@@ -14,6 +14,7 @@ from hypothesis import given
 
 import fastunlearn
 from fastunlearn import ops
+from fastunlearn.localize.patterns import parse_pattern, select
 from fastunlearn.ops.mask import rows_cols
 from tests.proof import OpProof, assert_equal
 
@@ -162,6 +163,25 @@ def test_nan_is_told_later_and_one_tensor_can_be_captured():
         assert_equal(captured, ops.nm_mask(scores, 2, 4))
 
 
+@pytest.mark.gpu
+def test_waits_for_nothing():
+    scores = [
+        _scores(s, d, "cuda")
+        for s, d in [((64, 64), torch.float32), ((9, 480), torch.float16), ((7, 64), torch.float32)]
+    ]
+    with fastunlearn.backend("native"):
+        want = ops.nm_mask(scores, 2, 4)
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            got = ops.nm_mask(scores, 2, 4)
+            alone = ops.nm_mask(scores[0], 2, 4)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert_equal([m.bits for m in got], [m.bits for m in want])
+    assert_equal(alone, want[0])
+
+
 values = st.sampled_from([0.0, -0.0, 1.0, -1.0, 2.0, 1e-40, -1e-40, math.inf, -math.inf, math.nan, 65504.0, 6e-8])
 
 
@@ -229,6 +249,55 @@ def test_nan_is_told_and_never_preferred(backend, request):
             warnings.simplefilter("error")
             assert ops.nm_mask(scores, 4, 4).density == 1.0
             assert ops.nm_mask(scores.nan_to_num(), 2, 4).density == 0.5
+
+
+@pytest.mark.parametrize("several", [False, True])
+@pytest.mark.parametrize(
+    ("make", "error", "words"),
+    [
+        (lambda x: x.to_sparse(), TypeError, "want a dense tensor, got torch.sparse_coo"),
+        (lambda x: x.to_sparse_csr(), TypeError, "want a dense tensor, got torch.sparse_csr"),
+        (lambda x: x.to("meta"), ValueError, "on meta, which holds no values"),
+    ],
+)
+def test_what_has_no_memory_is_refused(make, error, words, several):
+    scores = make(_scores((4, 8)))
+    with pytest.raises(error, match=(r"scores\[0\]: " if several else "scores: ") + words):
+        ops.nm_mask([scores] if several else scores, 2, 4)
+
+
+def test_dtensor_is_refused(tmp_path):
+    """Its data_ptr() is 0."""
+    import torch.distributed as dist
+    from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
+
+    scores = _scores((4, 8))
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        sharded = distribute_tensor(scores, init_device_mesh("cpu", (1,)), [Shard(0)])
+        with pytest.raises(
+            TypeError, match=r"scores: want a plain tensor, got a DTensor.*to_local\(\).*full_tensor\(\)"
+        ):
+            ops.nm_mask(sharded, 2, 4)
+        with pytest.raises(TypeError, match=r"scores\[1\]: want a plain tensor, got a DTensor"):
+            ops.nm_mask([scores, sharded], 2, 4)
+        with pytest.raises(TypeError, match="want a plain tensor, got a DTensor"):
+            select(sharded, parse_pattern("2:4"))
+        assert_equal(ops.nm_mask(sharded.to_local(), 2, 4), ops.nm_mask(scores, 2, 4))
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("backend", ["native", "reference", "bodies"])
+def test_lazily_negated(backend, request):
+    """A view that shares memory with its opposite: what it is counts, not what lies there."""
+    scores = _scores((24, 40))
+    lazy = torch._neg_view(scores)
+    bodies = backend == "bodies"
+    host = fastunlearn._native.host_cuda(request.getfixturevalue("simt_module")) if bodies else nullcontext()
+    with host, fastunlearn.backend("native" if bodies else backend):
+        assert_equal(ops.nm_mask(lazy, 2, 4), ops.nm_mask(-scores, 2, 4))
+        assert_equal(ops.nm_mask([scores, lazy.t()], 4, 8)[1], ops.nm_mask((-scores).t(), 4, 8))
 
 
 @pytest.mark.parametrize("backend", ["native", "reference"])

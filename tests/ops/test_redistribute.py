@@ -207,6 +207,17 @@ def test_layouts(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_lazily_negated(backend):
+    below = -torch.rand(30, 44)
+    mask = _packed(torch.rand(30, 44) < 0.5)
+    with fastunlearn.backend(backend):
+        want = ops.redistribution(-below, mask)
+        assert_equal(ops.redistribution(torch._neg_view(below), mask), want)
+        with pytest.raises(TypeError, match=r"out\[0\]: a lazily negated view"):
+            ops.redistribution(-below, mask, out=torch._neg_view(torch.zeros_like(want)))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
     ("value", "words"),
     [(math.nan, "1 NaN"), (math.inf, "1 infinite"), (-1.0, "1 negative"), (3e38, "row whose sum is beyond")],
@@ -311,6 +322,66 @@ def test_warned_of_later():
     assert any("importance[1]" in str(w.message) for w in said)
     assert out[1].isnan().all()
     assert not out[0].isnan().any()
+
+
+@pytest.mark.gpu
+def test_waits_for_nothing():
+    args = _inputs([(40, 30), (9, 30), (300, 48)], dtypes=list(FLOATS.values()), device="cuda")
+    masks = _masks(args)
+    out = [torch.zeros(n, device="cuda") for n in args["sizes"]]
+    with fastunlearn.backend("triton"):
+        want = [t.clone() for t in ops.redistribution(args["importance"], masks, out=out)]  # compiles
+        for t in out:
+            t.zero_()
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            ops.redistribution(args["importance"], masks, out=out)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert_equal(out, want)
+
+
+def _ends_in_importance(rows, cols, device):
+    """No importance and nothing pruned in all rows but the last three: factors of 1 there, before they are normalised."""
+    x = torch.zeros(rows, cols, dtype=torch.float16, device=device)
+    bits = torch.full((rows, cols // 8), 0xFF, dtype=torch.uint8, device=device)
+    tail = torch.rand(3, cols, generator=torch.Generator().manual_seed(1)).half()
+    may = torch.rand(3, cols, generator=torch.Generator().manual_seed(2)) < 0.5
+    x[-3:], bits[-3:] = tail.to(device), _packed(may).bits.to(device)
+    out = torch.zeros((rows - 3) * cols + int(may.sum()), device=device)
+    ops.redistribution(x, BitMask(bits, x.shape), out=out)
+    raw = closed_form(tail, may, 1.0, 5.0)
+    raw = raw / raw.min() * _smallest(tail, may)
+    ones = (rows - 3) * cols
+    rms = math.sqrt((float(raw.square().sum()) + ones) / (len(raw) + ones))
+    assert torch.allclose(out[ones:].cpu().double(), raw / rms, rtol=1e-4, atol=0)
+    first, last = out[:ones].aminmax()
+    assert first == last
+    assert first.item() == pytest.approx(1 / rms, rel=1e-4)
+
+
+def _smallest(importance, may):
+    """The smallest factor before they are normalised."""
+    best = math.inf
+    for row, m in zip(importance.double(), may):
+        kept, lost = row[m], row[~m].sum()
+        best = min(best, float(torch.clamp(1 + lost / kept.sum() * kept / kept.mean(), max=5.0).min()))
+    return best
+
+
+@pytest.mark.parametrize("backend", ["reference", "native"])
+def test_the_last_rows_decide(backend):
+    """The case below in small."""
+    with fastunlearn.backend(backend):
+        _ends_in_importance(19, 256, "cpu")
+
+
+@pytest.mark.gpu
+def test_offsets_beyond_two_to_the_31():
+    """Entries and survivors past 2^31: nothing is a repetition of what a truncated offset would read or write."""
+    with fastunlearn.backend("triton"):
+        _ends_in_importance((1 << 16) + 3, 1 << 15, "cuda")
 
 
 X, M = torch.ones(4, 8), BitMask.ones((4, 8))

@@ -338,3 +338,18 @@ def test_in_a_cuda_graph():
 
 def test_kinds_match_the_native_numbers():
     assert list(KINDS.items()) == [("abs", 0), ("square", 1), ("signed", 2), ("weight_grad", 3)]
+
+
+@pytest.mark.parametrize("backend", ["reference", "native", "triton"])
+def test_lazily_negated(backend):
+    """What a view is counts, not what lies in the memory that it shares with its opposite."""
+    x, w = torch.randn(5, 9), torch.randn(5, 9)
+    with fastunlearn.backend(backend):
+        for score in (torch.zeros(5, 9), torch._neg_view(torch.zeros(5, 9))):
+            ops.saliency_accumulate_([score], [torch._neg_view(x)], kind="signed")
+            assert_equal(score.resolve_neg(), -x)
+            ops.saliency_accumulate_([score], [x], kind="signed")
+            assert not score.any()
+        score = torch.zeros(5, 9)
+        ops.saliency_accumulate_([score], [x], [torch._neg_view(w)], kind="weight_grad")
+        assert_equal(score, (x * w).abs())

@@ -462,3 +462,15 @@ def test_more_entries_than_a_32_bit_number():
     assert (got[bits[:, 0]] * 8 + bits[:, 1]).tolist() == [*places[:999].tolist(), n - 5]
     # The ties at zero fill up from the front.
     assert int(BitMask(many.unsqueeze(0), (n,)).count()) == 2**30
+
+
+@pytest.mark.parametrize("backend", ["reference", "native"])
+@pytest.mark.parametrize("scope", ["global", "tensor", "row"])
+def test_lazily_negated(backend, scope):
+    """What a view is counts, not what lies in the memory that it shares with its opposite."""
+    x, y = torch.randn(5, 9), torch.randn(7, 8).half()
+    with fastunlearn.backend(backend):
+        for a, b in ((x, x.flip(0)), (x, y)):  # one dtype, two
+            lazy = ops.topk_mask([torch._neg_view(a), torch._neg_view(b)], k=4, scope=scope)
+            for got, want in zip(lazy, ops.topk_mask([-a, -b], k=4, scope=scope)):
+                assert_equal(got, want)

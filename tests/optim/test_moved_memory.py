@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastunlearn import BitMask, backend, optim
+from fastunlearn import BitMask, backend, ops, optim
 
 BACKENDS = ["reference", "native", "triton"]
 SHAPES = [(64, 64), (40,), (6, 5, 3, 3)]
@@ -223,3 +223,28 @@ def test_bool_masks_where_triton_is_asked_for() -> None:
         params, _, optimizer = setup()
         step(params, optimizer)
     assert optimizer.state[params[0]]["step"] == 1
+
+
+def test_lazily_negated_gradients() -> None:
+    """What a view is counts, also when it comes after tables were made for gradients that are none."""
+    steps = [torch.randn(6, 10, generator=torch.Generator().manual_seed(i)) for i in range(4)]
+    ends = []
+    for lazy in (False, True):
+        param = torch.nn.Parameter(torch.ones(6, 10))
+        optimizer = optim.MaskedAdamW([param], None, lr=0.1)
+        for i, g in enumerate(steps):
+            param.grad = torch._neg_view(g) if lazy and i in (0, 2) else (-g if i in (0, 2) else g.clone())
+            optimizer.step()
+        ends.append(param.detach().clone())
+    assert torch.equal(*ends)
+
+
+def test_lazily_negated_parameters_are_refused() -> None:
+    bits = torch.ones(6, 10, dtype=torch.bool)
+    state = [torch.zeros(60)], [torch.zeros(60)]
+    with pytest.raises(TypeError, match="the parameter is a lazily negated view"):
+        ops.masked_adamw_([torch._neg_view(torch.ones(6, 10))], [torch.ones(6, 10)], [bits], *state, [1])
+    with pytest.raises(TypeError, match="is a lazily negated view"):
+        ops.masked_adamw_(
+            [torch.ones(6, 10)], [torch.ones(6, 10)], [bits], [torch._neg_view(state[0][0])], state[1], [1]
+        )
