@@ -34,6 +34,38 @@ _EXACT_BYTES = 1 << 28
 
 
 @contextmanager
+def _full_precision() -> Iterator[None]:
+    """fp32 products in fp32 inside the `with`: neither TF32 on a GPU nor bfloat16 on a CPU, whatever is allowed outside.
+
+    torch keeps this twice, by `set_float32_matmul_precision` (and `allow_tf32`) and by `fp32_precision`, and raises where the two
+    disagree: each is put back by what it was set with.
+    """
+    backends = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before = [backend.fp32_precision for backend in backends]
+    try:
+        legacy = torch.get_float32_matmul_precision()
+    except RuntimeError:
+        legacy = "highest"  # untouched: the precision was set by `fp32_precision` alone
+    if legacy == "highest" and all(precision in ("none", "ieee") for precision in before):
+        yield
+        return
+    if legacy != "highest":
+        torch.set_float32_matmul_precision("highest")
+    for backend in backends:
+        backend.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        if legacy != "highest":
+            torch.set_float32_matmul_precision(legacy)
+        for backend, precision in zip(backends, before):
+            # "none" inherits: only what was set for this backend itself is set again.
+            backend.fp32_precision = "none"
+            if backend.fp32_precision != precision:
+                backend.fp32_precision = precision
+
+
+@contextmanager
 def input_hessians(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
     """H = (2/n) X X^T of the inputs that linear layers see inside the `with`, n being the number of tokens; read them after it.
 
@@ -45,24 +77,28 @@ def input_hessians(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor
         layers: name -> layer, called with one tensor [..., in].
 
     Yields:
-        A dict that holds name -> fp32 [in, in] when the `with` ends, also under autocast. Layers that were never called are
-        missing.
+        A dict that holds name -> fp32 [in, in] when the `with` ends, also under autocast and with TF32 allowed. Layers that
+        were never called are missing. Under `torch.inference_mode()` every layer pays for its own product.
     """
     sums: dict[str, Tensor] = {}
     tokens: dict[str, int] = {}
     last: list[tuple[Tensor, int, Tensor]] = []
 
     def add(name: str, x: Tensor) -> None:
-        flat = x.detach().reshape(-1, x.shape[-1])
-        if not (last and last[0][0] is x and last[0][1] == x._version):
-            with torch.autocast(x.device.type, enabled=False):
-                wide = flat.float()
-                last[:] = [(x, x._version, wide.T @ wide)]
-        product = last[0][2]
-        if name in sums:
-            sums[name] += product
-        else:
-            sums[name] = product.clone()
+        # The sums outlive an inference mode that the layers may run in.
+        with torch.inference_mode(False), torch.no_grad():
+            flat = x.detach().reshape(-1, x.shape[-1])
+            # An inference tensor does not count what is written to it.
+            version = -1 if x.is_inference() else x._version
+            if not (last and last[0][0] is x and last[0][1] == version >= 0):
+                with torch.autocast(x.device.type, enabled=False), _full_precision():
+                    wide = flat.float()
+                    last[:] = [(x, version, wide.T @ wide)]
+            product = last[0][2]
+            if name in sums:
+                sums[name] += product
+            else:
+                sums[name] = product.clone()
         tokens[name] = tokens.get(name, 0) + len(flat)
 
     with torch.no_grad(), ExitStack() as hooks:
@@ -164,6 +200,7 @@ def _working_copy(weight: Tensor) -> Tensor:
 
 
 @torch.no_grad()
+@_full_precision()
 def sparsegpt_sweep(
     weight: Tensor, hessian: Tensor, pattern: Pattern | str | float, *, damping: float = 0.01, block_size: int = 128
 ) -> tuple[Tensor, BitMask]:
@@ -218,6 +255,7 @@ def sparsegpt_sweep(
 
 
 @torch.no_grad()
+@_full_precision()
 def obs_compensate(
     delta: Tensor,
     mask: BitMask,

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastunlearn import BitMask
 from fastunlearn.localize import input_hessians, input_norms, obs_compensate, parse_pattern, sparsegpt_sweep
@@ -265,6 +266,78 @@ def test_hessians_are_fp32_under_autocast_and_of_bf16():
         carried = obs_compensate(weight, inside[1], hessians["l"])
     assert torch.equal(inside[0], sparsegpt_sweep(weight, hessians["l"], "2:4")[0])
     assert torch.equal(carried, inside[0])
+
+
+class Precisions(TorchDispatchMode):
+    """What is allowed of fp32 when a product runs."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm_):
+            backends = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+            self.seen += [(torch.get_float32_matmul_precision(), *(b.fp32_precision for b in backends))]
+        return func(*args, **(kwargs or {}))
+
+
+def _precisions():
+    backends = torch.backends, torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+    return [b.fp32_precision for b in backends]
+
+
+@pytest.mark.parametrize("way", ["medium", "allow_tf32", "fp32_precision", "inherited"])
+def test_products_are_fp32_whatever_is_allowed(way):
+    weight, x = torch.randn(6, 20), torch.randn(64, 20)
+    before = _precisions()
+    try:
+        if way == "medium":
+            torch.set_float32_matmul_precision("medium")
+        elif way == "allow_tf32":
+            torch.backends.cuda.matmul.allow_tf32 = True
+        elif way == "fp32_precision":
+            torch.backends.cuda.matmul.fp32_precision = "tf32"
+        else:
+            torch.backends.fp32_precision = "tf32"
+        allowed = _precisions()
+        with Precisions() as mode:
+            layer = nn.Identity()  # without a product of its own
+            with input_hessians({"l": layer}) as hessians:
+                layer(x)
+            assert mode.seen
+            _, mask = sparsegpt_sweep(weight, hessians["l"], "2:4", block_size=8)
+            obs_compensate(weight, mask, hessians["l"], block_size=8, steps=2)
+        assert len(mode.seen) > 4
+        assert set(mode.seen) == {("highest", "ieee", "ieee")}
+        assert _precisions() == allowed
+        if way == "medium":
+            assert torch.get_float32_matmul_precision() == "medium"
+        if way == "inherited":
+            torch.backends.fp32_precision = "none"
+            assert _precisions()[1] == "none"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+        backends = torch.backends, torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+        for backend, precision in zip(backends, before):
+            backend.fp32_precision = precision
+
+
+@pytest.mark.parametrize("outside", [False, True])
+def test_hessians_in_inference_mode(outside):
+    """Inference tensors count no writes: a buffer that is used again gives no old product."""
+    layer, other = nn.Linear(5, 3), nn.Linear(5, 2)
+    first, second = torch.randn(8, 5), torch.randn(8, 5)
+    modes = torch.inference_mode(outside), input_hessians({"a": layer, "b": other}), torch.inference_mode()
+    with modes[0], modes[1] as hessians, modes[2]:
+        x = first.clone()
+        layer(x)
+        x.copy_(second)
+        other(x)
+        layer(x)
+    both = torch.cat([first, second]).double()
+    assert torch.allclose(hessians["a"].double(), hessian_of(both), atol=1e-5)
+    assert torch.allclose(hessians["b"].double(), hessian_of(second.double()), atol=1e-5)
 
 
 def test_bad_input():
