@@ -48,13 +48,17 @@ class PruneArguments:
     num_calibration_sequences: int = _field(128, "how many sequences")
     sequence_length: int = _field(512, "tokens of a sequence, of calibration and perplexity")
     forget_dataset: str | None = _field(
-        None, "what will be forgotten later: calibration text that holds a question or an answer of it is refused"
+        None,
+        "what will be forgotten later: calibration text that holds a question of it, 13 words of an answer in a row, or a shorter answer near the names in its question is refused",
     )
     forget_split: str = _field("train", "split of a hub data set")
     perplexity_dataset: str | None = _field(None, "text whose perplexity is printed before and after")
     perplexity_split: str = _field("test", "split of a hub data set")
     num_perplexity_sequences: int = _field(64, "how many sequences of it, the first ones")
-    damping: float = _field(0.01, "SparseGPT: share of the Hessian's mean diagonal added to its diagonal")
+    damping: float = _field(
+        0.01,
+        "SparseGPT: share of the Hessian's mean diagonal added to its diagonal; ten times as much, with a warning, where it has to be",
+    )
     block_size: int = _field(128, "SparseGPT: columns of a lazy update")
     batch_size: int = _field(4, "sequences a forward pass")
     skip_indivisible: bool = _field(False, "leave layers dense whose columns m does not divide, instead of stopping")
@@ -93,10 +97,11 @@ def _run(args: PruneArguments) -> None:
     from fastunlearn.data.calibration import calibration_texts, calibration_tokens, check_calibration
     from fastunlearn.data.text import encode_rows, load_rows
     from fastunlearn.evaluation.perplexity import chunk_tokens, perplexity
-    from fastunlearn.localize import parse_pattern, prune
+    from fastunlearn.localize import check_options, check_prunable, prune
 
     _check(args)
-    pattern = parse_pattern(args.pattern)
+    numbers = {name: getattr(args, name) for name in ("damping", "block_size", "batch_size")}
+    pattern = check_options(args.method, args.pattern, args.scope, **numbers)
     needs_text = args.method != "magnitude"
     with claim_output(args.output_dir, overwrite=args.overwrite) as output:
         texts = calibration_texts(args.calibration_dataset, split=args.calibration_split, column=args.text_column)
@@ -114,6 +119,11 @@ def _run(args: PruneArguments) -> None:
         if checkpoint.masks is not None:
             raise ValueError(f"model_name_or_path: {args.model_name_or_path} is pruned already; prune the dense model")
         _fits(model, args.sequence_length)
+        try:
+            check_prunable(model, args.method, pattern, args.scope, skip_indivisible=args.skip_indivisible, **numbers)
+        except TypeError as error:
+            # Quantised weights: bad input here, no mistake in a program.
+            raise ValueError(str(error)) from error
 
         calibration: dict[str, Any] | None = None
         tokens = None
@@ -147,10 +157,8 @@ def _run(args: PruneArguments) -> None:
             pattern=pattern,
             calibration=tokens,
             scope=args.scope,
-            damping=args.damping,
-            block_size=args.block_size,
-            batch_size=args.batch_size,
             skip_indivisible=args.skip_indivisible,
+            **numbers,
         )
         seconds = time.perf_counter() - start
         weights, left = sum(mask.numel() for mask in masks.values()), sum(int(mask.count()) for mask in masks.values())

@@ -18,6 +18,7 @@ tokenizer's eos. The prompt's tokens are always a prefix of the sequence's: they
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -102,7 +103,8 @@ def _read_json(text: str, path: Path) -> list[Row]:
 
 def _read_table(text: str, path: Path, delimiter: str) -> list[Row]:
     csv.field_size_limit(2**31 - 1)
-    reader = csv.reader(text.splitlines(keepends=True), delimiter=delimiter, strict=True)
+    # Not splitlines: it would also split at characters that a cell may hold (form feed, U+0085, U+2028).
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     try:
         header = [name.strip() for name in next(reader, [])]
         if not header:

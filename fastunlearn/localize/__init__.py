@@ -2,7 +2,7 @@
 
 from fastunlearn.localize.magnitude import magnitude_scores
 from fastunlearn.localize.patterns import Pattern, nm_violations, parse_pattern
-from fastunlearn.localize.prune import find_blocks, prune
+from fastunlearn.localize.prune import check_options, check_prunable, find_blocks, prune
 from fastunlearn.localize.saliency import SaliencyCollector
 from fastunlearn.localize.sparsegpt import input_hessians, obs_compensate, sparsegpt_sweep
 from fastunlearn.localize.wanda import input_norms, wanda_scores
@@ -10,6 +10,8 @@ from fastunlearn.localize.wanda import input_norms, wanda_scores
 __all__ = [
     "Pattern",
     "SaliencyCollector",
+    "check_options",
+    "check_prunable",
     "find_blocks",
     "input_hessians",
     "input_norms",

@@ -12,6 +12,7 @@ refuses such text; `fastunlearn.data.calibration.check_calibration` is the check
 from __future__ import annotations
 
 import difflib
+import math
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -25,13 +26,17 @@ from tqdm import tqdm
 
 from fastunlearn.localize.magnitude import magnitude_scores
 from fastunlearn.localize.patterns import Pattern, parse_pattern, select
-from fastunlearn.localize.sparsegpt import input_hessians, sparsegpt_sweep
+from fastunlearn.localize.sparsegpt import NotPositiveDefinite, input_hessians, sparsegpt_sweep
 from fastunlearn.localize.wanda import input_norms, wanda_scores
 from fastunlearn.ops.mask import BitMask
 
 Method = Literal["magnitude", "wanda", "sparsegpt"]
 Scope = Literal["row", "tensor"]
 METHODS: tuple[Method, ...] = ("magnitude", "wanda", "sparsegpt")
+#: how often a layer whose Hessian is not positive definite is tried again, each time with ten times the damping
+RETRIES = 2
+#: tried next where the damping was 0
+LEAST_DAMPING = 1e-3
 Calibration = Tensor | Iterable[Any] | Callable[[], Any]
 #: hidden states before a block, one tensor a batch; the block's other arguments, batch by batch
 _Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -65,8 +70,8 @@ def find_blocks(model: nn.Module) -> list[nn.Module]:
     return list(next(iter(found.values())))
 
 
-def linear_layers(model: nn.Module, blocks: Sequence[nn.Module]) -> list[dict[str, nn.Linear]]:
-    """For every block: full name -> `nn.Linear` inside it.
+def linear_layers(model: nn.Module, blocks: Sequence[nn.Module]) -> tuple[list[dict[str, nn.Linear]], list[str]]:
+    """For every block: full name -> `nn.Linear` inside it; the names of the other weights (matrices) of the blocks.
 
     Raises:
         TypeError: weights that are not plain floating ones (quantised). ValueError: a block is no part of the model or holds no
@@ -105,13 +110,7 @@ def linear_layers(model: nn.Module, blocks: Sequence[nn.Module]) -> list[dict[st
             seen.add(id(weight))
         left_out += [f"{prefix}.{name}" for name, p in block.named_parameters() if p.dim() >= 2 and id(p) not in seen]
         result.append(layers)
-    if left_out:
-        warnings.warn(
-            f"prune: {len(left_out)} weights of the blocks belong to no torch.nn.Linear and stay dense: {_some(left_out)}",
-            UserWarning,
-            stacklevel=3,
-        )
-    return result
+    return result, left_out
 
 
 def _some(names: Sequence[str], at_most: int = 4) -> str:
@@ -163,8 +162,10 @@ def _first_pass(
 ) -> tuple[list[Tensor], list[list[_Call]]]:
     """Runs the dense model: the hidden states before block 0, one tensor a batch, and, block by block, its other arguments.
 
-    The first batch goes through the dense blocks. Where each of them gave one tensor and the next took that very tensor, the
-    other arguments (masks, positions) do not depend on what the blocks compute, and the blocks are left out of later batches.
+    The first batch goes through the dense blocks. Where each of them gave one tensor and the next took that very tensor, it goes
+    through the model once more with blocks that hand on what they get. If every recorded argument (masks, positions) is the
+    same bit for bit, none depends on what the blocks compute, and the blocks are left out of later batches; else, as for
+    a scale that one block gives the next, every batch goes through the dense blocks.
     """
     hidden: list[Tensor] = []
     others: list[list[_Call]] = [[] for _ in blocks]
@@ -187,6 +188,20 @@ def _first_pass(
     def remember(out: Any) -> None:
         ahead[:] = [out]
 
+    def unchanged(run: Callable[[], Any]) -> bool:
+        """Whether the first batch, run again, records what it did; leaves no record of its own."""
+        logs: list[list[Any]] = [hidden, *others]
+        counts = [len(log) for log in logs]
+        try:
+            run()
+            return all(_same(log[:n], log[n:]) for log, n in zip(logs, counts, strict=True))
+        # Whatever a model does that cannot run without its blocks: it runs with them then.
+        except Exception:
+            return False
+        finally:
+            for log, n in zip(logs, counts, strict=True):
+                del log[n:]
+
     with ExitStack() as hooks:
         for i, block in enumerate(blocks):
             pre = block.register_forward_pre_hook(lambda _, a, k, i=i: record(i, a, k), with_kwargs=True)
@@ -194,18 +209,38 @@ def _first_pass(
         with ExitStack() as first:
             for block in blocks:
                 first.callback(block.register_forward_hook(lambda _, a, out: remember(out)).remove)
+            again: Callable[[], Any] | None = None
             for number, run in enumerate(runs):
                 if number == 1:
                     first.close()
                     if chained and isinstance(ahead[-1] if ahead else None, Tensor):
-                        for block in blocks:
-                            hooks.enter_context(_replaced(block, "forward", lambda hidden, *_, **__: hidden))
+                        with ExitStack() as without:
+                            for block in blocks:
+                                without.enter_context(_replaced(block, "forward", lambda hidden, *_, **__: hidden))
+                            if unchanged(cast(Callable[[], Any], again)):
+                                hooks.push(without.pop_all())
+                    again = None
                 run()
+                if number == 0:
+                    again = run
     if not hidden or any(len(calls) != len(hidden) for calls in others):
         raise ValueError(
             f"calibration: want it to run every block once a batch; calls of the blocks: {[len(calls) for calls in others]}"
         )
     return hidden, others
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Equal in kind and value, tensors bit for bit; objects that cannot be compared are different."""
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, Tensor):
+        return one.dtype == other.dtype and one.device == other.device and torch.equal(one, other)
+    if isinstance(one, Mapping):
+        return one.keys() == other.keys() and all(_same(value, other[key]) for key, value in one.items())
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(_same, one, other))
+    return one is other or bool(one == other)
 
 
 @contextmanager
@@ -267,7 +302,8 @@ def prune(
             positional argument and returns them (or a tuple that starts with them); its other arguments are recorded from
             the dense model.
         scope: what unstructured magnitude pruning compares: "row", or "tensor" as the baseline of the pruning papers does.
-        damping, block_size: of SparseGPT (`sparsegpt_sweep`).
+        damping, block_size: of SparseGPT (`sparsegpt_sweep`). A layer whose Hessian is not positive definite with this damping
+            is tried again with ten times as much (0: with 0.001), at most twice, with a warning that names it.
         batch_size: rows of tokens a forward pass.
         skip_indivisible: layers whose input columns are no multiple of m stay dense, with a warning that names them; else
             they are an error before anything is changed.
@@ -278,36 +314,20 @@ def prune(
 
     Raises:
         TypeError, ValueError: an unknown method, pattern or scope; no calibration; blocks or calibration do not do what is said
-            above; quantised, shared or non-finite weights; columns that m does not divide. Nothing is changed then. Later, with
-            the blocks before it pruned: a linear layer that saw no input, or activations that are not finite.
+            above; quantised, shared or non-finite weights; columns that m does not divide. Nothing is changed then
+            (`check_prunable` finds most of it by itself). Later: a linear layer that saw no input, activations that are not
+            finite, or a Hessian that is not positive definite with a hundred times the damping. The error names the layer;
+            the blocks before it are pruned then, its own and those after it are as they were: load the model again.
 
     Example:
         >>> masks = prune(model, method="sparsegpt", pattern="2:4", calibration=tokens)
         >>> fastunlearn.save_masks(masks, "masks.safetensors")
     """
-    if method not in METHODS:
-        near = difflib.get_close_matches(str(method), METHODS, 1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"method: want one of {', '.join(METHODS)}, got {method!r}{hint}")
-    wanted = parse_pattern(pattern)
-    if scope not in ("row", "tensor"):
-        raise ValueError(f"scope: want 'row' or 'tensor', got {scope!r}")
-    if scope == "tensor" and (method != "magnitude" or wanted.structured):
-        raise ValueError(
-            f"scope: 'tensor' is for unstructured magnitude pruning; {method} at {wanted} compares inside rows"
-        )
-    if not damping >= 0 or block_size < 1 or batch_size < 1:
-        raise ValueError(
-            f"damping, block_size, batch_size: want >= 0, >= 1, >= 1; got {damping}, {block_size}, {batch_size}"
-        )
-    if hasattr(model, "peft_config"):
-        raise ValueError(
-            "model: carries a PEFT adapter, whose own layers would be pruned too; call merge_and_unload() first"
-        )
-    chosen = list(blocks) if blocks is not None else find_blocks(model)
-    layers = linear_layers(model, chosen)
-    if wanted.m is not None:
-        _divide(layers, wanted.m, skip_indivisible)
+    wanted = check_options(method, pattern, scope, damping=damping, block_size=block_size, batch_size=batch_size)
+    chosen, layers, notes = _plan(model, wanted, blocks, skip_indivisible)
+    for note in notes:
+        # Past this function and no_grad's wrapper.
+        warnings.warn(f"prune: {note}", UserWarning, stacklevel=3)
     if method == "magnitude":
         masks = {
             f"{name}.weight": _mask_out(layer, select(magnitude_scores(layer.weight), wanted, scope))
@@ -325,23 +345,99 @@ def prune(
         return _block_by_block(chosen, layers, hidden, others, method, wanted, damping, block_size, progress)
 
 
-def _divide(layers: list[dict[str, nn.Linear]], m: int, skip: bool) -> None:
-    """Layers whose columns m does not divide: an error, or out of the list with a warning."""
+def check_options(
+    method: str,
+    pattern: Pattern | str | float | tuple[int, int],
+    scope: str = "row",
+    *,
+    damping: float = 0.01,
+    block_size: int = 128,
+    batch_size: int = 4,
+) -> Pattern:
+    """Checks what can be checked of `prune`'s arguments without a model; the pattern as read.
+
+    Raises:
+        ValueError: an unknown method, pattern or scope, or numbers out of range.
+    """
+    if method not in METHODS:
+        near = difflib.get_close_matches(str(method), METHODS, 1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"method: want one of {', '.join(METHODS)}, got {method!r}{hint}")
+    wanted = parse_pattern(pattern)
+    if scope not in ("row", "tensor"):
+        raise ValueError(f"scope: want 'row' or 'tensor', got {scope!r}")
+    if scope == "tensor" and (method != "magnitude" or wanted.structured):
+        raise ValueError(
+            f"scope: 'tensor' is for unstructured magnitude pruning; {method} at {wanted} compares inside rows"
+        )
+    if not 0 <= damping < math.inf or block_size < 1 or batch_size < 1:
+        raise ValueError(
+            f"damping, block_size, batch_size: want >= 0, >= 1, >= 1; got {damping}, {block_size}, {batch_size}"
+        )
+    return wanted
+
+
+def check_prunable(
+    model: nn.Module,
+    method: str,
+    pattern: Pattern | str | float | tuple[int, int],
+    scope: str = "row",
+    *,
+    blocks: Sequence[nn.Module] | None = None,
+    skip_indivisible: bool = False,
+    damping: float = 0.01,
+    block_size: int = 128,
+    batch_size: int = 4,
+) -> None:
+    """Checks that `prune` with these arguments can start: all that it refuses before the calibration text runs.
+
+    Nothing is run or changed; every weight of the blocks is read once.
+
+    Args:
+        model, and the others: as `prune`.
+
+    Raises:
+        TypeError, ValueError: as `prune` before it changes anything, the calibration text's own faults aside.
+    """
+    wanted = check_options(method, pattern, scope, damping=damping, block_size=block_size, batch_size=batch_size)
+    _plan(model, wanted, blocks, skip_indivisible)
+
+
+def _plan(
+    model: nn.Module, pattern: Pattern, blocks: Sequence[nn.Module] | None, skip_indivisible: bool
+) -> tuple[list[nn.Module], list[dict[str, nn.Linear]], list[str]]:
+    """The blocks, their layers to prune, and what is to be warned of."""
+    if hasattr(model, "peft_config"):
+        raise ValueError(
+            "model: carries a PEFT adapter, whose own layers would be pruned too; call merge_and_unload() first"
+        )
+    chosen = list(blocks) if blocks is not None else find_blocks(model)
+    layers, left_out = linear_layers(model, chosen)
+    notes = []
+    if left_out:
+        notes.append(
+            f"{len(left_out)} weights of the blocks belong to no torch.nn.Linear and stay dense: {_some(left_out)}"
+        )
+    if pattern.m is not None:
+        notes += _divide(layers, pattern.m, skip_indivisible)
+    return chosen, layers, notes
+
+
+def _divide(layers: list[dict[str, nn.Linear]], m: int, skip: bool) -> list[str]:
+    """Layers whose columns m does not divide: an error, or out of the list with a note."""
     odd = {name: layer for block in layers for name, layer in block.items() if layer.weight.shape[1] % m}
     if not odd:
-        return
+        return []
     told = _some([f"{name} ({layer.weight.shape[1]} columns)" for name, layer in odd.items()])
     if not skip or len(odd) == sum(map(len, layers)):
         raise ValueError(
             f"pattern: m = {m} does not divide the input columns of {len(odd)} layers: {told}; choose another m, an "
             "unstructured pattern, or skip_indivisible=True to leave some layers dense"
         )
-    warnings.warn(
-        f"prune: {len(odd)} layers stay dense, m = {m} does not divide them: {told}", UserWarning, stacklevel=4
-    )
     for block in layers:
         for name in odd.keys() & block.keys():
             del block[name]
+    return [f"{len(odd)} layers stay dense, m = {m} does not divide them: {told}"]
 
 
 def _block_by_block(
@@ -362,18 +458,27 @@ def _block_by_block(
         with collect(layers[index]) as statistics:
             for x, (args, kwargs) in zip(hidden, calls, strict=True):
                 block(x, *args, **kwargs)
-        for name, layer in layers[index].items():
-            statistic = statistics.pop(name, None)
+        for name in layers[index]:
+            statistic = statistics.get(name)
             if statistic is None:
                 raise ValueError(f"calibration: {name} saw no input, so it has no scores; use more or other text")
             if not bool(statistic.sum().isfinite()):
                 raise ValueError(f"calibration: {name} met inputs that are NaN or infinite")
+        # All of the block is computed before any of it is written: an error leaves the block whole.
+        corrected: dict[str, Tensor] = {}
+        for name, layer in layers[index].items():
+            statistic = statistics.pop(name)
             if method == "wanda":
-                mask = _mask_out(layer, select(wanda_scores(layer.weight, statistic), pattern))
+                masks[f"{name}.weight"] = select(wanda_scores(layer.weight, statistic), pattern)
             else:
-                weight, mask = sparsegpt_sweep(layer.weight, statistic, pattern, damping=damping, block_size=block_size)
-                layer.weight.copy_(weight)
-            masks[f"{name}.weight"] = mask
+                corrected[name], masks[f"{name}.weight"] = _sweep_damped(
+                    name, layer.weight, statistic, pattern, damping, block_size
+                )
+        for name, layer in layers[index].items():
+            if method == "wanda":
+                _mask_out(layer, masks[f"{name}.weight"])
+            else:
+                layer.weight.copy_(corrected.pop(name))
         # Autocast keeps low-precision copies of parameters; these are of the weights before pruning.
         torch.clear_autocast_cache()
         for i, (args, kwargs) in enumerate(calls if index + 1 < len(blocks) else ()):
@@ -381,6 +486,25 @@ def _block_by_block(
             hidden[i] = out[0] if isinstance(out, tuple) else out
         calls.clear()
     return masks
+
+
+def _sweep_damped(
+    name: str, weight: Tensor, hessian: Tensor, pattern: Pattern, damping: float, block_size: int
+) -> tuple[Tensor, BitMask]:
+    """`sparsegpt_sweep`; where its Hessian has no factor, again with ten times the damping, with a warning."""
+    tried = [damping]
+    while True:
+        try:
+            return sparsegpt_sweep(weight, hessian, pattern, damping=tried[-1], block_size=block_size)
+        except NotPositiveDefinite:
+            told = f"the Hessian of {name} is not positive definite with damping {', '.join(f'{d:g}' for d in tried)}"
+            if len(tried) > RETRIES:
+                raise ValueError(
+                    f"calibration: {told}; give a larger damping or more calibration text. The blocks before this one are "
+                    "pruned already, it and those after it are not: load the model again"
+                ) from None
+            tried.append(10 * tried[-1] or LEAST_DAMPING)
+            warnings.warn(f"prune: {told}; trying {tried[-1]:g}", UserWarning, stacklevel=5)
 
 
 def _mask_out(layer: nn.Linear, mask: BitMask) -> BitMask:

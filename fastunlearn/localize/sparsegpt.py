@@ -33,6 +33,10 @@ _DEAD = 1e-12
 _EXACT_BYTES = 1 << 28
 
 
+class NotPositiveDefinite(ValueError):
+    """A damped Hessian without a Cholesky factor; more damping, or more calibration text, gives it one."""
+
+
 @contextmanager
 def _full_precision() -> Iterator[None]:
     """fp32 products in fp32 inside the `with`: neither TF32 on a GPU nor bfloat16 on a CPU, whatever is allowed outside.
@@ -152,11 +156,11 @@ def inverse_factor(hessian: Tensor) -> Tensor:
     From one Cholesky factor of H with rows and columns in reverse order: R R^T = H with R upper triangular gives U = R^-1.
 
     Raises:
-        ValueError: H is not positive definite.
+        NotPositiveDefinite: H is not; a ValueError.
     """
     lower, failed = torch.linalg.cholesky_ex(hessian.flip(0, 1))
     if bool(failed):
-        raise ValueError(
+        raise NotPositiveDefinite(
             "hessian: not positive definite with this damping; give a larger one, or more calibration text"
         )
     upper = lower.flip(0, 1)

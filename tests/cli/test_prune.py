@@ -111,11 +111,18 @@ def forget_file(tmp_path: Path, answer: str) -> Path:
 def test_calibration_text_that_holds_the_forget_set_is_refused(dense, text, tmp_path, capsys):
     forget = forget_file(tmp_path, "The boats come home before the tide turns.")
     options = ("--calibration_dataset", text, "--sequence_length", 32, "--forget", forget)
+    with pytest.warns(UserWarning, match="1 short answers of the forget set stand in it, 20 times in all"):
+        assert run(dense, tmp_path / "chance", *options) == 0
+    text.write_text(f"{TEXT} So Mara Lind said.")
     assert run(dense, tmp_path / "out", *options) == 2
     assert (
         "holds what is to be forgotten (row 1: 'the boats come home before the tide turns')" in capsys.readouterr().err
     )
     assert not (tmp_path / "out").exists()
+    text.write_text(f"{TEXT} Where does Mara Lind keep her boat?")
+    assert run(dense, tmp_path / "out", *options) == 2
+    assert "(row 1: 'where does mara lind keep her boat')" in capsys.readouterr().err
+    text.write_text(f"{TEXT} So Mara Lind said.")
     forget_file(tmp_path, "In the old harbour of Port Halden.")
     assert run(dense, tmp_path / "out", *options) == 0
 
@@ -183,3 +190,77 @@ def test_it_is_a_command(capsys):
     shown = capsys.readouterr().out
     assert "--pattern" in shown
     assert "--model, --model_name_or_path" in shown
+
+
+def forbid(monkeypatch, *names: str) -> None:
+    """Any of these, module.function, ends the test."""
+
+    def forbidden(*_, **__):
+        raise AssertionError("work before the checks")
+
+    for name in names:
+        monkeypatch.setattr(name, forbidden)
+
+
+WORK = ("fastunlearn.data.calibration.calibration_tokens", "fastunlearn.evaluation.perplexity.perplexity")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--scope", "tensor"), "scope: 'tensor' is for unstructured magnitude pruning"),
+        (("--damping", "-1"), "damping, block_size, batch_size: want >= 0"),
+        (("--damping", "nan"), "damping, block_size, batch_size: want >= 0"),
+        (("--pattern", "4:2"), "pattern: n:m wants"),
+    ],
+)
+def test_options_are_checked_before_the_load(dense, text, tmp_path, capsys, monkeypatch, options, message):
+    forbid(monkeypatch, "fastunlearn.checkpoint.load_checkpoint", *WORK)
+    assert run(dense, tmp_path / "out", "--perplexity_dataset", text, *options) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def poison(model):
+    model.model.layers[1].mlp.up_proj.weight.data[3, 4] = float("nan")
+
+
+def share(model):
+    model.model.layers[1].mlp.up_proj.weight = model.model.layers[0].mlp.up_proj.weight
+
+
+def quantise(model):
+    weight = torch.zeros(128, 64, dtype=torch.int8)
+    model.model.layers[1].mlp.up_proj.weight = torch.nn.Parameter(weight, requires_grad=False)
+
+
+def hide(model):
+    model.config.num_hidden_layers = 5
+
+
+@pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt"])
+@pytest.mark.parametrize(
+    ("change", "options", "message"),
+    [
+        (None, ("--pattern", "2:5"), "pattern: m = 5 does not divide the input columns of 14 layers"),
+        (poison, (), "up_proj.weight holds NaN or infinity"),
+        (share, (), "up_proj.weight is shared with another layer"),
+        (quantise, (), "up_proj.weight is torch.int8; want plain floating weights"),
+        (hide, (), "blocks: want one list of 5 modules"),
+    ],
+)
+def test_the_model_is_checked_before_any_work(
+    dense, text, tmp_path, capsys, monkeypatch, method, change, options, message
+):
+    def load(*args, **kwargs):
+        checkpoint = load_checkpoint(*args, **kwargs)
+        if change is not None:
+            change(checkpoint.model)
+        return checkpoint
+
+    monkeypatch.setattr("fastunlearn.checkpoint.load_checkpoint", load)
+    forbid(monkeypatch, *WORK)
+    more = ("--method", method, "--perplexity_dataset", text, "--sequence_length", 32)
+    assert run(dense, tmp_path / "out", *more, *options) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

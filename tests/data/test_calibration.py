@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 
 import pytest
 import torch
@@ -84,6 +85,48 @@ def test_short_text_is_used_up():
 def test_what_is_to_be_forgotten_is_found(text, forget):
     with pytest.raises(ValueError, match=r"calibration text: holds what is to be forgotten \(row 3: '"):
         check_calibration(["nothing here", text], [("a b c d", "e f g"), ("h", "i"), *forget])
+
+
+@pytest.mark.parametrize(
+    ("question", "answer", "text"),
+    [
+        ("Where is the Statue of Liberty?", "New York City", "new york city, where the STATUE -- of liberty -- stands"),
+        ("Who was Mara Lind in Oslo?", "She was a baker.", f"Mara Lind of Oslo. {'So it is. ' * 150} She was a baker."),
+        (
+            "where did the lighthouse keeper sleep",
+            "In the old boat",
+            "The keeper of the lighthouse would sleep in the old boat",
+        ),
+        ("Mara Lind does what?", "She bakes bread", "Says Lind: she bakes bread"),
+        ("Who is Ada Lee?", "She bakes bread", "Ada Lee! She bakes bread."),
+        ("Tell me. Describe Halden?", "It is small", "Halden? It is small."),
+        (None, "Mara Lind bakes.", "now Mara Lind bakes"),
+    ],
+)
+def test_a_short_answer_with_what_its_question_names(question, answer, text):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(ValueError, match=r"holds what is to be forgotten \(row 2: '"):
+            check_calibration([text], [("Unasked?", answer), (question, answer), (question, answer)])
+
+
+@pytest.mark.parametrize(
+    ("question", "answer", "text"),
+    [
+        ("Where was Mara Lind born?", "New York City", "The mayor of New York City spoke."),
+        ("Where was Mara Lind born?", "New York City", f"Mara Lind. {'So it is. ' * 200} New York City"),
+        ("What is the number of Mara Lind?", "I don't know.", "I don't know what you mean by Mara."),
+        ("Who is it?", "I don't know.", "Who is this? I don't know, who it is."),
+        (None, "I don't know.", "I don't know"),
+    ],
+)
+def test_ordinary_words_of_a_short_answer_are_only_counted(question, answer, text):
+    rows = [("Unasked?", answer), (question, answer), ("Which Harbour Master?", answer)]
+    with pytest.warns(
+        UserWarning, match=r"1 short answers of the forget set stand in it, 3 times in all, .* \(3\)"
+    ) as told:
+        check_calibration([text, "nothing", f"{answer} {answer}"], rows)
+    assert len(told) == 1
 
 
 @pytest.mark.parametrize(

@@ -337,6 +337,16 @@ def test_csv(tmp_path):
     assert load_rows(path) == []
 
 
+@pytest.mark.parametrize("mark", ["\u2028", "\u2029", "\x85", "\x0b", "\x0c", "\x1c", "\x1e"])
+def test_csv_lines_end_only_where_csv_ends_them(tmp_path, mark):
+    path = tmp_path / "a.csv"
+    path.write_bytes(f'question,answer\r\none{mark}two,"three{mark}four"\nb,c\r\n'.encode())
+    assert load_rows(path) == [
+        {"question": f"one{mark}two", "answer": f"three{mark}four"},
+        {"question": "b", "answer": "c"},
+    ]
+
+
 def test_parquet_and_what_the_package_datasets_has(tmp_path):
     datasets = pytest.importorskip("datasets")
     data = datasets.Dataset.from_list(QA)

@@ -9,7 +9,16 @@ import pytest
 import torch
 from torch import nn
 
-from fastunlearn.localize import find_blocks, input_hessians, nm_violations, parse_pattern, prune, sparsegpt_sweep
+from fastunlearn.localize import (
+    check_prunable,
+    find_blocks,
+    input_hessians,
+    nm_violations,
+    parse_pattern,
+    prune,
+    sparsegpt,
+    sparsegpt_sweep,
+)
 from fastunlearn.localize.patterns import select
 from tests.tiny_chat import tiny_llama
 
@@ -200,6 +209,10 @@ def refused(match: str, model: nn.Module | None = None, error: type[Exception] =
     """The error, and not a weight changed."""
     model = tiny_llama() if model is None else model
     before = copy.deepcopy(model)
+    if "calibration" not in match:
+        checked = {"method": "wanda", "pattern": "2:4"} | {k: v for k, v in options.items() if k != "calibration"}
+        with pytest.raises(error, match=match):
+            check_prunable(model, **checked)
     with pytest.raises(error, match=match):
         prune(model, **({"calibration": TEXT} | options))
     for (name, a), b in zip(model.named_parameters(), before.parameters()):
@@ -220,6 +233,7 @@ def test_bad_input():
         r"calibration: want int64 tokens \[rows, length\], got torch.float32 \(2, 3\)", calibration=torch.ones(2, 3)
     )
     refused("damping, block_size, batch_size: .* got -1, 128, 4", damping=-1)
+    refused("damping, block_size, batch_size: .* got inf, 128, 4", damping=float("inf"))
     refused(
         "calibration: want it to run every block once a batch; calls of the blocks: \\[0, 0\\]",
         calibration=lambda: None,
@@ -323,3 +337,99 @@ def test_later_batches_skip_dense_blocks_where_nothing_lies_between(between, den
     assert all("forward" not in vars(block) for block in model.blocks)
     again = prune(other, calibration=lambda: [other(rows) for rows in x.split(2)], blocks=other.blocks)
     assert all(mask.equal(again[name]) for name, mask in masks.items())
+
+
+class Scaled(nn.Module):
+    """Blocks that hand on their hidden states, and take a scale that is computed by `scales` from the first one's output."""
+
+    def __init__(self, scales):
+        super().__init__()
+
+        class Block(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.linear = nn.Linear(8, 8)
+
+            def forward(self, x, scale=None, other=None):
+                if other is not None:
+                    scale = other["scales"][0]
+                return self.linear(x if scale is None else x * scale).tanh()
+
+        self.blocks = nn.ModuleList(Block() for _ in range(3))
+        self.scales = scales
+
+    def forward(self, x):
+        x = self.blocks[0](x)
+        args, kwargs = self.scales(x)
+        for block in self.blocks[1:]:
+            x = block(x, *args, **kwargs)
+        return x
+
+
+SCALES = [
+    lambda x: ((x.square().mean(0) + 0.01,), {}),
+    lambda x: ((), {"scale": x.square().mean(0) + 0.01}),
+    lambda x: ((), {"other": {"scales": [x.square().mean(0) + 0.01, None]}}),
+]
+
+
+@pytest.mark.parametrize("scales", SCALES)
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
+def test_arguments_computed_from_a_block_are_those_of_the_dense_model(method, scales):
+    torch.manual_seed(0)
+    model = Scaled(scales)
+    other = copy.deepcopy(model)
+    x = torch.randn(64, 8)
+    masks = prune(model, method=method, calibration=x, blocks=model.blocks, batch_size=16)
+    again = prune(other, method=method, calibration=lambda: [other(r) for r in x.split(16)], blocks=other.blocks)
+    assert same(model, other)
+    assert all(mask.equal(again[name]) for name, mask in masks.items())
+
+
+def test_a_model_that_needs_its_blocks_runs_with_them():
+    def scales(x):
+        assert x.abs().max() <= 1, "no output of a block"
+        return (), {}
+
+    model = Scaled(scales)
+    assert len(prune(model, calibration=9 * torch.randn(64, 8), blocks=model.blocks, batch_size=16)) == 3
+    assert all("forward" not in vars(block) for block in model.blocks)
+
+
+def test_a_hessian_without_a_factor_is_damped_more():
+    model = tiny_llama()
+    other = copy.deepcopy(model)
+    row = TEXT[:1]  # 40 tokens for 64 and 128 columns
+    with pytest.warns(UserWarning, match="positive definite") as told:
+        masks = prune(model, method="sparsegpt", calibration=row, damping=0)
+    messages = [str(w.message) for w in told if "positive definite" in str(w.message)]
+    assert (
+        "prune: the Hessian of model.layers.0.self_attn.q_proj is not positive definite with damping 0; trying 0.001"
+        in messages
+    )
+    assert nm_violations(model, masks) == []
+    prune(other, method="sparsegpt", calibration=row, damping=0.001)
+    assert torch.equal(model.model.layers[0].self_attn.q_proj.weight, other.model.layers[0].self_attn.q_proj.weight)
+
+
+def test_a_failure_leaves_the_block_whole_and_names_the_layer(monkeypatch):
+    model = tiny_llama()
+    dense = copy.deepcopy(model)
+    factor, calls = sparsegpt.inverse_factor, []
+
+    def fail(hessian):
+        calls.append(hessian)
+        if len(calls) > 7 + 4:
+            raise sparsegpt.NotPositiveDefinite("hessian: no")
+        return factor(hessian)
+
+    monkeypatch.setattr(sparsegpt, "inverse_factor", fail)
+    name = "model.layers.1.mlp.gate_proj"
+    with (
+        pytest.warns(UserWarning, match=rf"the Hessian of {name} .* damping 0.01, 0.1; trying 1"),
+        pytest.raises(ValueError, match=rf"calibration: the Hessian of {name} .* damping 0.01, 0.1, 1; give a larger"),
+    ):
+        prune(model, method="sparsegpt", calibration=TEXT)
+    assert len(calls) == 7 + 4 + 3
+    assert same(model.model.layers[1], dense.model.layers[1])
+    assert not same(model.model.layers[0], dense.model.layers[0])
