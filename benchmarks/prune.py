@@ -19,8 +19,7 @@ from fastunlearn.localize import prune
 
 LENGTH = 512
 CALIBRATION_ROWS = 64
-#: every twelfth sequence of the test text
-TEST_STEP = 12
+TEST_ROWS = 32
 BATCH = 4
 PATTERNS = ("2:4", "4:8", "50%")
 METHODS = {"magnitude": "magnitude", "wanda": "Wanda", "sparsegpt": "SparseGPT"}
@@ -60,7 +59,7 @@ def run(
     rows = chunk_tokens(tokenizer, valid, LENGTH)
     chosen = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:CALIBRATION_ROWS]
     calibration = rows[chosen.sort().values]
-    tokens = chunk_tokens(tokenizer, test, LENGTH)[::TEST_STEP]
+    tokens = chunk_tokens(tokenizer, test, LENGTH, TEST_ROWS)
     value = perplexity(model, tokens, batch_size=BATCH)
     result = [{"method": "dense", "target": "-", "seed": seed, "perplexity": round(value, 2), "seconds": None}]
     print(result[-1], flush=True)
@@ -88,7 +87,7 @@ def run(
     facts = machine.meta(torch.device("cpu"))
     meta = {
         "model": "SmolLM2-135M-Instruct, linear layers of its blocks",
-        "text": f"WikiText-2 test, {len(tokens)} sequences of {LENGTH} tokens, every twelfth",
+        "text": f"WikiText-2 test, the first {TEST_ROWS} sequences of {LENGTH} tokens",
         "calibration": f"{CALIBRATION_ROWS} sequences of {LENGTH} tokens of the validation text",
         "dtype": "fp32",
         "machine": facts["device"],
