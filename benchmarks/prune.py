@@ -6,7 +6,6 @@ The environment variable FASTUNLEARN_DATA names a folder with wikitext2/valid.tx
 from __future__ import annotations
 
 import os
-import time
 from pathlib import Path
 from typing import Any
 
@@ -61,15 +60,13 @@ def run(
     calibration = rows[chosen.sort().values]
     tokens = chunk_tokens(tokenizer, test, LENGTH, TEST_ROWS)
     value = perplexity(model, tokens, batch_size=BATCH)
-    result = [{"method": "dense", "target": "-", "seed": seed, "perplexity": round(value, 2), "seconds": None}]
+    result = [{"method": "dense", "target": "-", "seed": seed, "perplexity": round(value, 2)}]
     print(result[-1], flush=True)
     for method, pattern, scope in cases():
         if method not in methods or pattern not in patterns:
             continue
         model.load_state_dict(dense)
-        start = time.perf_counter()
         masks = prune(model, method=method, pattern=pattern, calibration=calibration, scope=scope, batch_size=BATCH)  # type: ignore[arg-type]
-        seconds = time.perf_counter() - start
         kept = sum(int(mask.count()) for mask in masks.values())
         assert kept * 2 == sum(mask.numel() for mask in masks.values())
         value = perplexity(model, tokens, batch_size=BATCH)
@@ -80,7 +77,6 @@ def run(
             "target": target,
             "seed": seed,
             "perplexity": round(value, 2),
-            "seconds": round(seconds, 1),
         }
         result.append(row)
         print(row, flush=True)

@@ -461,3 +461,17 @@ def test_some_ops_measured_again():
                 update=True, ops=None, quick=False, cases=None, device="cpu", seconds=None, total=None
             )
         )
+
+
+def test_the_pruning_study_names_the_data_it_needs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys):
+    pytest.importorskip("transformers")
+
+    for folder in (None, tmp_path):
+        if folder is None:
+            monkeypatch.delenv("FASTUNLEARN_DATA", raising=False)
+        else:
+            monkeypatch.setenv("FASTUNLEARN_DATA", str(folder))
+        with pytest.raises(SystemExit) as ended:
+            cli.main(["quality", "prune"])
+        assert ended.value.code == 2
+        assert "FASTUNLEARN_DATA: set it to a folder that holds wikitext2/valid.txt" in capsys.readouterr().err
