@@ -215,7 +215,8 @@ def _check_out(outs: Sequence[Any], device: torch.device) -> None:
                 else type(out).__name__
             )
             raise TypeError(f"out[{i}]: want a contiguous float32 tensor of one dimension, got {got}")
-        if out.is_neg():
+        # Dynamo does not trace is_neg; a compiled call is asked where it runs.
+        if not torch.compiler.is_dynamo_compiling() and out.is_neg():
             raise TypeError(
                 f"out[{i}]: a lazily negated view, whose memory holds the opposite of its entries; want a tensor of its own"
             )
