@@ -30,6 +30,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerCallback
 
 from fastunlearn import ops, optim
+from fastunlearn._modes import evaluating
 from fastunlearn.checkpoint import (
     MASKS,
     PRUNING,
@@ -47,7 +48,6 @@ from fastunlearn.localize.choose import saliency_masks
 from fastunlearn.objectives import Objective, answer_kl, answer_logprobs, make_objective, token_nll
 from fastunlearn.objectives.cached_logprobs import adapter_off, reference_logprobs, rows_digest
 from fastunlearn.objectives.language import closest
-from fastunlearn.objectives.logprobs import evaluating
 from fastunlearn.ops.mask import BitMask, load_masks, save_masks
 from fastunlearn.parametrize import full_weights, lora
 from fastunlearn.updates import Update, make_update
@@ -227,7 +227,7 @@ class UnlearnTrainer(Trainer):
                 "or show it one (CUDA_VISIBLE_DEVICES=0)"
             )
         if args.fsdp:
-            raise ValueError("fsdp: not supported by this trainer yet; DDP (torchrun) is")
+            raise ValueError("fsdp: not supported by this trainer yet")
         if any(p.dtype == torch.float16 for p in module.parameters()) and (not args.master_weights or args.fp16):
             raise ValueError(
                 "dtype: float16 weights lose most small updates; load them as float32 (with fp16=true for speed) or bfloat16, or "

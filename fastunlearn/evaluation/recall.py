@@ -6,32 +6,19 @@ answer's tokens, exp(-NLL / length) as in TOFU (Maini et al. 2024, section 2.2),
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
+from fastunlearn._modes import evaluating
 from fastunlearn.data.text import Prompter, TextSet, collate, pad
 from fastunlearn.objectives.logprobs import answer_logprobs
 
 #: of a free answer, where nothing says how long the right one is
 _FREE = 64
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode and no gradients inside; after it every module is in the mode it was in."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def _autocast(model: Any, dtype: torch.dtype | None) -> torch.autocast:
@@ -101,6 +88,7 @@ def generate_answers(
     answers = [""] * len(prompts)
     device = next(model.parameters()).device
     with (
+        torch.no_grad(),
         evaluating(model),
         _autocast(model, autocast),
         tqdm(total=len(prompts), desc="  asking", unit="row", leave=False, disable=None if progress else True) as bar,
@@ -178,6 +166,7 @@ def score_answers(
     logp, tokens = torch.empty(len(rows)), torch.empty(len(rows), dtype=torch.int64)
     device = next(model.parameters()).device
     with (
+        torch.no_grad(),
         evaluating(model),
         _autocast(model, autocast),
         tqdm(total=len(rows), desc="  scoring", unit="row", leave=False, disable=None if progress else True) as bar,

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from fastunlearn.localize.prune import _batches, _evaluating, _first_pass, find_blocks
+from fastunlearn._modes import evaluating
+from fastunlearn.localize.prune import _batches, _first_pass, find_blocks
 from fastunlearn.localize.sparsegpt import input_hessians, obs_compensate
 from fastunlearn.ops.mask import BitMask
 
@@ -61,7 +62,7 @@ def obs_compensate_model(
         raise ValueError(
             f"masks: {len(strangers)} belong to no linear layer inside the blocks, the first is {strangers[0]!r}"
         )
-    with _evaluating(model):
+    with evaluating(model):
         hidden, others = _first_pass(blocks, _batches(model, calibration, batch_size))
         bar = tqdm(
             zip(blocks, others, modules, strict=True),

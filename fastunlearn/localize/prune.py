@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from fastunlearn._modes import evaluating
 from fastunlearn.localize.magnitude import magnitude_scores
 from fastunlearn.localize.patterns import Pattern, parse_pattern, select
 from fastunlearn.localize.sparsegpt import NotPositiveDefinite, input_hessians, sparsegpt_sweep
@@ -257,18 +258,6 @@ def _replaced(module: nn.Module, name: str, value: Any) -> Iterator[None]:
             setattr(module, name, before)
 
 
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Dropout off, and every module's own flag back afterwards."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
 @torch.no_grad()
 def prune(
     model: nn.Module,
@@ -338,7 +327,7 @@ def prune(
         return masks
     if calibration is None:
         raise ValueError(f"calibration: {method} needs text, got None; int64 tokens [rows, length] will do")
-    with _evaluating(model):
+    with evaluating(model):
         batches = _batches(model, calibration, batch_size)
         total = -(-len(calibration) // batch_size) if isinstance(calibration, Tensor) else None
         hidden, others = _first_pass(chosen, _bar(batches, "dense pass", "batch", progress, total))

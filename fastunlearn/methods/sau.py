@@ -29,13 +29,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fastunlearn import ops
+from fastunlearn._modes import evaluating
 from fastunlearn.checkpoint import check_masks, dense_weights
 from fastunlearn.data.text import collate
 from fastunlearn.localize.compensate import obs_compensate_model
 from fastunlearn.localize.wanda import input_norms, wanda_scores
 from fastunlearn.objectives import answer_logprobs
 from fastunlearn.objectives.language import closest
-from fastunlearn.objectives.logprobs import evaluating
 from fastunlearn.ops.mask import BitMask
 from fastunlearn.trainer import UnlearnConfig, UnlearnTrainer
 

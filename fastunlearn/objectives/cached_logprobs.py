@@ -21,8 +21,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from fastunlearn._modes import evaluating
 from fastunlearn.data.text import TokenRow, collate
-from fastunlearn.objectives.logprobs import answer_logprobs, evaluating
+from fastunlearn.objectives.logprobs import answer_logprobs
 
 
 def cache_folder(folder: str | os.PathLike[str] | None = None) -> Path:
