@@ -157,7 +157,7 @@ def classifiers(
     found = {}
     for kind, labels in targets.items():
         torch.manual_seed(seed)
-        model = Classifier(labels).to(device)
+        model = Classifier(labels).to(device, memory_format=torch.channels_last)
         index = torch.tensor([labels.index(s if kind == "style" else o) for s, o in PAIRS])
         file = work / f"classifier_{kind}.safetensors"
         if file.is_file():
@@ -168,11 +168,13 @@ def classifiers(
             generator = torch.Generator().manual_seed(seed)
             count = steps if kind == "object" else steps // 4
             for step in (bar := tqdm(range(count), desc=f"classifier of {kind}s")):
-                rows = torch.randint(len(flat), (96,), generator=generator)
+                rows = torch.randint(len(flat), (64,), generator=generator)
                 images = roughen(flat[rows].float() / 255, generator).to(device)
                 for group in optimizer.param_groups:
                     group["lr"] = cosine(step, count, 2e-3)
-                loss = F.cross_entropy(model(images), truth[rows].to(device), label_smoothing=0.05)
+                with torch.autocast(device.type, torch.bfloat16):
+                    logits = model(images)
+                loss = F.cross_entropy(logits.float(), truth[rows].to(device), label_smoothing=0.05)
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
                 optimizer.step()
@@ -209,7 +211,7 @@ def autoencoder(work: Path, train: torch.Tensor, device: torch.device, seed: int
         norm_num_groups=8,
         layers_per_block=1,
         sample_size=canvas.SIZE,
-    ).to(device)
+    ).to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.99), weight_decay=0.0)
     generator = torch.Generator().manual_seed(seed)
     flat = train.flatten(0, 1)
