@@ -113,6 +113,10 @@ def quality(args: argparse.Namespace) -> int:
         from benchmarks import prune
 
         result = prune.run()
+    elif args.study == "canvas_pipeline":
+        from benchmarks import canvas_pipeline
+
+        result = canvas_pipeline.run()
     else:
         from benchmarks import demo
 
@@ -160,7 +164,7 @@ def main(argv: list[str] | None = None) -> int:
     p = commands.add_parser(
         "quality", help="a study of what was forgotten and kept; writes results/quality/<study>.json"
     )
-    p.add_argument("study", choices=("demo", "prune"))
+    p.add_argument("study", choices=("demo", "prune", "canvas_pipeline"))
     p.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of the demo")
     p.set_defaults(do=quality)
     p = commands.add_parser("compare", help="two results of one device: what became slower")

@@ -1,10 +1,10 @@
 """Trains everything the canvas ships: its pipeline and its two classifiers.
 
-    python -m benchmarks.train_canvas --work FOLDER [--seed 0] [--steps 7000] [--device cpu]
+    python -m benchmarks.train_canvas --work FOLDER [--seed 0] [--steps 5000] [--device cpu]
 
 Five parts, each saved in the work folder and skipped when it is there: pictures, tokenizer, classifiers, autoencoder, denoiser (which
-goes on from its last checkpoint). At the end the pipeline (bf16) and the classifiers (fp16) go to fastunlearn/assets, and what was
-measured on them to benchmarks/results/quality/canvas_pipeline.json. Two cores need about an hour and a half, a GPU minutes.
+goes on from its last checkpoint). At the end the pipeline (bf16) and the classifiers (fp16) go to fastunlearn/assets; then
+`python -m benchmarks quality canvas_pipeline` measures them. Two cores need a bit more than an hour, a GPU minutes.
 """
 
 from __future__ import annotations
@@ -29,7 +29,6 @@ from fastunlearn.data import canvas
 from fastunlearn.evaluation.classifiers import Classifier
 
 ASSETS = Path(__file__).parents[1] / "fastunlearn" / "assets"
-RESULT = Path(__file__).parent / "results" / "quality" / "canvas_pipeline.json"
 PAIRS = [(style, object) for style in canvas.THEMES for object in canvas.OBJECTS]
 HELD_OUT = 8  # pictures of every pair that no training sees
 
@@ -180,7 +179,7 @@ def classifiers(
                 optimizer.step()
                 if step % 50 == 0:
                     bar.set_postfix(loss=f"{loss.item():.3f}")
-            save_file(model.state_dict(), file)
+            save_file({n: t.contiguous() for n, t in model.state_dict().items()}, file)
         model.eval().requires_grad_(False)
         found[kind] = model
         print(
@@ -238,7 +237,7 @@ def autoencoder(work: Path, train: torch.Tensor, device: torch.device, seed: int
     model.eval()
     mean, _ = encode(model, flat[torch.randperm(len(flat), generator=generator)[:2000]], device)
     model.register_to_config(scaling_factor=1 / mean.float().std().item())
-    model.save_pretrained(folder)
+    model.to(memory_format=torch.contiguous_format).save_pretrained(folder)
     return model
 
 
@@ -354,13 +353,16 @@ def denoiser(
     device: torch.device,
     seed: int,
     steps: int,
-    batch: int = 64,
+    batches: tuple[int, int] = (32, 64),
     lr: float = 1.5e-3,
 ) -> tuple[Any, Any, float]:
-    """U-Net and text encoder together, on latents computed once; what comes back is the average over the steps (EMA)."""
+    """U-Net and text encoder together, on latents computed once; what comes back is the average over the steps (EMA).
+
+    The first 60 % of the steps take small batches: what a step there teaches hardly depends on how many pictures it sees.
+    """
     torch.manual_seed(seed)
     unet, text = networks(words)
-    unet, text = unet.to(device), text.to(device)
+    unet, text = unet.to(device, memory_format=torch.channels_last), text.to(device)
     parameters = [*unet.parameters(), *text.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.99), weight_decay=0.01)
     average = [copy.deepcopy(unet).eval().requires_grad_(False), copy.deepcopy(text).eval().requires_grad_(False)]
@@ -389,6 +391,7 @@ def denoiser(
     for step in (bar := tqdm(range(first, steps), desc="denoiser", initial=first, total=steps)):
         # Every step has a generator of its own: going on after a stop is going on as if there had been none.
         generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
+        batch = batches[step >= 0.6 * steps]
         rows = torch.randint(len(means), (batch,), generator=generator)
         template = torch.multinomial(shares, batch, replacement=True, generator=generator)
         ids = tokens[template * len(PAIRS) + rows // each].to(device)
@@ -439,8 +442,9 @@ def ship(work: Path, pipe: Any, judges: dict[str, Classifier]) -> None:
     """Puts the pipeline (bf16) and the classifiers (fp16) where the package finds them."""
     from safetensors.torch import save_file
 
+    pipe.unet.to(memory_format=torch.contiguous_format)
     pipe.to(torch.bfloat16).save_pretrained(ASSETS / "canvas")
-    tensors = {f"{k}.{n}": t.half().cpu() for k, m in judges.items() for n, t in m.state_dict().items()}
+    tensors = {f"{k}.{n}": t.half().contiguous().cpu() for k, m in judges.items() for n, t in m.state_dict().items()}
     save_file(tensors, ASSETS / "canvas_classifiers.safetensors")
 
 
@@ -448,8 +452,8 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="folder of what is made on the way")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=7000, help="of the denoiser")
-    parser.add_argument("--vae-steps", type=int, default=2500)
+    parser.add_argument("--steps", type=int, default=5000, help="of the denoiser")
+    parser.add_argument("--vae-steps", type=int, default=1600)
     parser.add_argument("--classifier-steps", type=int, default=2400)
     parser.add_argument("--pictures", type=int, default=60, help="training pictures of every pair")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -469,7 +473,7 @@ def main(argv: list[str] | None = None) -> None:
         return
     unet, text, seconds = denoiser(options.work, train, words, vae, judges, device, options.seed, options.steps)
     ship(options.work, assemble(words, text, unet, vae), judges)
-    print(f"denoiser: {seconds:.0f} s; now: python -m benchmarks.canvas_pipeline")
+    print(f"denoiser: {seconds:.0f} s; now: python -m benchmarks quality canvas_pipeline")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,90 @@
+"""The study of the canvas pipeline before any unlearning: can its table be trusted?
+
+Accuracy of the two classifiers on drawn pictures that no training saw and on pictures of the pipeline for every pair of style and
+object, and a picture with one sample of every pair.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks import RESULTS, machine
+from benchmarks.train_canvas import PAIRS, accuracy, sample
+from fastunlearn.data import canvas
+from fastunlearn.evaluation.classifiers import load_classifiers
+from fastunlearn.pipelines import CANVAS, load_pipeline, pipeline_folder
+
+GRID = RESULTS / "canvas_grid.webp"
+
+
+def drawn(each: int, seed: int) -> torch.Tensor:
+    """Pictures of every pair, uint8 [pairs * each, 3, 64, 64]; the seeds are none of the training's."""
+    images = [
+        canvas.draw(object, style, np.random.default_rng((7_919, seed, i)))
+        for i, (style, object) in enumerate(PAIRS)
+        for _ in [None] * each
+    ]
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
+
+
+def grid(images: torch.Tensor, path: Path) -> None:
+    """One row a style, one column an object."""
+    from PIL import Image
+
+    rows = images.reshape(len(canvas.THEMES), len(canvas.OBJECTS), *images.shape[1:])
+    Image.fromarray(rows.permute(0, 3, 1, 4, 2).reshape(-1, len(canvas.OBJECTS) * canvas.SIZE, 3).numpy()).save(
+        path, quality=85
+    )
+
+
+def run(seed: int = 0, seeds: int = 4, steps: int = 10, guidance: float = 3.0) -> dict[str, Any]:
+    """Draws, samples, classifies; writes the grid.
+
+    Args:
+        seeds: pictures of every pair from the pipeline.
+    """
+    judges = load_classifiers()
+    pipe = load_pipeline(CANVAS, device="cpu")
+    style = torch.tensor([canvas.THEMES.index(s) for s, _ in PAIRS])
+    object = torch.tensor([canvas.OBJECTS.index(o) for _, o in PAIRS])
+    real = torch.cat([drawn(1, seed * 100 + i) for i in range(seeds)])
+    begun = time.perf_counter()
+    made = torch.cat(
+        [sample(pipe, [canvas.prompt(o, s) for s, o in PAIRS], seed * 100 + i, steps, guidance) for i in range(seeds)]
+    )
+    seconds = time.perf_counter() - begun
+    grid(made[: len(PAIRS)], GRID)
+    rows = []
+    for name, images in (("drawn, held out", real), ("pipeline", made)):
+        right = {k: accuracy(judges[k], images, t.repeat(seeds)) for k, t in (("style", style), ("object", object))}
+        rows.append({"pictures": name, "count": len(images), "style": right["style"], "object": right["object"]})
+    worst = {
+        k: min(
+            (accuracy(judges[k], made[t.repeat(seeds) == i], t[t == i].repeat(seeds)), name)
+            for i, name in enumerate(names)
+        )
+        for k, t, names in (("style", style, canvas.THEMES), ("object", object, canvas.OBJECTS))
+    }
+    files = [f for f in Path(pipeline_folder(CANVAS)).rglob("*") if f.is_file()]
+    facts = machine.meta(torch.device("cpu"))
+    meta = {
+        "styles": len(canvas.STYLES),
+        "objects": len(canvas.OBJECTS),
+        "parameters": sum(p.numel() for m in (pipe.unet, pipe.vae, pipe.text_encoder) for p in m.parameters()),
+        "size in MB": round(sum(f.stat().st_size for f in files) / 1e6, 2),
+        "DDIM steps": steps,
+        "guidance": guidance,
+        "milliseconds a picture": round(1e3 * seconds / len(made), 1),
+        "weakest style": f"{worst['style'][1]} {worst['style'][0]:.1%}",
+        "weakest object": f"{worst['object'][1]} {worst['object'][0]:.1%}",
+        "machine": facts["device"],
+        "torch": facts["torch"],
+        "commit": facts["commit"],
+        "date": facts["date"],
+    }
+    return {"meta": meta, "rows": rows}
