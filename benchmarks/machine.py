@@ -1,14 +1,12 @@
 """What the machine can do: name, copy bandwidth, matmul rate, empty launch, caches, and the peak memory of a call.
 
-Peak memory on a CPU is the high-water mark of the resident set (Linux counts it; writing 5 to /proc/self/clear_refs
-resets it), so scratch of C++ code counts like torch's own tensors. Freed pages are handed back first (malloc_trim), or
-scratch that lands in memory which the allocator had kept would not be seen. On a GPU it is torch's allocator statistics;
-the kernels' workspace comes from torch.empty and is therefore in it.
+Peak memory on a CPU is the high-water mark of the resident set, so scratch of C++ code counts like torch's own tensors
+(fastunlearn/report/cost.py says how). On a GPU it is torch's allocator statistics; the kernels' workspace comes from torch.empty
+and is therefore in it.
 """
 
 from __future__ import annotations
 
-import ctypes
 import datetime
 import gc
 import os
@@ -17,7 +15,6 @@ import re
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,6 +22,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from fastunlearn.report.cost import process_bytes, reset_high_water, trim_heap
 
 MIB = 2**20
 
@@ -247,29 +246,6 @@ def _storages(value: Any) -> dict[int, int]:
     return found
 
 
-def _status(field: str) -> int | None:
-    try:
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith(field + ":"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return None
-
-
-def _trim() -> None:
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
-
-
-def _reset_high_water() -> bool:
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return False
-    return True
-
-
 def peak_memory(
     run: Callable[[], tuple[Any, Any]], inputs: Any, device: torch.device
 ) -> tuple[tuple[Any, Any], float | None, int]:
@@ -288,11 +264,11 @@ def peak_memory(
         torch.cuda.synchronize(device)
         peak: int | None = torch.cuda.max_memory_allocated(device)
     else:
-        _trim()
-        counted = _reset_high_water()
-        before = _status("VmRSS") or 0
+        trim_heap()
+        counted = reset_high_water()
+        before = process_bytes("VmRSS") or 0
         result = run()
-        peak = _status("VmHWM") if counted else None
+        peak = process_bytes("VmHWM") if counted else None
     mine = _storages(inputs)
     fresh = sum(size for at, size in _storages(result[1]).items() if at not in mine)
     return result, None if peak is None else max(0.0, (peak - before - fresh) / MIB), fresh

@@ -1,0 +1,96 @@
+"""Latents from prompts, images and folders; unreadable files counted; batches without repetition."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tests.tiny_diffusion import draw, prompt, tiny_pipeline
+
+pytest.importorskip("diffusers")
+
+from fastunlearn.data.images import (
+    ImageFiles,
+    Latents,
+    encode_images,
+    image_size,
+    latents_of_folder,
+    latents_of_prompts,
+    read_image,
+)
+from fastunlearn.sampling import sample
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    return tiny_pipeline()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    rng = np.random.default_rng(0)
+    for i in range(3):
+        Image.fromarray(draw("Cat", "Mosaic", rng, 16)).save(tmp_path / f"{i}.png")
+    return tmp_path
+
+
+def test_latents_of_prompts_are_what_the_pipeline_draws(pipeline):
+    prompts = [prompt("Cat", "Mosaic"), prompt("Fish", "Photo")]
+    drawn = latents_of_prompts(pipeline, prompts, per_prompt=3, seed=1, steps=2, batch_size=4)
+    assert len(drawn) == 6
+    assert drawn.prompt.tolist() == [0, 1] * 3
+    seeds = [1_000_003 * 2 + i for i in range(3)]
+    assert torch.allclose(
+        drawn.latents, sample(pipeline, prompts, seeds, steps=2, decode=False).flatten(0, 1), atol=1e-4
+    )
+    assert not torch.allclose(drawn.latents, latents_of_prompts(pipeline, prompts, per_prompt=3, steps=2).latents)
+
+
+def test_latents_of_images_are_the_encoders_mean(pipeline, folder):
+    images, files = ImageFiles.of(folder).read(16)
+    assert [f.name for f in files] == ["0.png", "1.png", "2.png"]
+    assert torch.equal(images[0], torch.from_numpy(np.array(Image.open(folder / "0.png"))).permute(2, 0, 1))
+    latents = encode_images(pipeline, images, batch_size=2)
+    with torch.no_grad():
+        wanted = pipeline.vae.encode(images.float() / 127.5 - 1).latent_dist.mean * pipeline.vae.config.scaling_factor
+    torch.testing.assert_close(latents, wanted)
+    assert image_size(pipeline) == 16
+    torch.testing.assert_close(latents_of_folder(pipeline, folder).latents, latents)
+    with pytest.raises(ValueError, match=r"want uint8 \[n, 3, H, W\], got torch.float32"):
+        encode_images(pipeline, images.float())
+
+
+def test_unreadable_files_are_counted(folder):
+    (folder / "broken.jpg").write_bytes(b"no image")
+    (folder / "notes.txt").write_text("left alone")
+    files = ImageFiles.of(folder)
+    with pytest.warns(UserWarning, match=r"1 of 4 images cannot be read and are left out: .*broken\.jpg"):
+        images, _ = files.read(8)
+    assert images.shape == (3, 3, 8, 8)
+    assert [p.name for p in files.unreadable] == ["broken.jpg"]
+    assert read_image(folder / "broken.jpg", 8) is None
+
+
+def test_a_folder_without_one_image_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match="holds no image"):
+        ImageFiles.of(tmp_path)
+    with pytest.raises(ValueError, match="there is no folder"):
+        ImageFiles.of(tmp_path / "absent")
+    for i in range(2):
+        (tmp_path / f"{i}.png").write_bytes(b"")
+    with pytest.raises(ValueError, match="not one of 2 images can be read"):
+        ImageFiles.of(tmp_path).read(8)
+
+
+def test_every_latent_once_before_one_comes_again():
+    latents = Latents(torch.arange(5.0).view(5, 1, 1, 1), torch.arange(5))
+    generator = torch.Generator().manual_seed(0)
+    seen = torch.cat([latents.draw(3, generator)[1] for _ in range(5)])
+    for epoch in seen.split(5):
+        assert sorted(epoch.tolist()) == [0, 1, 2, 3, 4]
+    z, prompts = latents.draw(12, generator)
+    assert torch.equal(z.flatten().long(), prompts)
+    with pytest.raises(ValueError, match="want at least one, and a prompt for each, got 2 with 1"):
+        Latents(torch.zeros(2, 1, 1, 1), torch.zeros(1))

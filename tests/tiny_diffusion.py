@@ -1,0 +1,102 @@
+"""A text-to-image pipeline of every real class, with random weights and a vocabulary of words, small enough for a test."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+STYLES = ("Pop Art", "Van Gogh", "Mosaic")
+SEED_STYLE = "Photo"
+THEMES = (SEED_STYLE, *STYLES)
+OBJECTS = ("Cat", "Tree", "Fish")
+WORDS = ("a", "image", "in", "style", ".", *" ".join((*THEMES, *OBJECTS)).lower().split())
+
+
+def prompt(thing: str, style: str) -> str:
+    return f"A {thing} image in {style} style."
+
+
+def word_tokenizer(length: int = 16) -> Any:
+    """A CLIP tokenizer whose every word is one token."""
+    from transformers import CLIPTokenizer
+
+    pieces = sorted({letter for word in WORDS for letter in word} | {w[-1] + "</w>" for w in WORDS})
+    merges: list[str] = []
+    for word in WORDS:
+        so_far = word[0] if len(word) > 1 else word[0] + "</w>"
+        for i, letter in enumerate(word[1:], 1):
+            right = letter + "</w>" if i == len(word) - 1 else letter
+            if f"{so_far} {right}" not in merges:
+                merges.append(f"{so_far} {right}")
+                pieces.append(so_far + right)
+            so_far += right
+    vocab = dict.fromkeys([*pieces, "<|startoftext|>", "<|endoftext|>"])
+    table = {piece: i for i, piece in enumerate(vocab)}
+    return CLIPTokenizer(vocab=table, merges=[tuple(m.split()) for m in merges], model_max_length=length)  # type: ignore[arg-type]
+
+
+def tiny_pipeline(seed: int = 0, length: int = 16, prediction_type: str = "v_prediction") -> Any:
+    """StableDiffusionPipeline: images 16x16, latents 2x8x8."""
+    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    tokenizer = word_tokenizer(length)
+    torch.manual_seed(seed)
+    text = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+            max_position_embeddings=length, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    ).eval()  # fmt: skip
+    unet = UNet2DConditionModel(
+        sample_size=8, in_channels=2, out_channels=2, layers_per_block=1, block_out_channels=(8, 16), norm_num_groups=4,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=16, attention_head_dim=8,
+    ).eval()  # fmt: skip
+    vae = AutoencoderKL(
+        block_out_channels=(4, 8), layers_per_block=1, latent_channels=2, norm_num_groups=2, sample_size=16,
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+    ).eval()  # fmt: skip
+    scheduler = DDIMScheduler(
+        prediction_type=prediction_type, clip_sample=False, set_alpha_to_one=False, steps_offset=1
+    )
+    # Random weights hardly look at the text: here a word has to matter.
+    with torch.no_grad():
+        for name, weight in unet.named_parameters():
+            if "attn2.to_" in name and weight.dim() == 2:
+                weight.mul_(6)
+    pipeline = StableDiffusionPipeline(
+        vae=vae, text_encoder=text, tokenizer=tokenizer, unet=unet, scheduler=scheduler, safety_checker=None,
+        feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+class TinyClassifier(nn.Module):
+    """Random features of an image and one linear layer: a stand-in for `fastunlearn.evaluation.classifiers.Classifier`."""
+
+    def __init__(self, labels: tuple[str, ...], seed: int = 0, width: int = 6):
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        self.labels = labels
+        self.first = nn.Parameter(torch.randn(width, 3 * 16 * 16, generator=generator), requires_grad=False)
+        self.head = nn.Parameter(torch.randn(len(labels), width, generator=generator), requires_grad=False)
+
+    def features(self, images: Tensor) -> Tensor:
+        images = images.float() / 255 if images.dtype == torch.uint8 else images.float()
+        return (images.flatten(1) - 0.5) @ self.first.T / 8
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.features(images) @ self.head.T
+
+
+def draw(thing: str, style: str, rng: np.random.Generator, size: int = 16) -> np.ndarray:
+    """An image whose mean colour is the style's and whose bright row is the object's."""
+    image = np.full((size, size, 3), 40 * THEMES.index(style) + 20, dtype=np.uint8)
+    image[4 * OBJECTS.index(thing) + 2] = 255
+    return np.clip(image.astype(int) + rng.integers(-8, 9, image.shape), 0, 255).astype(np.uint8)
