@@ -16,9 +16,7 @@ from tqdm import tqdm
 
 from fastunlearn._modes import evaluating
 from fastunlearn.data.prompts import encode_prompts
-
-#: what a pipeline must have to be sampled from and edited
-PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+from fastunlearn.pipelines import PARTS
 
 
 def check_pipeline(pipeline: Any) -> None:

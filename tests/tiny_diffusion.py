@@ -85,14 +85,35 @@ class TinyClassifier(nn.Module):
         generator = torch.Generator().manual_seed(seed)
         self.labels = labels
         self.first = nn.Parameter(torch.randn(width, 3 * 16 * 16, generator=generator), requires_grad=False)
-        self.head = nn.Parameter(torch.randn(len(labels), width, generator=generator), requires_grad=False)
+        self.head = nn.Linear(width, len(labels)).requires_grad_(False)
+        self.head.weight.copy_(torch.randn(len(labels), width, generator=generator))
+        self.head.bias.zero_()
 
     def features(self, images: Tensor) -> Tensor:
         images = images.float() / 255 if images.dtype == torch.uint8 else images.float()
         return (images.flatten(1) - 0.5) @ self.first.T / 8
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.features(images) @ self.head.T
+        return self.head(self.features(images))
+
+
+def tiny_world(**changes: Any) -> Any:
+    """Four themes and three objects, with classifiers that know nothing."""
+    from fastunlearn.evaluation.worlds import World
+
+    def real(theme: str, thing: str, number: int) -> Tensor:
+        rng = np.random.default_rng([THEMES.index(theme), OBJECTS.index(thing), number])
+        return torch.from_numpy(draw(thing, theme, rng)).permute(2, 0, 1)
+
+    return World(
+        **{
+            "name": "tiny", "themes": THEMES, "objects": OBJECTS, "seed_theme": SEED_STYLE, "prompt": prompt,
+            "surrogate_theme": SEED_STYLE, "seeds": (1, 2), "steps": 2, "guidance_scale": 1.0, "real": real, "real_count": 3,
+            "classifiers": {"style": TinyClassifier(THEMES), "object": TinyClassifier(OBJECTS, 1)},
+            "feature_name": "fid_tiny_features",
+        }
+        | changes
+    )  # fmt: skip
 
 
 def draw(thing: str, style: str, rng: np.random.Generator, size: int = 16) -> np.ndarray:

@@ -88,8 +88,13 @@ class Answers:
 
 
 @torch.no_grad()
-def _features(world: World, images: Tensor) -> Tensor:
-    return torch.cat([world.classifiers[kind].features(images).float().cpu() for kind in ("style", "object")], 1)
+def _features(world: World, images: Tensor) -> tuple[Tensor, Tensor]:
+    """What the two last layers see."""
+    return world.classifiers["style"].features(images), world.classifiers["object"].features(images)
+
+
+def _joined(features: tuple[Tensor, Tensor]) -> Tensor:
+    return torch.cat([part.float().cpu() for part in features], 1)
 
 
 @torch.no_grad()
@@ -108,8 +113,10 @@ def answer_set(pipeline: Any, world: World, settings: AnswerSettings) -> Answers
         pipeline, world.prompts(), settings.seeds, what="  answer set", **settings.sampling()
     ):
         theme, thing = pairs[prompt].unbind(1)
-        counts.add(theme, thing, world.classifiers["style"](images), world.classifiers["object"](images))
-        features.append(_features(world, images))
+        seen = _features(world, images)
+        logits = [world.classifiers[kind].head(part) for kind, part in zip(("style", "object"), seen, strict=True)]
+        counts.add(theme, thing, *logits)
+        features.append(_joined(seen))
         asked.append(prompt)
     theme, thing = pairs[torch.cat(asked)].unbind(1)
     return Answers(counts, torch.cat(features), theme, thing, time.perf_counter() - start)
@@ -144,7 +151,7 @@ def real_features(world: World, *, batch_size: int = 100) -> RealFeatures:
                 images.append(image)
                 found.append((i, j))
             if images and (len(images) == batch_size or at == len(wanted) - 1):
-                features.append(_features(world, torch.stack(images)))
+                features.append(_joined(_features(world, torch.stack(images))))
                 images = []
             bar.update()
     if not found:
@@ -201,7 +208,8 @@ def recognised(pipeline: Any, world: World, target: Target, text: Tensor, settin
     assert settings.seeds is not None
     right = total = 0
     for _, _, images in sample_batches(pipeline, text, settings.seeds, what="  attacked", **settings.sampling()):
-        says = world.classifiers[target.kind](images).argmax(1)
+        classifier = world.classifiers[target.kind]
+        says = classifier.head(classifier.features(images)).argmax(1)
         right += int((says == world.index(target)).sum())
         total += len(images)
     return 100 * right / total

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,97 +23,34 @@ from fastunlearn.data.images import SUFFIXES, read_image
 from fastunlearn.evaluation.metrics import Kind
 from fastunlearn.objectives.language import closest
 
-UNLEARNCANVAS_THEMES = tuple(
-    [
-        "Abstractionism",
-        "Artist_Sketch",
-        "Blossom_Season",
-        "Bricks",
-        "Byzantine",
-        "Cartoon",
-        "Cold_Warm",
-        "Color_Fantasy",
-        "Comic_Etch",
-        "Crayon",
-        "Cubism",
-        "Dadaism",
-        "Dapple",
-        "Defoliation",
-        "Early_Autumn",
-        "Expressionism",
-        "Fauvism",
-        "French",
-        "Glowing_Sunset",
-        "Gorgeous_Love",
-        "Greenfield",
-        "Impressionism",
-        "Ink_Art",
-        "Joy",
-        "Liquid_Dreams",
-        "Magic_Cube",
-        "Meta_Physics",
-        "Meteor_Shower",
-        "Monet",
-        "Mosaic",
-        "Neon_Lines",
-        "On_Fire",
-        "Pastel",
-        "Pencil_Drawing",
-        "Picasso",
-        "Pop_Art",
-        "Red_Blue_Ink",
-        "Rust",
-        "Seed_Images",
-        "Sketch",
-        "Sponge_Dabbed",
-        "Structuralism",
-        "Superstring",
-        "Surrealism",
-        "Ukiyoe",
-        "Van_Gogh",
-        "Vibrant_Flow",
-        "Warm_Love",
-        "Warm_Smear",
-        "Watercolor",
-        "Winter",
-    ]
-)
-UNLEARNCANVAS_OBJECTS = tuple(
-    [
-        "Architectures",
-        "Bears",
-        "Birds",
-        "Butterfly",
-        "Cats",
-        "Dogs",
-        "Fishes",
-        "Flame",
-        "Flowers",
-        "Frogs",
-        "Horses",
-        "Human",
-        "Jellyfish",
-        "Rabbits",
-        "Sandwiches",
-        "Sea",
-        "Statues",
-        "Towers",
-        "Trees",
-        "Waterfalls",
-    ]
-)
+# A name of two words is written with an underscore, as the data set's folders are.
+_THEMES = """
+Abstractionism Artist_Sketch Blossom_Season Bricks Byzantine Cartoon Cold_Warm Color_Fantasy Comic_Etch Crayon Cubism Dadaism Dapple
+Defoliation Early_Autumn Expressionism Fauvism French Glowing_Sunset Gorgeous_Love Greenfield Impressionism Ink_Art Joy Liquid_Dreams
+Magic_Cube Meta_Physics Meteor_Shower Monet Mosaic Neon_Lines On_Fire Pastel Pencil_Drawing Picasso Pop_Art Red_Blue_Ink Rust
+Seed_Images Sketch Sponge_Dabbed Structuralism Superstring Surrealism Ukiyoe Van_Gogh Vibrant_Flow Warm_Love Warm_Smear Watercolor
+Winter
+"""
+_OBJECTS = """
+Architectures Bears Birds Butterfly Cats Dogs Fishes Flame Flowers Frogs Horses Human Jellyfish Rabbits Sandwiches Sea Statues Towers
+Trees Waterfalls
+"""
+UNLEARNCANVAS_THEMES = tuple(_THEMES.split())
+UNLEARNCANVAS_OBJECTS = tuple(_OBJECTS.split())
 UNLEARNCANVAS_SEEDS = (188, 288, 588, 688, 888)
 
 
 class ImageClassifier(Protocol):
-    """Images uint8 [n, 3, H, W] -> logits [n, labels]."""
+    """Images uint8 [n, 3, H, W] -> features [n, F] -> logits [n, labels]."""
 
     labels: tuple[str, ...]
 
-    def __call__(self, images: Tensor) -> Tensor: ...
-
     def features(self, images: Tensor) -> Tensor:
-        """What the last layer sees, [n, F]."""
+        """What the last layer sees."""
+
+    @property
+    def head(self) -> Callable[[Tensor], Tensor]:
+        """The last layer."""
 
 
 @dataclass(frozen=True)
@@ -155,7 +92,7 @@ class World:
     guidance_scale: float
     real: Callable[[str, str, int], Tensor | None]
     real_count: int
-    classifiers: dict[str, ImageClassifier]
+    classifiers: Mapping[str, ImageClassifier]
     feature_name: str
 
     def __post_init__(self) -> None:
@@ -193,9 +130,9 @@ class World:
         plain |= {n.lower().replace("_", " "): Target("object", n) for n in self.objects}
         key = str(name).lower().replace("_", " ").strip()
         if key == self.seed_theme.lower().replace("_", " "):
-            raise ValueError(f"target: {name} is the style that others are replaced by; it cannot be erased")
+            raise ValueError(f"target: {self.seed_theme} is the style that others are replaced by; it cannot be erased")
         if key not in plain:
-            near = closest(key, list(plain))
+            near = closest(key, [target.name for target in plain.values()])
             hint = f"{near} " if near.startswith("did you mean") else ""
             raise ValueError(
                 f"target: {name!r} is unknown; {hint}styles: {', '.join(self.styles)}; objects: {', '.join(self.objects)}"
@@ -243,8 +180,12 @@ class World:
         return [self.prompt(self.objects[j], self.themes[i]) for i, j in self.pairs() if (i, j) not in gone]
 
 
-def canvas_world() -> World:
-    """The canvas that comes with fastunlearn, drawn by code; its classifiers come with it."""
+def canvas_world(device: Any = None) -> World:
+    """The canvas that comes with fastunlearn, drawn by code; its classifiers come with it.
+
+    Args:
+        device: of the classifiers; None: the CPU.
+    """
     from fastunlearn.data import canvas
     from fastunlearn.evaluation.classifiers import load_classifiers
 
@@ -265,7 +206,7 @@ def canvas_world() -> World:
         guidance_scale=2.0,
         real=real,
         real_count=5,
-        classifiers=load_classifiers(),
+        classifiers=load_classifiers(device=device or "cpu"),
         feature_name="fid_canvas_features",
     )
 
@@ -317,8 +258,14 @@ class ViTClassifier(nn.Module):
         out: Tensor = self.model.forward_head(self.model.forward_features(self._prepare(images)), pre_logits=True)
         return out
 
+    @property
+    def head(self) -> nn.Module:
+        out: nn.Module = self.model.head
+        return out
+
     def forward(self, images: Tensor) -> Tensor:
-        out: Tensor = self.model(self._prepare(images))
+        """Logits, [n, labels]."""
+        out: Tensor = self.head(self.features(images))
         return out
 
 
