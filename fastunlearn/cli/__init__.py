@@ -18,6 +18,10 @@ COMMANDS = {
     "prune": "a model to 2:4, any n:m or a share of its weights, by magnitude, Wanda or SparseGPT",
     "sau": "a pruned model forgets a set and keeps its sparsity pattern",
     "unlearn": "any language model forgets a set: NPO, SimNPO, GradDiff, GradAscent, IdkDPO",
+    "finetune": "a text-to-image model draws a surrogate for a concept, by plain fine-tuning",
+    "uce": "a text-to-image model draws a surrogate for concepts, by one closed-form edit",
+    "sample": "a grid of what a text-to-image model draws, before or after",
+    "evaluate": "styles and objects unlearned one by one: what is gone, what is kept, what comes back",
     "bench": "every op beside its peers and the hardware's limit",
     "doctor": "which backend serves which op and why, versions, GPU; a block to paste into a bug report",
 }

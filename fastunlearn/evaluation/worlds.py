@@ -38,6 +38,8 @@ Trees Waterfalls
 UNLEARNCANVAS_THEMES = tuple(_THEMES.split())
 UNLEARNCANVAS_OBJECTS = tuple(_OBJECTS.split())
 UNLEARNCANVAS_SEEDS = (188, 288, 588, 688, 888)
+#: at which the canvas pipeline is evaluated
+CANVAS_GUIDANCE = 2.0
 
 
 class ImageClassifier(Protocol):
@@ -65,8 +67,8 @@ class Target:
 
 
 @dataclass
-class World:
-    """Styles and objects with everything that is needed to ask a model about them.
+class Concepts:
+    """Styles and objects by name, and the prompts they are asked for with.
 
     Attributes:
         themes: styles with the surrogate style among them, in the order of the style classifier's labels.
@@ -74,11 +76,6 @@ class World:
         seed_theme: the style that is no painting style (Photo, Seed_Images).
         prompt: (object, theme) -> text that is evaluated.
         surrogate_theme: name in a prompt of what a style is replaced by.
-        seeds, steps, guidance_scale: of the answer set.
-        real: (theme, object, number) -> uint8 [3, size, size], or None where the file cannot be read.
-        real_count: real images a theme and object.
-        classifiers: "style" and "object".
-        feature_name: of the Frechet distance in the classifiers' features.
     """
 
     name: str
@@ -87,21 +84,6 @@ class World:
     seed_theme: str
     prompt: Callable[[str, str], str]
     surrogate_theme: str
-    seeds: tuple[int, ...]
-    steps: int
-    guidance_scale: float
-    real: Callable[[str, str, int], Tensor | None]
-    real_count: int
-    classifiers: Mapping[str, ImageClassifier]
-    feature_name: str
-
-    def __post_init__(self) -> None:
-        for kind, wanted in (("style", self.themes), ("object", self.objects)):
-            labels = tuple(self.classifiers[kind].labels)
-            if labels != wanted:
-                raise ValueError(
-                    f"classifiers: the {kind} classifier knows {len(labels)} labels that are not the world's"
-                )
 
     @property
     def styles(self) -> tuple[str, ...]:
@@ -180,6 +162,47 @@ class World:
         return [self.prompt(self.objects[j], self.themes[i]) for i, j in self.pairs() if (i, j) not in gone]
 
 
+@dataclass
+class World(Concepts):
+    """Styles and objects with everything that is needed to ask a model about them.
+
+    Attributes:
+        seeds, steps, guidance_scale: of the answer set.
+        real: (theme, object, number) -> uint8 [3, size, size], or None where the file cannot be read.
+        real_count: real images a theme and object.
+        classifiers: "style" and "object".
+        feature_name: of the Frechet distance in the classifiers' features.
+
+    Raises:
+        ValueError: a classifier has other labels.
+    """
+
+    seeds: tuple[int, ...]
+    steps: int
+    guidance_scale: float
+    real: Callable[[str, str, int], Tensor | None]
+    real_count: int
+    classifiers: Mapping[str, ImageClassifier]
+    feature_name: str
+
+    def __post_init__(self) -> None:
+        for kind, wanted in (("style", self.themes), ("object", self.objects)):
+            labels = tuple(self.classifiers[kind].labels)
+            if labels != wanted:
+                raise ValueError(
+                    f"classifiers: the {kind} classifier knows {len(labels)} labels that are not the world's"
+                )
+
+
+def canvas_concepts() -> Concepts:
+    """The styles and objects of the canvas."""
+    from fastunlearn.data import canvas
+
+    return Concepts(
+        "canvas", tuple(canvas.THEMES), tuple(canvas.OBJECTS), canvas.SEED_STYLE, canvas.prompt, canvas.SEED_STYLE
+    )
+
+
 def canvas_world(device: Any = None) -> World:
     """The canvas that comes with fastunlearn, drawn by code; its classifiers come with it.
 
@@ -195,15 +218,10 @@ def canvas_world(device: Any = None) -> World:
         return torch.from_numpy(image).permute(2, 0, 1)
 
     return World(
-        name="canvas",
-        themes=tuple(canvas.THEMES),
-        objects=tuple(canvas.OBJECTS),
-        seed_theme=canvas.SEED_STYLE,
-        prompt=canvas.prompt,
-        surrogate_theme=canvas.SEED_STYLE,
+        **vars(canvas_concepts()),
         seeds=(188, 288),
         steps=10,
-        guidance_scale=2.0,
+        guidance_scale=CANVAS_GUIDANCE,
         real=real,
         real_count=5,
         classifiers=load_classifiers(device=device or "cpu"),

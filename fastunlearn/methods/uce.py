@@ -40,9 +40,9 @@ class UCEConfig:
         default="last",
         metadata={"help": "Of a prompt: its last word, or every position."},
     )
-    template: list[str] = field(
-        default_factory=lambda: ["{}"],
-        metadata={"help": "Prompts that a concept is put into, e.g. 'an image of {}'; every concept into every one."},
+    template: list[str] | None = field(
+        default=None,
+        metadata={"help": "Prompts with {} for a concept; every concept goes into every one. None: its name alone."},
     )
 
     def __post_init__(self) -> None:
@@ -52,7 +52,7 @@ class UCEConfig:
                 raise ValueError(f"{name}: want a finite number >= 0, got {value}")
         if self.tokens not in ("last", "all"):
             raise ValueError(f"tokens: want last or all, got {self.tokens!r}")
-        if not self.template or any("{}" not in text for text in self.template):
+        if self.template is not None and (not self.template or any("{}" not in text for text in self.template)):
             raise ValueError(f"template: want texts with {{}} in them, got {self.template!r}")
 
 
@@ -156,8 +156,9 @@ def uce(
     same = [edit for edit, guide in zip(edits, guides, strict=True) if edit == guide]
     if same:
         raise ValueError(f"guide_concepts: {same[0]!r} is its own guide; nothing would be erased")
-    edits, guides = in_templates(edits, config.template), in_templates(guides, config.template)
-    kept = in_templates(preserve_concepts, config.template)
+    template = config.template or ["{}"]
+    edits, guides = in_templates(edits, template), in_templates(guides, template)
+    kept = in_templates(preserve_concepts, template)
     preserve = None
     if config.tokens == "last":
         edit, guide = _last(pipeline, edits), _last(pipeline, guides)

@@ -1,0 +1,201 @@
+"""What the commands for text-to-image pipelines share: loading, one concept's prompts, the folder they leave behind."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from fastunlearn.checkpoint import claim_output
+from fastunlearn.cli._run import shown_command, versions
+from fastunlearn.data.images import latents_of_folder
+from fastunlearn.evaluation.worlds import Concepts, Target, canvas_concepts
+from fastunlearn.methods.recipes import concept_template
+from fastunlearn.parametrize.partial_unet import load_partial_unet, save_partial_unet
+from fastunlearn.pipelines import CANVAS, load_pipeline
+from fastunlearn.report.cost import MIB, measured
+from fastunlearn.report.files import write_json
+from fastunlearn.sampling import check_pipeline
+
+WEIGHTS = "unet.safetensors"
+_GENERAL = "an image of {}"
+
+
+@dataclass
+class PipelineArguments:
+    """The pipeline."""
+
+    model_name_or_path: str = field(
+        default=CANVAS,
+        metadata={"help": "canvas (comes with fastunlearn), a folder of save_pretrained, or a hub name."},
+    )
+    weights: str | None = field(
+        default=None,
+        metadata={"help": "unet.safetensors of an earlier run (or of ESD's and UCE's code), loaded over it."},
+    )
+    device: str | None = field(default=None, metadata={"help": "cpu, cuda, ...; default: cuda where there is one."})
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
+        default="auto", metadata={"help": "Of the weights; auto: float32 on a CPU, bfloat16 on a GPU."}
+    )
+
+    def load(self) -> Any:
+        """The pipeline, checked.
+
+        Raises:
+            ValueError: it lacks parts, or `weights` do not fit. OSError: it is not there.
+        """
+        dtype = None if self.dtype == "auto" else getattr(torch, self.dtype)
+        pipeline = load_pipeline(self.model_name_or_path, device=self.device, dtype=dtype)
+        check_pipeline(pipeline)
+        if self.weights is not None:
+            load_partial_unet(pipeline.unet, self.weights)
+        return pipeline
+
+    @property
+    def concepts(self) -> Concepts | None:
+        """The canvas' styles and objects; None for another model."""
+        return canvas_concepts() if self.model_name_or_path == CANVAS else None
+
+
+@dataclass
+class OutputArguments:
+    """What is left behind."""
+
+    output_dir: str = field(metadata={"help": "Folder for unet.safetensors (what changed) and metrics.json."})
+    save_pipeline: bool = field(
+        default=False, metadata={"help": "Also write the whole pipeline, as diffusers loads it."}
+    )
+    overwrite: bool = field(default=False, metadata={"help": "Replace what the folder holds."})
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Attributes: forget; surrogate, one for each; retain."""
+
+    forget: list[str]
+    surrogate: list[str]
+    retain: list[str]
+
+
+def template_of(concepts: Concepts | None, names: Sequence[str], template: Sequence[str] | None) -> list[str]:
+    """The template that was given, or the canvas' own for concepts of one kind, or a general one.
+
+    Raises:
+        ValueError: names of the canvas that are unknown, or of both kinds, without a template.
+    """
+    if template:
+        return list(template)
+    if concepts is None:
+        return [_GENERAL]
+    kinds = {concepts.target(name).kind for name in names}
+    if len(kinds) > 1:
+        raise ValueError(
+            "template: styles and objects in one call need one; give --template 'an image of {}', or edit in turn"
+        )
+    return concept_template(concepts, kinds.pop())
+
+
+def prompts_of(
+    concepts: Concepts | None, erase: str, surrogate: str | None, retain: Sequence[str] | None, template: Sequence[str] | None
+) -> Prompts:  # fmt: skip
+    """Prompts of one concept; a concept of the canvas needs its name alone.
+
+    Raises:
+        ValueError: unknown names; no surrogate where the canvas gives none.
+    """
+    if concepts is not None and not template:
+        target = concepts.target(erase)
+        if surrogate is None and retain is None:
+            return Prompts(
+                concepts.forget_prompts(target), concepts.surrogate_prompts(target), concepts.retain_prompts(target)
+            )
+        erase, surrogate = target.name, surrogate or default_surrogate(concepts, target)
+        if retain is None:
+            retain = [name for name in of_kind(concepts, target) if name != target.name]
+    if surrogate is None:
+        raise ValueError("surrogate_concept: say what to draw instead")
+    texts = template_of(concepts, [erase], template)
+
+    def fill(name: str) -> list[str]:
+        return [text.replace("{}", name) for text in texts]
+
+    return Prompts(fill(erase), fill(surrogate), [prompt for name in retain or () for prompt in fill(name)])
+
+
+def default_surrogate(concepts: Concepts, target: Target) -> str:
+    return concepts.surrogate_theme if target.kind == "style" else concepts.surrogate_object(target)
+
+
+def of_kind(concepts: Concepts, target: Target) -> tuple[str, ...]:
+    """All names a target of that kind might have, the surrogate style with them."""
+    return concepts.themes if target.kind == "style" else concepts.objects
+
+
+def folder_latents(pipeline: Any, folder: str | None, prompts: int) -> Any:
+    """Latents of a folder of images, each with the first prompt; None where none was given.
+
+    Raises:
+        ValueError: there is more than one prompt: nobody says which image belongs to which.
+    """
+    if folder is None:
+        return None
+    if prompts != 1:
+        raise ValueError(f"template: images of a folder need one prompt, there are {prompts}; give one --template")
+    return latents_of_folder(pipeline, folder)
+
+
+def edit(
+    prog: str,
+    argv: Sequence[str],
+    pipeline_arguments: PipelineArguments,
+    output_arguments: OutputArguments,
+    work: Callable[[Any], Mapping[str, Tensor]],
+    **about: Any,
+) -> int:
+    """Runs a method on a pipeline and writes what changed.
+
+    Args:
+        work: changes the pipeline in place -> the weights that changed.
+        about: into metrics.json and the file's metadata.
+    """
+    with claim_output(output_arguments.output_dir, overwrite=output_arguments.overwrite) as output:
+        print(f"loading {pipeline_arguments.model_name_or_path} ...", flush=True)
+        pipeline = pipeline_arguments.load()
+        start = time.perf_counter()
+        device = next(pipeline.unet.parameters()).device
+        weights, cost = measured(lambda: work(pipeline), device)
+        size = save_partial_unet(weights, output.path / WEIGHTS, overwrite=output_arguments.overwrite, **about)
+        write_json(
+            output.path / "metrics.json",
+            {
+                "model": pipeline_arguments.model_name_or_path, **about, "weights": sum(t.numel() for t in weights.values()),
+                "seconds": time.perf_counter() - start, "peak_mib": cost.peak_mib, "storage_mib": size / MIB,
+                "versions": versions(), "command": shown_command(prog, argv),
+            },
+        )  # fmt: skip
+        if output_arguments.save_pipeline:
+            _save_pipeline(pipeline, output.path / "pipeline", output_arguments.overwrite)
+    print(f"{cost.seconds:.1f} s; {size / MIB:.1f} MiB in {output.path / WEIGHTS}")
+    print(
+        f"look at it: fastunlearn sample --model {pipeline_arguments.model_name_or_path} --weights {output.path / WEIGHTS} ..."
+    )
+    return 0
+
+
+def _save_pipeline(pipeline: Any, folder: Path, overwrite: bool) -> None:
+    """A pipeline's folder, there whole or not at all."""
+    import shutil
+
+    temporary = folder.with_name(f".{folder.name}.new.tmp")
+    try:
+        pipeline.save_pretrained(temporary)
+        if folder.exists() and overwrite:
+            shutil.rmtree(folder)
+        temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

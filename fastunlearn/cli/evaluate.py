@@ -1,0 +1,145 @@
+"""`fastunlearn evaluate canvas`: one unlearned model for every style and object, and what each still draws.
+
+    fastunlearn evaluate canvas --method uce --styles 4 --objects 4 --seed 0 --output uce.json
+    fastunlearn evaluate canvas --method 'runs/{target}/unet.safetensors' --targets "Pop Art" Cats --output mine.json
+    fastunlearn evaluate unlearncanvas --model sd15-style50 --images UnlearnCanvas --style_classifier style50.pth \\
+        --object_classifier style50_cls.pth --method none --output sd15.json
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fastunlearn.cli import _run
+from fastunlearn.cli._arguments import did_you_mean, parse
+
+PROG = "fastunlearn evaluate"
+WORLDS = ("canvas", "unlearncanvas")
+
+
+@dataclass
+class EvaluateArguments:
+    """Which method, on what."""
+
+    method: str = field(
+        default="none",
+        metadata={
+            "help": "finetune, uce, none (the model as it is), or a path with {target} (and {kind}) in it: "
+            "unet.safetensors files or folders that hold one."
+        },
+    )
+    settings: dict[str, Any] | None = field(default=None, metadata={"help": "Of the method: {lamb: 0.1}."})
+    name: str | None = field(default=None, metadata={"help": "Of the method in the rows; default: the method."})
+    targets: list[str] | None = field(default=None, metadata={"help": "Styles and objects by name, or all."})
+    styles: int = field(default=4, metadata={"help": "How many styles, drawn by the seed, where no targets are given."})
+    objects: int = field(default=4, metadata={"help": "How many objects, likewise."})
+    seed: int = field(default=0, metadata={"help": "Of the targets, the method and the attacks."})
+    output: str = field(default="canvas.json", metadata={"help": "JSON file; a study that stopped there goes on."})
+    images: str | None = field(default=None, metadata={"help": "unlearncanvas: folder {theme}/{object}/{number}.jpg."})
+    style_classifier: str | None = field(
+        default=None, metadata={"help": "unlearncanvas: checkpoint of the ViT, 51 styles."}
+    )
+    object_classifier: str | None = field(
+        default=None, metadata={"help": "unlearncanvas: checkpoint of the ViT, 20 objects."}
+    )
+
+
+def _stored(pattern: str) -> Any:
+    """A method that loads what an earlier run left behind."""
+    from fastunlearn.parametrize.partial_unet import load_partial_unet
+
+    def load(pipeline: Any, world: Any, target: Any, seed: int) -> int:
+        path = Path(pattern.replace("{target}", target.name).replace("{kind}", target.kind)).expanduser()
+        path = path / "unet.safetensors" if path.is_dir() else path
+        load_partial_unet(pipeline.unet, path)
+        return path.stat().st_size
+
+    return load
+
+
+def _method(asked: EvaluateArguments) -> Any:
+    from fastunlearn.methods.recipes import METHODS
+
+    if asked.method == "none":
+        return None
+    if asked.method in METHODS:
+        run, settings = METHODS[asked.method], asked.settings or {}
+        return lambda pipeline, world, target, seed: run(pipeline, world, target, seed, **settings)
+    if "{target}" in asked.method:
+        return _stored(asked.method)
+    near = did_you_mean(asked.method, [*METHODS, "none"])
+    raise ValueError(
+        f"method: {asked.method!r} is unknown{near or '; want'} finetune, uce, none or a path with {{target}}"
+    )
+
+
+def _world(name: str, asked: EvaluateArguments, pipeline_arguments: Any) -> Any:
+    import torch
+
+    from fastunlearn.evaluation.worlds import canvas_world, unlearncanvas_world
+
+    device = pipeline_arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "canvas":
+        return canvas_world(device)
+    absent = [key for key in ("images", "style_classifier", "object_classifier") if getattr(asked, key) is None]
+    if absent:
+        raise ValueError(f"{absent[0]}: unlearncanvas needs --images, --style_classifier and --object_classifier")
+    assert asked.images is not None
+    assert asked.style_classifier is not None
+    assert asked.object_classifier is not None
+    return unlearncanvas_world(asked.images, asked.style_classifier, asked.object_classifier, device=device)
+
+
+def _targets(asked: EvaluateArguments, concepts: Any) -> list[Any]:
+    if asked.targets is None:
+        return concepts.draw_targets(asked.styles, asked.objects, asked.seed)
+    names = [*concepts.styles, *concepts.objects] if asked.targets == ["all"] else asked.targets
+    return [concepts.target(name) for name in names]
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs the command; 0, or 2 for bad input (one line on standard error)."""
+
+    def run() -> int:
+        from fastunlearn.cli import _diffusion
+        from fastunlearn.evaluation.canvas import AnswerSettings, evaluate
+        from fastunlearn.evaluation.metrics import table_mean
+        from fastunlearn.evaluation.worlds import canvas_concepts
+
+        words = list(argv)
+        name = words.pop(0) if words and not words[0].startswith("-") and "=" not in words[0] else ""
+        if name not in WORLDS and not {"-h", "--help"} & set(words):
+            raise ValueError(
+                f"want a world to evaluate in, {' or '.join(WORLDS)}, got {name or 'none'}{did_you_mean(name, WORLDS)}"
+            )
+        asked, pipeline_arguments, settings = parse(
+            (EvaluateArguments, _diffusion.PipelineArguments, AnswerSettings), words, f"{PROG} {name or 'canvas'}",
+            description="Unlearns styles and objects one by one and measures UA, IRA, CRA, a Frechet distance and the costs of each.",
+            epilog="example:\n" + (__doc__ or "").split("\n\n", 1)[1], aliases={"model": "model_name_or_path"},
+        )  # fmt: skip
+        unlearn = _method(asked)
+        # Names are checked before anything is loaded.
+        targets = _targets(asked, canvas_concepts()) if name == "canvas" else None
+        world = _world(name, asked, pipeline_arguments)
+        targets = targets or _targets(asked, world)
+        pipeline = pipeline_arguments.load()
+        about = {"model": pipeline_arguments.model_name_or_path}
+        result = evaluate(
+            pipeline, world, targets, unlearn, method=asked.name or asked.method, seed=asked.seed, settings=settings,
+            output=asked.output, about=about, say=lambda line: print(line, flush=True),
+        )  # fmt: skip
+        rows = [row for row in result["rows"] if row["method"] == (asked.name or asked.method)]
+        for kind in ("style", "object"):
+            mine = [row for row in rows if row["kind"] == kind]
+            means = table_mean(mine, ("UA", "IRA", "CRA", world.feature_name, "seconds", "evaluation_seconds"))
+            if mine:
+                print(
+                    f"mean of {len(mine)} {kind}s: " + ", ".join(f"{key} {value:.2f}" for key, value in means.items())
+                )
+        print(f"{len(result['rows'])} rows in {asked.output}")
+        return 0
+
+    return _run.guarded(PROG, run)
