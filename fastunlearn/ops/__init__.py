@@ -1,6 +1,8 @@
 """The ops: drop-in functions on tensors and lists of tensors. They import no transformers and no diffusers."""
 
 from fastunlearn.ops.adamw import masked_adamw_, masked_grad_norm, masked_sgd_
+from fastunlearn.ops.linear_divergence import linear_divergence
+from fastunlearn.ops.linear_nll import linear_nll
 from fastunlearn.ops.mask import BitMask, load_masks, save_masks
 from fastunlearn.ops.nm import nm_mask
 from fastunlearn.ops.redistribute import redistribution
@@ -9,6 +11,8 @@ from fastunlearn.ops.topk import topk_mask
 
 __all__ = [
     "BitMask",
+    "linear_divergence",
+    "linear_nll",
     "load_masks",
     "masked_adamw_",
     "masked_grad_norm",
