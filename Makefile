@@ -56,7 +56,7 @@ help:
 
 .venv/.dev: .venv/.base .venv/.demo $(NATIVE)
 	@echo "building fastunlearn, installing the tools of the tests ..."
-	FASTUNLEARN_NATIVE=1 $(PIP) --no-build-isolation -e '.[dev,llm]'
+	FASTUNLEARN_NATIVE=1 $(PIP) --no-build-isolation -e '.[dev,llm,diffusion]'
 	@touch $@ .venv/.installed
 
 demo: .venv/.installed .venv/.demo
