@@ -1,6 +1,6 @@
 """Trains everything the canvas ships: its pipeline and its two classifiers.
 
-    python -m benchmarks.train_canvas --work FOLDER [--seed 0] [--steps 5000] [--device cpu]
+    python -m benchmarks.train_canvas --work FOLDER [--seed 0] [--steps 4400] [--device cpu]
 
 Five parts, each saved in the work folder and skipped when it is there: pictures, tokenizer, classifiers, autoencoder, denoiser (which
 goes on from its last checkpoint). At the end the pipeline (bf16) and the classifiers (fp16) go to fastunlearn/assets; then
@@ -298,6 +298,7 @@ def scheduler() -> Any:
         timestep_spacing="trailing",
         clip_sample=False,
         set_alpha_to_one=True,
+        steps_offset=1,
     )
 
 
@@ -410,7 +411,8 @@ def denoiser(
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         decay = min(0.999, (1 + step) / (10 + step))
-        torch._foreach_lerp_(averaged, parameters, 1 - decay)
+        with torch.no_grad():
+            torch._foreach_lerp_(averaged, parameters, 1 - decay)
         if (step + 1) % 25 == 0:
             bar.set_postfix(loss=f"{loss.item():.4f}")
             log.write(f"{step + 1} {loss.item():.5f} {spent + time.time() - begun:.0f}\n")
@@ -452,7 +454,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="folder of what is made on the way")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=5000, help="of the denoiser")
+    parser.add_argument("--steps", type=int, default=4400, help="of the denoiser")
     parser.add_argument("--vae-steps", type=int, default=1600)
     parser.add_argument("--classifier-steps", type=int, default=2400)
     parser.add_argument("--pictures", type=int, default=60, help="training pictures of every pair")

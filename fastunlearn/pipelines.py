@@ -57,14 +57,16 @@ def load_pipeline(
         ValueError: the pipeline lacks a denoiser or a text encoder.
     """
     try:
-        from diffusers import DiffusionPipeline
+        from diffusers import DiffusionPipeline, __version__
     except ImportError as error:
         raise ImportError("text-to-image pipelines need diffusers: pip install 'fastunlearn[diffusion]'") from error
     device = (
         torch.device(device) if device is not None else torch.device("cuda" if torch.cuda.is_available() else "cpu")
     )
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
-    pipe = DiffusionPipeline.from_pretrained(pipeline_folder(name), torch_dtype=dtype)
+    # Its name changed; the old one works before 0.42 and warns after.
+    keyword = "dtype" if tuple(map(int, __version__.split(".")[:2])) >= (0, 42) else "torch_dtype"
+    pipe = DiffusionPipeline.from_pretrained(pipeline_folder(name), **{keyword: dtype})
     if getattr(pipe, "unet", None) is None and getattr(pipe, "transformer", None) is None:
         raise ValueError(
             f"pipeline {str(name)!r} has neither a unet nor a transformer; it has {sorted(pipe.components)}"
