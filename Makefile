@@ -11,7 +11,7 @@
 #   make wheel        a wheel in dist/
 #   make clean        removes what was built, not .venv
 #
-# Settings: PYTHON (makes .venv), TORCH (what pip installs for torch), PIP_ARGS (e.g. an index with CPU builds), OUT, OPS.
+# Settings: PYTHON (makes .venv), TORCH (what pip installs for torch), PIP_ARGS (e.g. an index with CPU builds), OUT, OPS, JOBS, PYTEST_ARGS.
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -23,6 +23,7 @@ TORCH ?= torch
 PIP_ARGS ?=
 OUT ?= out
 OPS ?=
+JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 
 BIN := .venv/bin
 PIP := $(BIN)/pip install -q --disable-pip-version-check -c constraints.txt $(PIP_ARGS)
@@ -62,8 +63,11 @@ help:
 demo: .venv/.installed .venv/.demo
 	$(QUIET_THREADS) $(BIN)/python -m fastunlearn demo $(DEMO_ARGS)
 
+# Test files in JOBS processes of one thread each, then what times something or starts processes, alone. (pytest ends with 5
+# where PYTEST_ARGS leaves nothing to run.)
 test: .venv/.dev
-	$(QUIET_THREADS) $(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(QUIET_THREADS) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not serial" $(PYTEST_ARGS) || [ $$? = 5 ]
+	$(QUIET_THREADS) $(BIN)/python -m pytest -m serial $(PYTEST_ARGS) || [ $$? = 5 ]
 
 lint: .venv/.dev
 	$(BIN)/ruff format --check .

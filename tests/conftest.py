@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import importlib.util
 import json
 import os
@@ -52,6 +53,18 @@ def _poisoned_memory():
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _threads(request: pytest.FixtureRequest):
+    """Test processes side by side have one thread each; loops that OpenMP shares out are still shared out among two."""
+    callspec = getattr(request.node, "callspec", None)
+    if callspec is None or "native" not in callspec.params.values() or torch.get_num_threads() > 1:
+        yield
+        return
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -127,8 +140,11 @@ def simt_module() -> ModuleType:
         pytest.skip("no C++ compiler: the CUDA kernel bodies cannot be compiled for the host")
     folder = ROOT / "build" / f"simt-{sys.implementation.cache_tag}"
     target = folder / f"{name}.so"
-    builder.write_ninja(folder / "build.ninja", target, cxx=cxx, nvcc=None, simt_module=name)
-    done = subprocess.run([builder.ninja_binary(), "-C", str(folder)], capture_output=True, text=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as lock:  # one of several test processes builds, the others wait and find it done
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        builder.write_ninja(folder / "build.ninja", target, cxx=cxx, nvcc=None, simt_module=name)
+        done = subprocess.run([builder.ninja_binary(), "-C", str(folder)], capture_output=True, text=True)
     assert done.returncode == 0, f"the CUDA bodies do not compile for the host:\n{done.stdout[-6000:]}"
     spec = importlib.util.spec_from_file_location(name, target)
     assert spec is not None
