@@ -1,6 +1,6 @@
 """Trains everything the canvas ships: its pipeline and its two classifiers.
 
-    python -m benchmarks.train_canvas --work FOLDER [--seed 0] [--steps 4000] [--device cpu]
+    python -m benchmarks.train_canvas --work FOLDER [--seed 0] [--steps 5000] [--device cpu]
 
 Five parts, each saved in the work folder and skipped when it is there: pictures, tokenizer, classifiers, autoencoder, denoiser (which
 goes on from its last checkpoint). At the end the pipeline (bf16) and the classifiers (fp16) go to fastunlearn/assets; then
@@ -454,7 +454,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="folder of what is made on the way")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=4000, help="of the denoiser")
+    parser.add_argument("--steps", type=int, default=5000, help="of the denoiser")
     parser.add_argument("--vae-steps", type=int, default=1600)
     parser.add_argument("--classifier-steps", type=int, default=2400)
     parser.add_argument("--pictures", type=int, default=60, help="training pictures of every pair")
