@@ -2,7 +2,8 @@
 
 Markers: `<!-- benchmarks:begin NAME -->` ... `<!-- benchmarks:end -->`. NAME is ops-cpu, ops-cuda (the newest result of that
 kind of device) or ops-<slug> (benchmarks/results/<slug>.json): times, targets, every row in a fold; or quality-<study>, for
-short demo or prune: the rows of benchmarks/results/quality/<study>.json.
+short demo or prune: the rows of benchmarks/results/quality/<study>.json; or canvas: one line a method, means over the targets,
+every target in a fold.
 """
 
 from __future__ import annotations
@@ -107,11 +108,7 @@ def _targets(result: dict[str, Any]) -> list[str]:
     return _markdown(["op: case", "ratio", "measured", "target", ""], rows) if rows else []
 
 
-def quality_block(path: Path) -> str:
-    """Rows of one study: method, target, seed and the metrics by name."""
-    if not path.is_file():
-        return NOT_MEASURED
-    result = json.loads(path.read_text())
+def _quality_rows(result: dict[str, Any]) -> list[str]:
     names = list(dict.fromkeys(name for row in result["rows"] for name in row))
 
     def cell(value: Any) -> str:
@@ -120,9 +117,57 @@ def quality_block(path: Path) -> str:
         return f"{value:.4g}" if isinstance(value, float) else str(value)
 
     cells = [[cell(row.get(name)) for name in names] for row in result["rows"]]
-    lines = _markdown([name.replace("_", " ") for name in names], cells)
+    return _markdown([name.replace("_", " ") for name in names], cells)
+
+
+def _about(result: dict[str, Any]) -> list[str]:
     about = "; ".join(f"{k}: {v}" for k, v in result.get("meta", {}).items() if isinstance(v, (str, int, float)))
-    return "\n".join([*lines, *(["", about + "."] if about else [])]) + "\n"
+    return ["", about + "."] if about else []
+
+
+def quality_block(path: Path) -> str:
+    """Rows of one study: method, target, seed and the metrics by name."""
+    if not path.is_file():
+        return NOT_MEASURED
+    result = json.loads(path.read_text())
+    return "\n".join([*_quality_rows(result), *_about(result)]) + "\n"
+
+
+#: columns of the canvas table: heading, kind of target (None: all), metric, digits
+_CANVAS = [
+    *((f"{kind} {metric}", kind, metric, 1) for kind in ("style", "object") for metric in ("UA", "IRA", "CRA")),
+    ("FID, canvas features", None, "fid_canvas_features", 1),
+    ("back by embedding", None, "recovered_embedding", 0),
+    ("back by relearning", None, "recovered_relearning", 0),
+    ("seconds", None, "seconds", 1),
+    ("peak MiB", None, "peak_mib", 0),
+    ("kept MiB", None, "storage_mib", 2),
+]
+
+
+def canvas_block(path: Path) -> str:
+    """One line a method: means over its targets, the mean of the six accuracies, how many targets became noise."""
+    if not path.is_file():
+        return NOT_MEASURED
+    result = json.loads(path.read_text())
+    lines = []
+    for method in dict.fromkeys(row["method"] for row in result["rows"]):
+        rows = [row for row in result["rows"] if row["method"] == method]
+
+        def mean(kind: str | None, metric: str, rows: list[dict[str, Any]] = rows) -> float | None:
+            values = [r[metric] for r in rows if kind in (None, r["kind"]) and r.get(metric) is not None]
+            return sum(values) / len(values) if values else None
+
+        values = [mean(kind, metric) for _, kind, metric, _ in _CANVAS]
+        cells = ["-" if v is None else f"{v:.{digits}f}" for v, (*_, digits) in zip(values, _CANVAS)]
+        six = [v for v in values[:6] if v is not None]
+        noise = sum(row["noise"] for row in rows)
+        cells.insert(6, f"**{sum(six) / 6:.1f}**" if len(six) == 6 else "-")
+        lines.append([method, *cells, f"{noise} of {len(rows)}" if noise else "none"])
+    head = ["method", *(name for name, *_ in _CANVAS[:6]), "mean", *(name for name, *_ in _CANVAS[6:]), "noise"]
+    out = [*_markdown(head, lines), *_about(result)]
+    out += ["", "<details><summary>Every target</summary>", "", *_quality_rows(result), "", "</details>"]
+    return "\n".join(out) + "\n"
 
 
 def ops_block(result: dict[str, Any] | None) -> str:
@@ -178,9 +223,11 @@ def block(name: str, folder: Path) -> str:
     kind, _, which = name.partition("-")
     if kind == "ops" and which:
         return ops_block(_pick(load(folder), which))
+    if name == "canvas":
+        return canvas_block(folder / "quality" / "canvas.json")
     if name in ("demo", "prune") or (kind == "quality" and which):
         return quality_block(folder / "quality" / f"{which or name}.json")
-    raise ValueError(f"marker {name!r}: want ops-cpu, ops-cuda, ops-<slug>, quality-<study>, demo or prune")
+    raise ValueError(f"marker {name!r}: want ops-cpu, ops-cuda, ops-<slug>, quality-<study>, demo, prune or canvas")
 
 
 def update(readme: Path, results: Path, write: bool = True) -> list[str]:

@@ -129,6 +129,7 @@ def sample_batches(
     steps: int = 10,
     guidance_scale: float = 1.0,
     batch_size: int = 100,
+    autocast: torch.dtype | None = None,
     decode: bool = True,
     progress: bool = True,
     what: str = "sampling",
@@ -142,6 +143,7 @@ def sample_batches(
         seeds: of the start latents.
         steps, guidance_scale: as `sample_latents`.
         batch_size: images at once.
+        autocast: torch.bfloat16 runs U-Net and VAE in it (1.5 times as fast on a CPU that knows it); None: in the weights' dtype.
         decode: give images; False: latents.
         progress: a bar, where standard error is a terminal.
 
@@ -167,10 +169,12 @@ def sample_batches(
         )
         for part in which.split(batch_size):
             prompt, seed = part % len(text), part // len(text)
-            latents = sample_latents(
-                pipeline, text[prompt.to(text.device)], start[seed], empty=empty, steps=steps, guidance_scale=guidance_scale
-            )  # fmt: skip
-            yield prompt, seed, decode_latents(pipeline, latents) if decode else latents
+            with torch.autocast(text.device.type, dtype=autocast or torch.bfloat16, enabled=autocast is not None):
+                out = sample_latents(
+                    pipeline, text[prompt.to(text.device)], start[seed], empty=empty, steps=steps, guidance_scale=guidance_scale
+                )  # fmt: skip
+                out = decode_latents(pipeline, out) if decode else out
+            yield prompt, seed, out
             bar.update(len(part))
 
 

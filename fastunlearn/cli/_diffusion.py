@@ -40,16 +40,23 @@ class PipelineArguments:
     )
     device: str | None = field(default=None, metadata={"help": "cpu, cuda, ...; default: cuda where there is one."})
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
-        default="auto", metadata={"help": "Of the weights; auto: float32 on a CPU, bfloat16 on a GPU."}
+        default="auto",
+        metadata={
+            "help": "Of the weights; auto: float32 on a CPU and for weights that change, else bfloat16 on a GPU."
+        },
     )
 
-    def load(self) -> Any:
+    def load(self, *, trained: bool = False) -> Any:
         """The pipeline, checked.
+
+        Args:
+            trained: its weights will take steps: auto is float32 then.
 
         Raises:
             ValueError: it lacks parts, or `weights` do not fit. OSError: it is not there.
         """
-        dtype = None if self.dtype == "auto" else getattr(torch, self.dtype)
+        own = torch.float32 if trained else None
+        dtype = own if self.dtype == "auto" else getattr(torch, self.dtype)
         pipeline = load_pipeline(self.model_name_or_path, device=self.device, dtype=dtype)
         check_pipeline(pipeline)
         if self.weights is not None:
@@ -165,7 +172,7 @@ def edit(
     """
     with claim_output(output_arguments.output_dir, overwrite=output_arguments.overwrite) as output:
         print(f"loading {pipeline_arguments.model_name_or_path} ...", flush=True)
-        pipeline = pipeline_arguments.load()
+        pipeline = pipeline_arguments.load(trained=True)
         start = time.perf_counter()
         device = next(pipeline.unet.parameters()).device
         weights, cost = measured(lambda: work(pipeline), device)

@@ -125,7 +125,7 @@ def main(argv: Sequence[str]) -> int:
         targets = _targets(asked, canvas_concepts()) if name == "canvas" else None
         world = _world(name, asked, pipeline_arguments)
         targets = targets or _targets(asked, world)
-        pipeline = pipeline_arguments.load()
+        pipeline = pipeline_arguments.load(trained=unlearn is not None or bool(settings.attacks))
         about = {"model": pipeline_arguments.model_name_or_path}
         result = evaluate(
             pipeline, world, targets, unlearn, method=asked.name or asked.method, seed=asked.seed, settings=settings,

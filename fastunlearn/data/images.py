@@ -130,29 +130,40 @@ class Latents:
 def latents_of_prompts(
     pipeline: Any,
     prompts: Sequence[str],
+    count: int,
     *,
-    per_prompt: int = 1,
     seed: int = 0,
     steps: int = 10,
     guidance_scale: float = 1.0,
     batch_size: int = 100,
+    autocast: torch.dtype | None = None,
     progress: bool = True,
 ) -> Latents:
     """What the pipeline draws for prompts, as latents; `prompt` counts in the order given.
 
     Args:
-        per_prompt: images of each, from start latents of their own.
-        seed: of the start latents; they are no seeds of the answer sets that are evaluated.
+        count: of images, as evenly over the prompts as it goes; of more prompts than images, those drawn by the seed.
+        seed: of the choice and of the start latents, which are no seeds of the answer sets that are evaluated.
+        steps, guidance_scale, batch_size, autocast: as `sample_batches`.
+
+    Raises:
+        ValueError: count < 1, no prompts.
     """
+    if count < 1 or not prompts:
+        raise ValueError(f"count, prompts: want at least 1 of each, got {count}, {len(prompts)}")
+    order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(seed)).tolist()
     # Far from the small numbers that a person gives as seeds of images.
-    seeds = [1_000_003 * (seed + 1) + i for i in range(per_prompt)]
-    parts = list(
-        sample_batches(
-            pipeline, prompts, seeds, steps=steps, guidance_scale=guidance_scale, batch_size=batch_size, decode=False,
-            progress=progress, what="drawing images to learn from",
-        )
-    )  # fmt: skip
-    return Latents(torch.cat([z for _, _, z in parts]), torch.cat([prompt for prompt, _, _ in parts]))
+    first = 1_000_003 * (seed + 1)
+    latents, numbers = [], []
+    for round_, left in enumerate(range(count, 0, -len(prompts))):
+        chosen = sorted(order[:left])
+        for prompt, _, drawn in sample_batches(
+            pipeline, [prompts[i] for i in chosen], [first + round_], steps=steps, guidance_scale=guidance_scale,
+            batch_size=batch_size, autocast=autocast, decode=False, progress=progress, what="drawing images to learn from",
+        ):  # fmt: skip
+            latents.append(drawn.float())
+            numbers += [chosen[i] for i in prompt.tolist()]
+    return Latents(torch.cat(latents), torch.tensor(numbers))
 
 
 @torch.no_grad()

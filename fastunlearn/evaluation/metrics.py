@@ -123,8 +123,8 @@ def unlearning_metrics(
             raise ValueError("index: the surrogate style cannot be erased")
         counts = without_theme(counts, seed_theme)
         index -= int(kind == "style" and index > seed_theme)
-    if not (counts.images > 0).all():
-        raise ValueError("counts: the answer set lacks images of some theme and object")
+    if not ((counts.images.sum(0) > 0).all() and (counts.images.sum(1) > 0).all()):
+        raise ValueError("counts: the answer set lacks images of some theme or object")
     other: Kind = "object" if kind == "style" else "style"
     own = _columns(counts, kind)
     rest = torch.arange(len(own)) != index

@@ -39,7 +39,7 @@ UNLEARNCANVAS_THEMES = tuple(_THEMES.split())
 UNLEARNCANVAS_OBJECTS = tuple(_OBJECTS.split())
 UNLEARNCANVAS_SEEDS = (188, 288, 588, 688, 888)
 #: at which the canvas pipeline is evaluated
-CANVAS_GUIDANCE = 2.0
+CANVAS_GUIDANCE = 3.0
 
 
 class ImageClassifier(Protocol):

@@ -50,19 +50,17 @@ class FinetuneConfig:
     )
     weight_decay: float = field(default=0.0, metadata={"help": "Of AdamW."})
     max_grad_norm: float = field(default=1.0, metadata={"help": "Gradients are clipped to this norm; 0: not."})
-    images_per_prompt: int = field(default=4, metadata={"help": "Images drawn for each prompt of the forget set."})
-    retain_images_per_prompt: int = field(
-        default=1, metadata={"help": "Images drawn for each prompt of the retain set."}
-    )
+    num_forget_images: int = field(default=64, metadata={"help": "Images of the concept that the model draws itself."})
+    num_retain_images: int = field(default=128, metadata={"help": "Images of what must stay, likewise."})
     sampling_steps: int = field(default=10, metadata={"help": "DDIM steps of an image that is drawn to learn from."})
     guidance_scale: float = field(default=1.0, metadata={"help": "Guidance of an image that is drawn to learn from."})
+    bf16: bool = field(default=False, metadata={"help": "Forward passes under autocast; weights stay as they are."})
     seed: int = field(default=0, metadata={"help": "Of images, noise, timesteps and batches."})
 
     def __post_init__(self) -> None:
-        for name, least in (("max_steps", 1), ("batch_size", 1), ("images_per_prompt", 1),
-                            ("retain_images_per_prompt", 1), ("sampling_steps", 1)):  # fmt: skip
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}: want at least {least}, got {getattr(self, name)}")
+        for name in ("max_steps", "batch_size", "num_forget_images", "num_retain_images", "sampling_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: want at least 1, got {getattr(self, name)}")
         for name in ("learning_rate", "forget_alpha", "retain_alpha", "weight_decay", "max_grad_norm"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{name}: want a finite number >= 0, got {getattr(self, name)}")
@@ -94,7 +92,7 @@ def finetune_surrogate(
         Name within the U-Net -> new weight, of what moved.
 
     Raises:
-        ValueError: no prompts, unequal numbers, a prompt that is its own surrogate, no retain set for a retain term.
+        ValueError: a U-Net that is not in fp32, no prompts, unequal numbers, a prompt that is its own surrogate, no retain set for a retain term.
         FloatingPointError: the loss is not finite; the U-Net is then what it was before.
     """
     config = config or FinetuneConfig()
@@ -110,19 +108,20 @@ def finetune_surrogate(
         raise ValueError("retain_prompts: a retain term needs some; retain_alpha=0 keeps nothing on purpose")
     unet = pipeline.unet
     moving = unet_parameters(unet, config.train_method)
+    if any(parameter.dtype != torch.float32 for parameter in moving.values()):
+        raise ValueError(
+            "pipeline: its U-Net is not in float32, and smaller weights lose the steps of AdamW; load it with dtype=float32 (bf16=True "
+            "makes the forward passes fast)"
+        )
+    low = torch.bfloat16 if config.bf16 else None
     draw: dict[str, Any] = {
-        "steps": config.sampling_steps,
-        "guidance_scale": config.guidance_scale,
+        "seed": config.seed, "steps": config.sampling_steps, "guidance_scale": config.guidance_scale, "autocast": low,
         "progress": progress,
-    }
+    }  # fmt: skip
     if forget is None:
-        forget = latents_of_prompts(
-            pipeline, forget_prompts, per_prompt=config.images_per_prompt, seed=config.seed, **draw
-        )
+        forget = latents_of_prompts(pipeline, forget_prompts, config.num_forget_images, **draw)
     if retain is None and config.retain_alpha:
-        retain = latents_of_prompts(
-            pipeline, retain_prompts, per_prompt=config.retain_images_per_prompt, seed=config.seed, **draw
-        )
+        retain = latents_of_prompts(pipeline, retain_prompts, config.num_retain_images, **draw)
     texts = [encode_prompts(pipeline, prompts) if prompts else None for prompts in (forget_prompts, surrogate_prompts, retain_prompts)]  # fmt: skip
     teacher = denoiser(copy.deepcopy(unet).eval().requires_grad_(False))
     student = denoiser(unet)
@@ -142,7 +141,8 @@ def finetune_surrogate(
         t = timesteps(len(clean), generator).to(clean.device)
         prompt = prompt.to(text.device)
         noised = schedule.add_noise(clean, noise, t).to(text.dtype)
-        return self_distillation_loss(student, teacher, noised, t, text[prompt], teacher_text[prompt])
+        with torch.autocast(text.device.type, dtype=torch.bfloat16, enabled=config.bf16):
+            return self_distillation_loss(student, teacher, noised, t, text[prompt], teacher_text[prompt])
 
     done = False
     try:

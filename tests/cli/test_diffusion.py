@@ -22,7 +22,7 @@ from fastunlearn.cli._diffusion import PipelineArguments
 from fastunlearn.pipelines import load_pipeline
 from fastunlearn.report.grid import draw_grid
 
-TRAIN = ("max_steps=2", "batch_size=2", "images_per_prompt=1", "sampling_steps=2")
+TRAIN = ("max_steps=2", "batch_size=2", "num_forget_images=3", "num_retain_images=3", "sampling_steps=2")
 
 
 @pytest.fixture(scope="module")

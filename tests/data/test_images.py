@@ -37,15 +37,20 @@ def folder(tmp_path):
 
 
 def test_latents_of_prompts_are_what_the_pipeline_draws(pipeline):
-    prompts = [prompt("Cat", "Mosaic"), prompt("Fish", "Photo")]
-    drawn = latents_of_prompts(pipeline, prompts, per_prompt=3, seed=1, steps=2, batch_size=4)
-    assert len(drawn) == 6
-    assert drawn.prompt.tolist() == [0, 1] * 3
-    seeds = [1_000_003 * 2 + i for i in range(3)]
-    assert torch.allclose(
-        drawn.latents, sample(pipeline, prompts, seeds, steps=2, decode=False).flatten(0, 1), atol=1e-4
-    )
-    assert not torch.allclose(drawn.latents, latents_of_prompts(pipeline, prompts, per_prompt=3, steps=2).latents)
+    prompts = [prompt("Cat", "Mosaic"), prompt("Fish", "Photo"), prompt("Tree", "Photo")]
+    drawn = latents_of_prompts(pipeline, prompts, 6, seed=1, steps=2, batch_size=2)
+    assert drawn.prompt.tolist() == [0, 1, 2] * 2
+    seeds = [1_000_003 * 2 + i for i in range(2)]
+    wanted = sample(pipeline, prompts, seeds, steps=2, decode=False).flatten(0, 1)
+    torch.testing.assert_close(drawn.latents, wanted, atol=1e-3, rtol=1e-3)
+    assert not torch.allclose(drawn.latents, latents_of_prompts(pipeline, prompts, 6, steps=2).latents)
+    # Four of three prompts: one of them twice; two of three: two different ones.
+    four = latents_of_prompts(pipeline, prompts, 4, steps=2).prompt.tolist()
+    assert sorted(four[:3]) == [0, 1, 2]
+    assert len(four) == 4
+    assert len(set(latents_of_prompts(pipeline, prompts, 2, steps=2).prompt.tolist())) == 2
+    with pytest.raises(ValueError, match="want at least 1 of each, got 0, 3"):
+        latents_of_prompts(pipeline, prompts, 0)
 
 
 def test_latents_of_images_are_the_encoders_mean(pipeline, folder):

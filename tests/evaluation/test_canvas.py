@@ -220,6 +220,17 @@ def test_an_answer_set_is_what_the_classifiers_say_of_the_images(pipeline):
     assert torch.equal(answers.features, again.features)
 
 
+def test_a_thin_answer_set_holds_every_concept_alike():
+    world = tiny_world(themes=THEMES, real_count=1)
+    answers = answer_set(tiny_pipeline(), world, AnswerSettings(thin=2, bf16=True))
+    wanted = torch.tensor([[2 * ((i + j) % 2 == 0) for j in range(3)] for i in range(4)])
+    assert torch.equal(answers.counts.images, wanted)
+    got = metrics_of(world, answers, None, Target("style", "Mosaic"))
+    assert got["UA"] == pytest.approx(100 - 100 * float(answers.counts.style[3].sum() / answers.counts.images[3].sum()))
+    with pytest.raises(ValueError, match="thin: want at least 1, got 0"):
+        AnswerSettings(thin=0)
+
+
 def test_the_distance_leaves_the_erased_concept_out(pipeline):
     world = tiny_world()
     real = real_features(world)

@@ -21,7 +21,14 @@ RETAIN = [prompt(thing, style) for thing in OBJECTS for style in ("Photo", "Pop 
 
 
 def run(pipeline, **options):
-    settings = {"max_steps": 4, "batch_size": 4, "images_per_prompt": 2, "sampling_steps": 2, "learning_rate": 1e-3}
+    settings = {
+        "max_steps": 4,
+        "batch_size": 4,
+        "num_forget_images": 6,
+        "num_retain_images": 9,
+        "sampling_steps": 2,
+        "learning_rate": 1e-3,
+    }
     return finetune_surrogate(pipeline, FORGET, SURROGATE, RETAIN, FinetuneConfig(**settings | options))
 
 
@@ -47,9 +54,9 @@ def test_it_approaches_the_surrogate_and_keeps_the_rest():
     options = {"max_steps": 80, "learning_rate": 3e-3, "batch_size": 8, "train_method": "xattn"}
     run(free, retain_alpha=0, **options)
     run(held, retain_alpha=1, **options)
-    assert distances(free, frozen)[0] < 0.5 * start[0]
-    assert distances(held, frozen)[0] < 0.7 * start[0]
-    assert distances(held, frozen)[1] < 0.5 * distances(free, frozen)[1]
+    assert distances(free, frozen)[0] < 0.6 * start[0]
+    assert distances(held, frozen)[0] < 0.8 * start[0]
+    assert distances(held, frozen)[1] < 0.75 * distances(free, frozen)[1]
 
 
 @pytest.mark.parametrize("train_method", ["full", "xattn", "noxattn", "selfattn", "xattn_kv"])
@@ -93,11 +100,23 @@ def test_the_same_seed_gives_the_same_weights():
 
 def test_given_latents_are_used():
     pipeline = tiny_pipeline()
-    drawn = latents_of_prompts(pipeline, FORGET, per_prompt=2, seed=0, steps=2)
-    config = FinetuneConfig(max_steps=2, batch_size=4, images_per_prompt=2, sampling_steps=2, retain_alpha=0)
+    drawn = latents_of_prompts(pipeline, FORGET, 6, seed=0, steps=2)
+    config = FinetuneConfig(max_steps=2, batch_size=4, num_forget_images=6, sampling_steps=2, retain_alpha=0)
     one = finetune_surrogate(tiny_pipeline(), FORGET, SURROGATE, config=config)
     two = finetune_surrogate(pipeline, FORGET, SURROGATE, config=config, forget=drawn)
     assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_under_autocast_the_weights_stay_in_fp32():
+    plain, low, again = run(tiny_pipeline()), run(tiny_pipeline(), bf16=True), run(tiny_pipeline(), bf16=True)
+    before = tiny_pipeline().unet.state_dict()
+    for name, weight in low.items():
+        assert weight.dtype == torch.float32
+        assert torch.equal(weight, again[name])
+        # Steps of Adam, each at most about the learning rate.
+        assert (weight - before[name]).abs().max() < 4 * 1.5e-3
+    assert any(not torch.equal(low[name], plain[name]) for name in low)
+    assert any((low[name].bfloat16().float() != low[name]).any() for name in low)
 
 
 def test_a_loss_that_is_no_number_leaves_the_weights_alone():
@@ -118,6 +137,10 @@ def test_bad_input():
         finetune_surrogate(pipeline, FORGET, FORGET, RETAIN)
     with pytest.raises(ValueError, match="retain_prompts: a retain term needs some"):
         finetune_surrogate(pipeline, FORGET, SURROGATE)
+    low = tiny_pipeline()
+    low.unet.to(torch.bfloat16)
+    with pytest.raises(ValueError, match="not in float32, and smaller weights lose the steps"):
+        run(low)
     with pytest.raises(ValueError, match="max_steps: want at least 1, got 0"):
         FinetuneConfig(max_steps=0)
     with pytest.raises(ValueError, match="learning_rate: want a finite number >= 0, got nan"):

@@ -1,0 +1,195 @@
+"""The study behind the README's canvas tables: styles and objects erased from the canvas pipeline, one model a target.
+
+    python -m benchmarks.canvas --methods none finetune uce --styles 4 --objects 4 --seed 0
+    python -m benchmarks.canvas tune --methods finetune uce
+
+The first writes benchmarks/results/quality/canvas.json: a row of every method and target (targets are drawn by the seed, the same
+for every method), after every target, so that a run that stopped goes on. The second runs each method's grid, as many trials for
+each, on targets that no table of up to half of the concepts holds and with seeds that no table uses, and writes every trial to
+benchmarks/results/quality/canvas_tuning.json. What `chosen` finds best there is what fastunlearn.methods.recipes uses.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import RESULTS, ROOT, machine
+from benchmarks.__main__ import write_json
+from fastunlearn.evaluation.canvas import AnswerSettings, RealFeatures, evaluate, real_features
+from fastunlearn.evaluation.metrics import table_mean
+from fastunlearn.evaluation.worlds import World, canvas_world
+from fastunlearn.methods.recipes import DEFAULTS, METHODS
+from fastunlearn.pipelines import load_pipeline
+
+METRICS = ("UA", "IRA", "CRA")
+STUDY, TUNING = RESULTS / "quality" / "canvas.json", RESULTS / "quality" / "canvas_tuning.json"
+#: name of a metric in a row -> in the committed rows, with its digits
+SHOWN = {
+    "UA": ("UA", 1), "IRA": ("IRA", 1), "CRA": ("CRA", 1), "fid_canvas_features": ("fid_canvas_features", 2),
+    "valid": ("valid", 1), "recovered_embedding": ("recovered_embedding", 1),
+    "recovered_relearning": ("recovered_relearning", 1), "seconds": ("seconds", 2), "peak_mib": ("peak_mib", 0),
+    "storage_mib": ("storage_mib", 2), "evaluation_seconds": ("evaluation_seconds", 0),
+}  # fmt: skip
+#: settings that every method is tried with: as many for each
+GRID: dict[str, list[dict[str, Any]]] = {
+    "finetune": [
+        {"train_method": method, "learning_rate": rate, "max_steps": 100, "batch_size": 8, "bf16": True}
+        for method in ("xattn", "full")
+        for rate in (3e-4, 1e-3, 3e-3)
+    ],
+    "uce": [
+        {"tokens": "last", "lamb": 0.1},
+        {"tokens": "last", "lamb": 0.1, "erase_scale": 10.0},
+        {"tokens": "all", "lamb": 0.1},
+        {"tokens": "all", "lamb": 0.1, "erase_scale": 10.0},
+        {"tokens": "all", "lamb": 0.01, "preserve_scale": 0.1},
+        {"tokens": "all", "lamb": 0.1, "preserve_scale": 0.0},
+    ],
+}
+TUNING_SETTINGS = AnswerSettings(seeds=(11, 12, 13), thin=4, bf16=True)
+TUNING_TARGETS = {"styles": 1, "objects": 1}
+
+
+def rows_of(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of the evaluator without their counts, rounded."""
+    out = []
+    for row in rows:
+        short = {key: row[key] for key in ("method", "kind", "target", "seed", "settings") if key in row}
+        for key, (name, digits) in SHOWN.items():
+            if row.get(key) is not None:
+                short[name] = round(row[key], digits)
+        out.append(short | {"noise": row["noise"]})
+    return out
+
+
+def _facts(world: World, settings: AnswerSettings, model: str) -> dict[str, Any]:
+    facts = machine.meta(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    settings = settings.of(world)
+    assert settings.seeds is not None
+    return {
+        "model": f"{model} pipeline, {len(world.styles)} styles and {world.seed_theme} x {len(world.objects)} objects",
+        "answer set": f"{len(settings.pairs(world)) * len(settings.seeds)} images, seeds {', '.join(map(str, settings.seeds))}, "
+        f"{settings.steps} DDIM steps, guidance {settings.guidance_scale:g}{', bf16 autocast' if settings.bf16 else ''}",
+        "seed theme": f"{world.seed_theme} {'counts as a style' if settings.seed_theme == 'include' else 'is left out'}",
+        "machine": facts["device"],
+        "torch": facts["torch"],
+        "commit": facts["commit"],
+        "date": facts["date"],
+    }
+
+
+def run(
+    methods: Sequence[str], styles: int, objects: int, seed: int, settings: AnswerSettings, *, model: str, work: Path, out: Path
+) -> dict[str, Any]:  # fmt: skip
+    """The table's study; `work` holds the evaluator's own file, with the counts."""
+    world, pipeline = canvas_world(), load_pipeline(model, dtype=torch.float32)
+    targets = world.draw_targets(styles, objects, seed)
+    load, real = machine.OtherLoad(), real_features(world)
+    done: dict[str, Any] = {}
+    for method in methods:
+        with load:
+            done = evaluate(
+                pipeline, world, targets, METHODS.get(method), method=method, seed=seed, settings=settings, real=real,
+                output=work / f"canvas-{seed}.json", about={"model": model, "defaults": DEFAULTS}, say=_say,
+            )  # fmt: skip
+        facts = _facts(world, settings, model) | {"targets": ", ".join(t.name for t in targets), "targets' seed": seed}
+        share = load.share()
+        facts |= {"other load": f"{share:.0%}"} if share is not None else {}
+        result = {"meta": facts, "rows": rows_of(r for r in done["rows"] if r["method"] in methods)}
+        write_json(out, result)
+    return result
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+def tune(methods: Sequence[str], *, model: str, work: Path, out: Path, seed: int = 0) -> dict[str, Any]:
+    """Every trial of every method's grid on held-out targets."""
+    world, pipeline = canvas_world(), load_pipeline(model, dtype=torch.float32)
+    targets = world.draw_targets(**TUNING_TARGETS, seed=seed, held_out=True)
+    real: RealFeatures = real_features(world)
+    rows: list[dict[str, Any]] = []
+    for method in methods:
+        for number, trial in enumerate(GRID[method]):
+            chosen = dict(trial)
+
+            def unlearn(
+                pipe: Any, world: Any, target: Any, seed: int, method: str = method, trial: Any = chosen
+            ) -> Any:
+                return METHODS[method](pipe, world, target, seed, **trial)
+
+            done = evaluate(
+                pipeline, world, targets, unlearn, method=f"{method} {number}", seed=seed, settings=TUNING_SETTINGS, real=real,
+                output=work / "canvas-tuning.json", about={"model": model, "grid": GRID}, say=_say,
+            )  # fmt: skip
+            mine = [row for row in done["rows"] if row["method"] == f"{method} {number}"]
+            rows += [row | {"method": method, "settings": trial} for row in mine]
+    meta = _facts(world, TUNING_SETTINGS, model) | {
+        "targets": ", ".join(t.name for t in targets),
+        "targets' seed": seed,
+    }
+    result = {"meta": meta, "rows": rows_of(rows)}
+    write_json(out, result)
+    for method in methods:
+        for kind in ("style", "object"):
+            print(f"best of {method}, {kind}: {chosen_of(result, method, kind)}")
+    return result
+
+
+def chosen_of(tuning: Mapping[str, Any], method: str, kind: str) -> dict[str, Any]:
+    """The settings of a kind of target with the highest mean of UA, IRA and CRA; a trial that draws noise is none."""
+    trials: dict[str, list[dict[str, Any]]] = {}
+    for row in tuning["rows"]:
+        if row["method"] == method and row["kind"] == kind:
+            trials.setdefault(json.dumps(row["settings"]), []).append(row)
+
+    def score(rows: list[dict[str, Any]]) -> tuple[bool, float]:
+        means = table_mean(rows, METRICS)
+        return not any(row["noise"] for row in rows), sum(means.values()) / len(METRICS)
+
+    if not trials:
+        raise ValueError(f"tuning: no trial of {method} on a {kind}")
+    return dict(json.loads(max(trials, key=lambda key: score(trials[key]))))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.canvas", description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("what", nargs="?", choices=("run", "tune"), default="run")
+    parser.add_argument("--methods", nargs="+", choices=("none", *METHODS), default=["none", *METHODS])
+    parser.add_argument("--styles", type=int, default=4)
+    parser.add_argument("--objects", type=int, default=4)
+    parser.add_argument("--seed", type=int, default=0, help="of the targets and of the methods")
+    parser.add_argument("--model", default="canvas")
+    parser.add_argument("--attacks", nargs="*", default=["embedding", "relearning"])
+    parser.add_argument("--seeds", nargs="+", type=int, help="of the answer set")
+    parser.add_argument("--fp32", action="store_true", help="no autocast on a CPU")
+    parser.add_argument("--work", type=Path, default=ROOT / "out", help="where an interrupted run is kept")
+    parser.add_argument("--out", type=Path, help="default: benchmarks/results/quality/")
+    args = parser.parse_args(argv)
+    try:
+        if args.what == "tune":
+            methods = [method for method in args.methods if method in GRID]
+            tune(methods, model=args.model, work=args.work, out=args.out or TUNING, seed=args.seed)
+        else:
+            settings = AnswerSettings(
+                seeds=tuple(args.seeds) if args.seeds else None, bf16=not args.fp32, attacks=tuple(args.attacks)
+            )
+            run(
+                args.methods, args.styles, args.objects, args.seed, settings, model=args.model, work=args.work,
+                out=args.out or STUDY,
+            )  # fmt: skip
+    except (ValueError, FileNotFoundError) as error:
+        parser.exit(2, f"python -m benchmarks.canvas: {error}\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,127 @@
+"""The canvas study: the same targets for every method, as many trials for each, rows and table as committed."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from tests.tiny_diffusion import tiny_pipeline, tiny_world
+
+pytest.importorskip("diffusers")
+from benchmarks import canvas, tables
+from fastunlearn.evaluation.canvas import AnswerSettings
+from fastunlearn.methods.finetune_surrogate import FinetuneConfig
+from fastunlearn.methods.recipes import DEFAULTS, METHODS, concept_template, method_of
+from fastunlearn.methods.uce import UCEConfig
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    monkeypatch.setattr(canvas, "canvas_world", lambda: tiny_world(feature_name="fid_canvas_features"))
+    monkeypatch.setattr(canvas, "load_pipeline", lambda name, dtype: tiny_pipeline())
+
+
+def test_every_method_has_as_many_trials():
+    assert set(canvas.GRID) == set(METHODS)
+    assert len({len(trials) for trials in canvas.GRID.values()}) == 1
+    for name, kind in (("finetune", FinetuneConfig), ("uce", UCEConfig)):
+        for settings in (*canvas.GRID[name], *DEFAULTS[name].values()):
+            kind(**settings)
+        assert len({json.dumps(trial, sort_keys=True) for trial in canvas.GRID[name]}) == len(canvas.GRID[name])
+
+
+def test_tuning_shares_neither_targets_nor_seeds_with_the_table():
+    world = tiny_world()
+    assert not set(canvas.TUNING_SETTINGS.seeds) & set(world.seeds)
+    held = world.draw_targets(1, 1, 0, held_out=True)
+    assert not set(held) & set(world.draw_targets(2, 2, 0))
+
+
+def test_the_study_goes_on_and_makes_a_table(tiny, tmp_path):
+    settings = AnswerSettings(attacks=())
+    out = tmp_path / "quality" / "canvas.json"
+    arguments = {"styles": 1, "objects": 1, "seed": 3, "settings": settings, "model": "canvas", "work": tmp_path}
+    canvas.run(["none"], out=out, **arguments)
+    result = canvas.run(["none", "uce"], out=out, **arguments)
+    assert [(row["method"], row["kind"]) for row in result["rows"]] == [
+        (method, kind) for method in ("none", "uce") for kind in ("style", "object")
+    ]
+    stored = json.loads(out.read_text())
+    assert stored["rows"] == result["rows"]
+    assert "counts" not in stored["rows"][0]
+    assert {"UA", "IRA", "CRA", "fid_canvas_features", "valid", "seconds", "storage_mib", "noise"} <= set(
+        stored["rows"][0]
+    )
+    assert stored["meta"]["answer set"] == "24 images, seeds 1, 2, 2 DDIM steps, guidance 1"
+    assert stored["meta"]["targets"].count(",") == 1
+
+    lines = tables.block("canvas", tmp_path).splitlines()
+    assert lines[0].startswith("| method | style UA | style IRA | style CRA | object UA |")
+    assert [line.split(" | ")[0] for line in lines[2:4]] == ["| none", "| uce"]
+    row = {r["kind"]: r for r in stored["rows"] if r["method"] == "uce"}
+    cells = lines[3].strip("| ").split(" | ")
+    six = [row[kind][metric] for kind in ("style", "object") for metric in ("UA", "IRA", "CRA")]
+    assert cells[1:7] == [f"{value:.1f}" for value in six]
+    assert cells[7] == f"**{sum(six) / 6:.1f}**"
+    assert "<details><summary>Every target</summary>" in lines
+    assert tables.block("canvas", tmp_path / "absent") == tables.NOT_MEASURED
+
+
+def test_tuning_keeps_every_trial(tiny, tmp_path, monkeypatch):
+    grid = {"uce": [{"lamb": 0.1}, {"lamb": 1.0}]}
+    monkeypatch.setattr(canvas, "GRID", grid)
+    monkeypatch.setattr(canvas, "TUNING_SETTINGS", AnswerSettings(seeds=(5,)))
+    result = canvas.tune(["uce"], model="canvas", work=tmp_path, out=tmp_path / "tuning.json")
+    rows = json.loads((tmp_path / "tuning.json").read_text())["rows"]
+    assert rows == result["rows"]
+    assert [(row["method"], row["kind"], row["settings"]) for row in rows] == [
+        ("uce", kind, trial) for trial in grid["uce"] for kind in ("style", "object")
+    ]
+
+
+def test_the_best_trial_is_chosen():
+    def row(kind, lamb, ua, noise=False):
+        return {
+            "method": "uce",
+            "kind": kind,
+            "settings": {"lamb": lamb},
+            "UA": ua,
+            "IRA": 50.0,
+            "CRA": 50.0,
+            "noise": noise,
+        }
+
+    tuning = {
+        "rows": [row("style", 1, 10.0), row("style", 2, 30.0), row("style", 3, 90.0, True), row("object", 1, 99.0)]
+    }
+    assert canvas.chosen_of(tuning, "uce", "style") == {"lamb": 2}
+    assert canvas.chosen_of(tuning, "uce", "object") == {"lamb": 1}
+    with pytest.raises(ValueError, match="no trial of finetune on a style"):
+        canvas.chosen_of(tuning, "finetune", "style")
+
+
+@pytest.mark.skipif(not canvas.TUNING.is_file(), reason="no tuning has been committed")
+def test_recipes_use_what_was_chosen():
+    tuning = json.loads(canvas.TUNING.read_text())
+    for method in METHODS:
+        for kind in ("style", "object"):
+            assert DEFAULTS[method][kind] == canvas.chosen_of(tuning, method, kind)
+        count = sum(row["method"] == method for row in tuning["rows"])
+        assert count == 2 * len(canvas.GRID[method])
+
+
+def test_templates_and_names_of_methods():
+    world = tiny_world()
+    assert concept_template(world, "style") == [world.prompt(thing, "{}") for thing in world.objects]
+    assert concept_template(world, "object") == [world.prompt("{}", theme) for theme in world.themes]
+    assert method_of("uce") is METHODS["uce"]
+    with pytest.raises(ValueError, match="method: 'uc' is unknown; did you mean uce"):
+        method_of("uc")
+
+
+def test_bad_arguments(capsys, tiny, tmp_path):
+    with pytest.raises(SystemExit) as stop:
+        canvas.main(["--styles", "40", "--work", str(tmp_path), "--out", str(tmp_path / "x.json")])
+    assert stop.value.code == 2
+    assert "styles: want 0 to 3, got 40" in capsys.readouterr().err
