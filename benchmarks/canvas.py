@@ -53,7 +53,7 @@ GRID: dict[str, list[dict[str, Any]]] = {
         {"tokens": "all", "lamb": 0.1, "preserve_scale": 0.0},
     ],
 }
-TUNING_SETTINGS = AnswerSettings(seeds=(11, 12, 13), thin=4, bf16=True)
+TUNING_SETTINGS = AnswerSettings(seeds=(11, 12), thin=4, bf16=True)
 TUNING_TARGETS = {"styles": 1, "objects": 1}
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from fastunlearn._modes import evaluating
-from fastunlearn.data.images import Latents, encode_images
+from fastunlearn.data.images import Latents, encode_images, image_size
 from fastunlearn.data.prompts import concept_spans, encode_prompts, tokenize
 from fastunlearn.localize.unet import unet_parameters
 from fastunlearn.objectives.diffusion import NoiseSchedule, denoiser, denoising_loss, uniform_timesteps
@@ -24,28 +24,28 @@ from fastunlearn.objectives.diffusion import NoiseSchedule, denoiser, denoising_
 
 @dataclass
 class EmbeddingAttack:
-    """Attributes: steps of Adam; learning_rate, in units of the embeddings' root mean square; batch_size; seed."""
+    """Attributes: steps of Adam; learning_rate, in units of the embeddings' root mean square; batch_size; seed; bf16: autocast."""
 
     steps: int = 200
     learning_rate: float = 0.05
-    batch_size: int = 16
+    batch_size: int = 8
     seed: int = 0
+    bf16: bool = False
 
 
 @dataclass
 class RelearningAttack:
-    """Attributes: steps of AdamW over the whole U-Net; learning_rate; batch_size; seed."""
+    """Attributes: steps of AdamW over the whole U-Net; learning_rate; batch_size; seed; bf16: autocast."""
 
     steps: int = 50
     learning_rate: float = 1e-4
-    batch_size: int = 16
+    batch_size: int = 8
     seed: int = 0
+    bf16: bool = False
 
 
 def example_latents(pipeline: Any, images: Tensor, prompt: Tensor) -> Latents:
     """Latents of images uint8 [n, 3, H, W], with the number of each one's prompt; scaled to the pipeline's size."""
-    from fastunlearn.data.images import image_size
-
     size = image_size(pipeline)
     if images.shape[-2:] != (size, size):
         images = torch.nn.functional.interpolate(images.float(), (size, size), mode="bilinear", antialias=True)
@@ -122,8 +122,9 @@ def embedding_attack(
                 noise = torch.randn(clean.shape, generator=generator).to(clean)
                 t = timesteps(len(clean), generator).to(clean.device)
                 words.rows = prompt.to(first.device)
-                text = encoder(ids[words.rows])[0]
-                loss = denoising_loss(predict, schedule, clean.to(text.dtype), text, noise.to(text.dtype), t)
+                with torch.autocast(first.device.type, dtype=torch.bfloat16, enabled=attack.bf16):
+                    text = encoder(ids[words.rows])[0]
+                    loss = denoising_loss(predict, schedule, clean.to(first.dtype), text, noise.to(first.dtype), t)
                 (learned.grad,) = torch.autograd.grad(loss, learned)
                 optimiser.step()
             with torch.no_grad():
@@ -162,7 +163,9 @@ def relearning_attack(
             clean, prompt = latents.draw(attack.batch_size, generator)
             noise = torch.randn(clean.shape, generator=generator).to(clean)
             t = timesteps(len(clean), generator).to(clean.device)
-            loss = denoising_loss(predict, schedule, clean.to(text.dtype), text[prompt.to(text.device)], noise.to(text.dtype), t)  # fmt: skip
+            with torch.autocast(text.device.type, dtype=torch.bfloat16, enabled=attack.bf16):
+                given = text[prompt.to(text.device)]
+                loss = denoising_loss(predict, schedule, clean.to(text.dtype), given, noise.to(text.dtype), t)
             loss.backward()
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)

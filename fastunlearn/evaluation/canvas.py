@@ -245,11 +245,15 @@ def attacked(pipeline: Any, world: World, target: Target, settings: AnswerSettin
     latents = attacks.example_latents(pipeline, torch.stack([images[n] for n in known]), torch.tensor(known))  # type: ignore[misc]
     if "embedding" in settings.attacks:
         text = attacks.embedding_attack(
-            pipeline, prompts, world.surrogate_prompts(target), latents, attacks.EmbeddingAttack(seed=seed)
+            pipeline,
+            prompts,
+            world.surrogate_prompts(target),
+            latents,
+            attacks.EmbeddingAttack(seed=seed, bf16=settings.bf16),
         )
         out["recovered_embedding"] = recognised(pipeline, world, target, text, settings)
     if "relearning" in settings.attacks:
-        attacks.relearning_attack(pipeline, prompts, latents, attacks.RelearningAttack(seed=seed))
+        attacks.relearning_attack(pipeline, prompts, latents, attacks.RelearningAttack(seed=seed, bf16=settings.bf16))
         out["recovered_relearning"] = recognised(pipeline, world, target, encode_prompts(pipeline, prompts), settings)
     return out
 

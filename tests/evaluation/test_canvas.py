@@ -275,7 +275,10 @@ def test_a_study_writes_a_row_a_target_and_gives_the_pipeline_back(tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         for attack in ("EmbeddingAttack", "RelearningAttack"):
             kind = getattr(__import__("fastunlearn.evaluation.attacks", fromlist=["x"]), attack)
-            patch.setattr(f"fastunlearn.evaluation.attacks.{attack}", lambda seed, kind=kind: kind(steps=2, seed=seed))
+            patch.setattr(
+                f"fastunlearn.evaluation.attacks.{attack}",
+                lambda seed, bf16, kind=kind: kind(steps=2, seed=seed, bf16=bf16),
+            )
         result = evaluate(
             pipeline, world, TARGETS, blur, method="blur", settings=settings, output=out, say=lines.append
         )
