@@ -14,6 +14,8 @@
 
 #include "adamw.h"
 #include "common.h"
+#include "gram.h"
+#include "hamu.h"
 #include "mask.h"
 #include "nm.h"
 #include "redistribute.h"
@@ -195,6 +197,27 @@ void bind_redistribute(py::module_& m) {
       no_gil);
 }
 
+void bind_gram(py::module_& m) {
+  m.def(
+      "gram_cpu",
+      [](Address table, int64_t tensors, int64_t groups, Address unit_tensor, Address first_unit,
+         int64_t units, Address out) {
+        std::vector<double> partial(size_t(units * fu::gram::pairs(groups)));
+        FU_CALL(gram_products, at<const int64_t>(table), tensors, groups, at<const int32_t>(unit_tensor),
+                at<const int64_t>(first_unit), units, partial.data(), at<double>(out));
+      },
+      no_gil);
+  m.def(
+      "hamu_combine_cpu",
+      [](Address table, int64_t groups, Address factors, Address keys, Address unit_tensor,
+         Address first_unit, int64_t units) {
+        FU_CALL(hamu_combine, at<const int64_t>(table), groups, at<const float>(factors),
+                at<const uint32_t>(keys), at<const int32_t>(unit_tensor), at<const int64_t>(first_unit),
+                units);
+      },
+      no_gil);
+}
+
 void bind_saliency(py::module_& m) {
   // Rows of (address of scores, of the gradient, of the weight or 0, entries, dtype of both).
   using Row = std::tuple<Address, Address, Address, int64_t, int, int>;
@@ -348,6 +371,7 @@ PYBIND11_MODULE(FU_MODULE, m) {
   m.def("set_isa_level", &fu::set_isa_level);
   bind_mask(m);
   bind_adamw(m);
+  bind_gram(m);
   bind_nm(m);
   bind_redistribute(m);
   bind_saliency(m);

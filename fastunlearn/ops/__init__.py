@@ -1,6 +1,8 @@
 """The ops: drop-in functions on tensors and lists of tensors. They import no transformers and no diffusers."""
 
 from fastunlearn.ops.adamw import masked_adamw_, masked_grad_norm, masked_sgd_
+from fastunlearn.ops.gram import gram
+from fastunlearn.ops.hamu import Certificate, InfeasibleError, hamu_step_
 from fastunlearn.ops.linear_divergence import linear_divergence
 from fastunlearn.ops.linear_nll import linear_nll
 from fastunlearn.ops.mask import BitMask, load_masks, save_masks
@@ -11,6 +13,10 @@ from fastunlearn.ops.topk import topk_mask
 
 __all__ = [
     "BitMask",
+    "Certificate",
+    "InfeasibleError",
+    "gram",
+    "hamu_step_",
     "linear_divergence",
     "linear_nll",
     "load_masks",

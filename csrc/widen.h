@@ -1,0 +1,98 @@
+// Sixteen entries of any element type at once as floats, and blocks of them with zeros where a mask says so.
+// For files that are compiled once per instruction set.
+#pragma once
+
+#include "common.h"
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+#if defined(__GNUC__) && !defined(__clang__)
+// GCC 12 takes the deliberately undefined operand inside its own AVX-512 intrinsics for a mistake; and how a
+// vector would be passed to a function that is not inlined does not matter here.
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wpsabi"
+#endif
+
+namespace fu::FU_ISA {
+namespace {
+
+constexpr int kLanes = 16;
+using Float16 = float __attribute__((vector_size(kLanes * 4)));
+using Double16 = double __attribute__((vector_size(kLanes * 8)));
+using Word16 = uint32_t __attribute__((vector_size(kLanes * 4)));
+using Half16 = uint16_t __attribute__((vector_size(kLanes * 2)));
+
+template <class To, class From>
+inline To as(const From& from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  memcpy(&to, &from, sizeof to);
+  return to;
+}
+
+inline Float16 load_lanes(const float* p) {
+  Float16 x;
+  memcpy(&x, p, sizeof x);
+  return x;
+}
+inline Float16 load_lanes(const bf16* p) {
+  Half16 x;
+  memcpy(&x, p, sizeof x);
+  return as<Float16>(__builtin_convertvector(x, Word16) << 16);
+}
+inline Float16 load_lanes(const f16* p) {
+#if defined(__AVX512F__)
+  return as<Float16>(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+#elif defined(__AVX2__)
+  Float16 x;
+  for (int half = 0; half < 2; ++half) {
+    const __m256 y = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 8 * half)));
+    memcpy(reinterpret_cast<char*>(&x) + 32 * half, &y, 32);
+  }
+  return x;
+#else
+  Float16 x;
+  for (int l = 0; l < kLanes; ++l) x[l] = to_float(p[l]);
+  return x;
+#endif
+}
+
+// Zeros where the bit is not set, whatever stood there (NaN too). `bits`: two bytes.
+inline Float16 keep_lanes(const uint8_t* bits, const Float16& x) {
+  uint16_t word;
+  memcpy(&word, bits, 2);
+#if defined(__AVX512F__)
+  return as<Float16>(_mm512_maskz_mov_ps(__mmask16(word), as<__m512>(x)));
+#else
+  const Word16 place = {1,      1 << 1, 1 << 2,  1 << 3,  1 << 4,  1 << 5,  1 << 6,  1 << 7,
+                        1 << 8, 1 << 9, 1 << 10, 1 << 11, 1 << 12, 1 << 13, 1 << 14, 1 << 15};
+  const Word16 set = (Word16{} + word) & place;
+  return as<Float16>(as<Word16>(x) & as<Word16>(set == place));
+#endif
+}
+
+template <class T>
+inline void widen_as(const T* from, int n, const uint8_t* bits, float* to) {
+  int i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    Float16 x = load_lanes(from + i);
+    if (bits) x = keep_lanes(bits + i / 8, x);
+    memcpy(to + i, &x, sizeof x);
+  }
+  for (; i < n; ++i) to[i] = !bits || (bits[i / 8] >> (i % 8) & 1) ? to_float(from[i]) : 0.f;
+}
+
+// `n` entries from place `at` (a multiple of 16) of the tensor at `address` -> `to`. `bits`: of the first of
+// them, or null.
+inline void widen(int64_t address, int64_t dtype, int64_t at, int n, const uint8_t* bits, float* to) {
+  if (dtype == kF32)
+    widen_as(reinterpret_cast<const float*>(address) + at, n, bits, to);
+  else if (dtype == kF16)
+    widen_as(reinterpret_cast<const f16*>(address) + at, n, bits, to);
+  else
+    widen_as(reinterpret_cast<const bf16*>(address) + at, n, bits, to);
+}
+
+}  // namespace
+}  // namespace fu::FU_ISA
