@@ -14,6 +14,7 @@ from fastunlearn._version import __version__
 from fastunlearn.ops.mask import BitMask, load_masks, save_masks
 
 if TYPE_CHECKING:
+    from fastunlearn.methods.hamu import HAMUConfig, HAMUTrainer
     from fastunlearn.methods.sau import SAUConfig, SAUTrainer
     from fastunlearn.trainer import UnlearnConfig, UnlearnTrainer
 
@@ -22,6 +23,8 @@ __all__ = [
     "BitMask",
     "Explanation",
     "FallbackWarning",
+    "HAMUConfig",
+    "HAMUTrainer",
     "SAUConfig",
     "SAUTrainer",
     "UnlearnConfig",
@@ -37,6 +40,8 @@ __all__ = [
 
 #: names whose modules import transformers: loaded when they are first asked for
 _LAZY = {
+    "HAMUConfig": "fastunlearn.methods.hamu",
+    "HAMUTrainer": "fastunlearn.methods.hamu",
     "SAUConfig": "fastunlearn.methods.sau",
     "SAUTrainer": "fastunlearn.methods.sau",
     "UnlearnConfig": "fastunlearn.trainer",

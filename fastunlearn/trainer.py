@@ -51,6 +51,7 @@ from fastunlearn.objectives.language import closest
 from fastunlearn.ops.mask import BitMask, load_masks, save_masks
 from fastunlearn.parametrize import full_weights, lora
 from fastunlearn.updates import Update, make_update
+from fastunlearn.updates.hamu import CertificateLog, Hamu
 
 REFERENCE_FILE = "reference_logprobs.safetensors"
 #: masks of what the optimiser moves, in a checkpoint to resume from
@@ -58,6 +59,8 @@ MOVABLE = "movable.safetensors"
 #: hashes of the rows of a run, in a checkpoint to resume from
 DATA_FILE = "data.json"
 STATE_FILE = "trainer_state.json"
+#: what an update keeps from step to step, in a checkpoint to resume from
+UPDATE_FILE = "update.safetensors"
 LOCALIZE = ("all", "saliency")
 _ADAMW = {"adamw_torch", "adamw_torch_fused"}
 
@@ -102,7 +105,47 @@ class UnlearnConfig(TrainingArguments):
         default=None,
         metadata={"help": "Name or folder of the reference of retain_loss_type=KL: a second model in memory."},
     )
-    update: str = field(default="sum", metadata={"help": "How the two gradients become one: sum."})
+    update: str = field(
+        default="sum", metadata={"help": "How the two gradients become one: sum, hamu-q, hamu-u, pcgrad or gru."}
+    )
+    hamu_share: float | None = field(
+        default=None,
+        metadata={
+            "help": "Q (hamu-u: U) of a step as a share of the most its trust ball holds (0.5 unless ratio or q is given)."
+        },
+    )
+    hamu_ratio: float | None = field(
+        default=None, metadata={"help": "Q (U) / learning_rate, of clipped gradients, as in the paper (0.5 there)."}
+    )
+    hamu_q: float | None = field(default=None, metadata={"help": "Q (U) of a step."})
+    hamu_scope: str = field(
+        default="tensor", metadata={"help": "A trust ball for every tensor, or one: tensor, global."}
+    )
+    hamu_allocation: str | None = field(
+        default=None, metadata={"help": "Of Q to tensors: norms (the paper's), joint (the best); joint for groups."}
+    )
+    hamu_rule: str = field(default="exact", metadata={"help": "When a step is flagged: exact, or paper (sufficient)."})
+    hamu_base: str = field(
+        default="sgd", metadata={"help": "What takes the step: sgd; adamw passes it on, and the guarantee is void."}
+    )
+    on_flag: str = field(
+        default="log",
+        metadata={"help": "Where retain damage cannot be avoided: log, stop, or backtrack (halve steps)."},
+    )
+    on_infeasible: str = field(
+        default="stop",
+        metadata={"help": "Where a trust ball does not hold Q: stop, error, or largest (as much as it holds)."},
+    )
+    retain_groups: str | None = field(
+        default=None, metadata={"help": "Column of the retain rows that names their group: HAMU keeps each by itself."}
+    )
+    retain_budgets: list[float] | None = field(
+        default=None, metadata={"help": "By how much the loss of each retain group may grow in a step."}
+    )
+    certificate_every: int = field(
+        default=10, metadata={"help": "Steps between two checks of a certificate against the losses; 0: none."}
+    )
+    gru_ema: float = field(default=0.8, metadata={"help": "Share of the new gradient in update=gru's retain mean."})
     localize: str = field(
         default="all",
         metadata={"help": "Which weights may move: all (that the masks of a pruned model leave), or saliency."},
@@ -131,7 +174,10 @@ class UnlearnConfig(TrainingArguments):
         super().__post_init__()
         # Both raise for a name they do not know: before a model is loaded.
         self.make_objective()
-        make_update(self.update)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            update = make_update(self.update, self)
+        self._check_update(update)
         if self.localize not in LOCALIZE:
             raise ValueError(f"localize: {self.localize!r} is unknown; {closest(str(self.localize), list(LOCALIZE))}")
         if not 0 < self.saliency_density <= 1:
@@ -142,6 +188,22 @@ class UnlearnConfig(TrainingArguments):
             raise ValueError(f"warmup_epochs: want a number >= 0, got {self.warmup_epochs}")
         # The Trainer would drop the columns it does not know: all of ours.
         self.remove_unused_columns = False
+
+    def _check_update(self, update: Update) -> None:
+        if self.certificate_every < 0:
+            raise ValueError(f"certificate_every: want a number >= 0, got {self.certificate_every}")
+        if update.separate and not self.make_objective().alpha:
+            raise ValueError(
+                f"update: {self.update} needs a retain term; {self.objective} has none (alpha=1 gives it one)"
+            )
+        hamu = self.update.startswith("hamu")
+        for name in ("retain_groups", "retain_budgets"):
+            if getattr(self, name) is not None and not hamu:
+                raise ValueError(f"{name}: is for update=hamu-q and hamu-u, not {self.update}")
+        if hamu and self.fp16:
+            raise ValueError(f"fp16: update={self.update} computes with gradients that no scaler has touched; use bf16")
+        if update.takes_step and self.master_weights:
+            raise ValueError(f"master_weights: update={self.update} rounds bf16 weights at random instead")
 
     def make_objective(self) -> Objective:
         """The objective these arguments describe."""
@@ -206,7 +268,7 @@ class UnlearnTrainer(Trainer):
         if not isinstance(args, UnlearnConfig):
             raise TypeError(f"args: want an UnlearnConfig, got {type(args).__name__}")
         self.objective: Objective = args.make_objective()
-        self.update: Update = make_update(args.update)
+        self.update: Update = make_update(args.update, args)
         if isinstance(model, str):
             options = {} if quantization_config is None else {"quantization_config": quantization_config}
             loaded = load_checkpoint(model, **options)
@@ -271,10 +333,14 @@ class UnlearnTrainer(Trainer):
             None if reference_model is None else reference_model.to(args.device).requires_grad_(False)
         )
         self._chosen = False
+        self.group_names: list[str] = []
+        self._group_of: list[int] | None = None
         pair = self._make_sets(forget_dataset, retain_dataset, processing_class, args)
         self.trained = None if hasattr(module, "disable_adapter") else self._select(module, args)
         self._sums: dict[str, Tensor] = {}
         self._terms = 0
+        self._step_batches: list[dict[str, Any]] = []
+        self._before: list[float] | None = None
         self._rows: dict[str, list[int]] = {}
         self._grad_norm = torch.zeros(())
         self._max_grad_norm = args.max_grad_norm if args.max_grad_norm and args.max_grad_norm > 0 else None
@@ -294,6 +360,9 @@ class UnlearnTrainer(Trainer):
         # Our losses are means over a batch; the Trainer must not expect a sum over the tokens of a whole step.
         self.model_accepts_loss_kwargs = False
         self.add_callback(_EpochOrder(self))
+        self.certificates = CertificateLog(self.output, write=self.is_world_process_zero())
+        if isinstance(self.update, Hamu):
+            self.add_callback(_StopOnFlag(self.update))
         # transformers' bar does not ask whether it writes to a terminal, and prints every line of the log as a dict.
         self.remove_callback(ProgressCallback)
         self.remove_callback(PrinterCallback)
@@ -326,17 +395,45 @@ class UnlearnTrainer(Trainer):
             check_disjoint(forget, retain)
         elif not len(forget):
             raise ValueError("forget_dataset: empty")
+        if args.retain_groups is not None and retain is not None:
+            self._group_rows(retain, args)
         alternates = None
         if self.objective.needs_alternates:
             options = forget.options or {"system": args.system_prompt, "max_length": args.max_length}
             alternates = encode_rows(with_refusals(forget.rows, seed=args.seed), tokenizer, what="refusals", **options)
         return PairedSet(forget, retain if self.objective.alpha else None, alternates)
 
+    def _group_rows(self, retain: TextSet, args: UnlearnConfig) -> None:
+        """Groups of the retain rows, by the column that names them, in the order of their names."""
+        column = str(args.retain_groups)
+        without = next((i for i, row in enumerate(retain.rows) if row.get(column) is None), None)
+        if without is not None:
+            raise ValueError(
+                f"retain_groups: retain row {without} has no {column!r}; it has {', '.join(retain.rows[without])}"
+            )
+        names = [str(row[column]) for row in retain.rows]
+        self.group_names = sorted(set(names))
+        self._group_of = [self.group_names.index(name) for name in names]
+        count = len(self.group_names)
+        if args.retain_budgets is not None and len(args.retain_budgets) != count:
+            raise ValueError(
+                f"retain_budgets: want {count}, one for each group ({', '.join(self.group_names)}), got {len(args.retain_budgets)}"
+            )
+        rows = args.per_device_train_batch_size * args.retain_per_forget
+        if rows < count:
+            raise ValueError(
+                f"retain_per_forget: a batch has {rows} retain rows and there are {count} groups; want one of each at least"
+            )
+        if args.world_size > 1 and not args.dataloader_drop_last:
+            raise ValueError(
+                "retain_groups: on several processes want dataloader_drop_last=true: every batch needs every group"
+            )
+
     def _get_train_sampler(self, train_dataset: Any = None) -> PairedSampler:
         pair = self.train_dataset if train_dataset is None else train_dataset
         retain = 0 if pair.retain is None else len(pair.retain)
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        self._sampler = PairedSampler(len(pair), retain, self.args.retain_per_forget, seed)
+        self._sampler = PairedSampler(len(pair), retain, self.args.retain_per_forget, seed, self._group_of)
         return self._sampler
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
@@ -387,8 +484,18 @@ class UnlearnTrainer(Trainer):
                     f"optim: {name} would move weights that the masks freeze; want adamw_torch or sgd (both masked here)"
                 )
             return super().create_optimizer(model)
-        decay = set(self.get_decay_parameter_names(model))
         scales = self.lr_scale() or {}
+        if isinstance(self.update, Hamu) and self.update.takes_step:
+            if scales:
+                raise ValueError(
+                    f"update: {self.args.update} cannot take factors on single entries: they void its guarantee"
+                )
+            trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+            self.optimizer = self.update.make_optimizer(trained, self._masks_of(model), args)
+            self.optimizer.register_step_pre_hook(self._before_step)
+            self.optimizer.register_step_post_hook(self._after_step)
+            return self.optimizer
+        decay = set(self.get_decay_parameter_names(model))
         groups: list[dict[str, Any]] = []
         for weight_decay, inside in ((args.weight_decay, True), (0.0, False)):
             named = [(n, p) for n, p in model.named_parameters() if p.requires_grad and (n in decay) == inside]
@@ -414,6 +521,11 @@ class UnlearnTrainer(Trainer):
             self.optimizer = optim.MaskedAdamW(groups, betas=betas, eps=args.adam_epsilon, **common)
         self.optimizer.register_step_post_hook(self._note_grad_norm)
         return self.optimizer
+
+    def _masks_of(self, model: Any) -> list[BitMask | None]:
+        """For each parameter that trains the entries that may move."""
+        named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+        return [self._mask_of(n, p) if self.movable else None for n, p in named]
 
     def _mask_of(self, name: str, parameter: Tensor) -> BitMask | None:
         """A parameter's mask beside it; None: it has none and may move as a whole."""
@@ -457,15 +569,18 @@ class UnlearnTrainer(Trainer):
         inner = getattr(self.optimizer, "optimizer", self.optimizer)
         return inner if isinstance(inner, (optim.MaskedAdamW, optim.MaskedSGD)) else None
 
+    def _clips_itself(self) -> bool:
+        return self.update.takes_step or self._masked_optimizer() is not None
+
     def _note_grad_norm(self, optimizer: Any, *_: Any) -> None:
         if optimizer.grad_norm is not None:
             self._grad_norm = optimizer.grad_norm.detach()
 
     def _clip_grad_norm(self, model: Any) -> Any:
-        return None if self._masked_optimizer() is not None else super()._clip_grad_norm(model)
+        return None if self._clips_itself() else super()._clip_grad_norm(model)
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
-        return None if self._masked_optimizer() is not None else super()._get_grad_norm(model, grad_norm)
+        return None if self._clips_itself() else super()._get_grad_norm(model, grad_norm)
 
     # ---- the step ---------------------------------------------------------------------------------------------------
 
@@ -497,39 +612,56 @@ class UnlearnTrainer(Trainer):
         model.train()
         inputs = self._prepare_inputs(inputs)
         params = [p for p in model.parameters() if p.requires_grad]
-        first = all(p.grad is None for p in params)
+        first = all(p.grad is None for p in params) and not self.update.lists()
         share = 1 / self.current_gradient_accumulation_steps
         total = torch.zeros((), device=self.args.device)
-        terms = {"forget": (self.objective.gamma, self.forget_term)}
-        if "retain" in inputs:
-            terms["retain"] = (self.objective.alpha, self.retain_term)
-        for name, (factor, term) in terms.items():
+        if self._due():
+            self._step_batches.append(inputs)
+        for name, number, factor, term, part in self._parts(inputs):
             with self.compute_loss_context_manager():
-                loss = term(model, inputs)
-            self._check_finite(loss, name, inputs[name]["index"])
-            self.accelerator.backward(loss * (factor * share))
-            if name == "forget":
-                self.update.after_forget(params)
-                if first:
+                loss = term(model, part)
+            self._check_finite(loss, name, part[name]["index"])
+            with self.update.term(params, number):
+                self.accelerator.backward(loss * (factor * share))
+                if name == "forget" and first:
                     self.after_forget(model)
-            total += loss.detach() * (factor * share)
-            self._note(f"{name}_loss", loss.detach())
-            self._rows.setdefault(name, []).extend(inputs[name]["index"].tolist())
+            groups = len(self.group_names) or 1
+            shown = loss.detach() / (groups if name == "retain" else 1)
+            total += shown * (factor * share)
+            self._note(f"{name}_loss", shown)
+            self._rows.setdefault(name, []).extend(part[name]["index"].tolist())
         self._terms += 1
         if self.accelerator.sync_gradients:
-            self.update.combine(params)
+            self.update.combine(params, self._masks_of(model))
             self._check_gradients(params)
             self._rows.clear()
         return total
+
+    def _parts(self, inputs: Mapping[str, Any]) -> Iterator[tuple[str, int, float, Any, Mapping[str, Any]]]:
+        """(name, number of the term, its factor, what computes it, its part of the batch): forget, then each retain group."""
+        yield "forget", 0, self.objective.gamma, self.forget_term, inputs
+        if "retain" not in inputs:
+            return
+        if self._group_of is None:
+            yield "retain", 1, self.objective.alpha, self.retain_term, inputs
+            return
+        batch = inputs["retain"]
+        groups = torch.tensor([self._group_of[i] for i in batch["index"].tolist()])
+        for group in range(len(self.group_names)):
+            rows = (groups == group).nonzero().squeeze(1).to(batch["index"].device)
+            if len(rows):
+                own = {name: tensor[rows] for name, tensor in batch.items()}
+                yield "retain", 1 + group, self.objective.alpha, self.retain_term, {**inputs, "retain": own}
 
     def _check_gradients(self, params: Sequence[Tensor]) -> None:
         # With a scaler gradients may overflow: the scaler sees it and leaves the step out.
         if getattr(self.accelerator, "scaler", None) is not None:
             return
         by_device: dict[Any, list[Tensor]] = {}
-        for p in params:
-            if p.grad is not None:
-                by_device.setdefault(p.grad.device, []).append(_local(p.grad))
+        kept = (grad for grads in self.update.lists() for grad in grads)
+        for grad in (*(p.grad for p in params), *kept):
+            if grad is not None:
+                by_device.setdefault(grad.device, []).append(_local(grad))
         # A gradient of a frozen entry does no harm by itself, but it comes from the same broken pass.
         norms = [ops.masked_grad_norm(grads, [None] * len(grads)) for grads in by_device.values()]
         if all(bool(torch.isfinite(norm)) for norm in norms):
@@ -539,6 +671,70 @@ class UnlearnTrainer(Trainer):
             f"a gradient is not finite in step {self.state.global_step + 1}, in the batch of {rows}. Training stopped before "
             f"that step. {self._last_good()} A lower learning rate, max_grad_norm or a larger alpha help."
         )
+
+    # ---- certificates -----------------------------------------------------------------------------------------------
+
+    def _due(self) -> bool:
+        """Whether the certificate of this step will be checked."""
+        every = self.args.certificate_every
+        return bool(self.update.takes_step and every and self.state.global_step % every == 0)
+
+    @torch.no_grad()
+    def _losses(self) -> list[float]:
+        """Terms of the step's own batches without dropout, with their factors: forget, the retain groups; then rows held out."""
+        sums: dict[int, Tensor] = {}
+        share = 1 / len(self._step_batches)
+        with evaluating(self.model), self.compute_loss_context_manager():
+            for inputs in self._step_batches:
+                for _, number, factor, term, part in self._parts(inputs):
+                    value = term(self.model, part).detach().double() * (factor * share)
+                    sums[number] = sums[number] + value if number in sums else value
+            held_out = self._held_out()
+            if held_out is not None:
+                sums[len(self.group_names) + 2] = self.retain_term(self.model, held_out).detach().double()
+        values = torch.stack([sums[number] for number in sorted(sums)])
+        return self.accelerator.reduce(values, reduction="mean").tolist()
+
+    def _held_out(self) -> dict[str, Any] | None:
+        """A retain batch that is not of this step; None where there are no other rows."""
+        retain = self.train_dataset.retain
+        used = {i for inputs in self._step_batches for i in inputs["retain"]["index"].tolist()}
+        others = [i for i in range(len(retain)) if i not in used]
+        if not others:
+            return None
+        generator = torch.Generator().manual_seed(self.args.seed + self.state.global_step)
+        size = max(1, self.args.per_device_train_batch_size)
+        chosen = [others[i] for i in torch.randperm(len(others), generator=generator)[:size].tolist()]
+        items = [{"forget": retain[i]} for i in chosen]
+        return {"retain": self._on_device(PairedCollator(self.pad_id)(items)["forget"])}
+
+    def _before_step(self, *_: Any) -> None:
+        self._before = self._losses() if self._step_batches else None
+
+    def _after_step(self, *_: Any) -> None:
+        assert isinstance(self.update, Hamu)
+        before, batches, step = self._before, self._step_batches, self.state.global_step + 1
+        names = self._names_present()
+        certificate = self.update.after_step(step, names)
+        if certificate is None:
+            self._before, self._step_batches = None, []
+            return
+        record: dict[str, Any] = {"step": step, **certificate.to_dict(), "groups": names}
+        record["binding"] = [names[k] for k in certificate.binding]
+        if before is not None and batches and certificate.taken:
+            count = len(self.update.present)
+            changes = [b - a for a, b in zip(before, self._losses())]
+            # A loss of descent on the forget term falls where it is forgotten.
+            record["forget_change"], record["retain_change"] = -changes[0], changes[1 : 1 + count]
+            record["holds"] = certificate.holds(record["forget_change"], record["retain_change"])
+            record |= {"held_out_change": changes[-1]} if len(changes) > 1 + count else {}
+            if not (record["holds"] or certificate.flagged) and self.update.on_flag == "backtrack":
+                self.update.optimizer.shrink()  # type: ignore[union-attr]
+        self._before, self._step_batches = None, []
+        self.certificates.add(record)
+
+    def _names_present(self) -> list[str]:
+        return [self.group_names[k] for k in self.update.present] if self.group_names else ["retain"]  # type: ignore[attr-defined]
 
     def after_forget(self, model: Any) -> None:
         """When `.grad` holds the gradient of the forget term alone; for methods to override."""
@@ -567,7 +763,7 @@ class UnlearnTrainer(Trainer):
             self._sums, self._terms = {}, 0
             if self._masked_optimizer() is not None and self._max_grad_norm:
                 logs["grad_norm"] = float(self._grad_norm)
-            logs |= self.extra_logs()
+            logs |= self.certificates.means() | self.extra_logs()
         super().log(logs, start_time)
 
     def extra_logs(self) -> dict[str, float]:
@@ -626,7 +822,9 @@ class UnlearnTrainer(Trainer):
             self._set_references(str(resume_from_checkpoint) if resuming else None)
             if resuming:
                 self.load_extra(Path(str(resume_from_checkpoint)))
+                self.certificates.start(_step_of(Path(str(resume_from_checkpoint))))
             else:
+                self.certificates.start(0)
                 self._localize()
                 self.prepare_weights()
             # In early versions of transformers 5 clipping stands in the loop itself, where it cannot be overridden.
@@ -636,7 +834,7 @@ class UnlearnTrainer(Trainer):
 
     def _own_optimizer(self) -> bool:
         """Whether the optimiser will be one of ours, that clips by itself."""
-        return str(getattr(self.args.optim, "value", self.args.optim)) in _ADAMW | {"sgd"}
+        return self.update.takes_step or str(getattr(self.args.optim, "value", self.args.optim)) in _ADAMW | {"sgd"}
 
     def _place_masks(self) -> None:
         """Masks beside their parameters: the Trainer has moved the model since they were read."""
@@ -711,6 +909,9 @@ class UnlearnTrainer(Trainer):
         """Files that a resumed run needs beside the Trainer's; for methods to extend."""
         if self._references:
             save_file(self._references, folder / REFERENCE_FILE)
+        state = self.update.state_dict()
+        if state:
+            save_file({name: tensor.contiguous().clone() for name, tensor in state.items()}, folder / UPDATE_FILE)
         if self.movable is not None:
             save_masks(self.movable, folder / MOVABLE)
         (folder / DATA_FILE).write_text(json.dumps(self._digests()), encoding="utf-8")
@@ -723,6 +924,8 @@ class UnlearnTrainer(Trainer):
 
     def load_extra(self, checkpoint: Path) -> None:
         """Reads what `save_extra` wrote, before training goes on from `checkpoint`; for methods to extend."""
+        if (checkpoint / UPDATE_FILE).exists():
+            self.update.load_state_dict(load_file(checkpoint / UPDATE_FILE))
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As in Trainer, with masks.safetensors and pruning.json; whole or not at all (`fastunlearn.checkpoint.save_checkpoint`)."""
@@ -787,6 +990,18 @@ class _EpochOrder(TrainerCallback):
             self.trainer._sampler.set_epoch(int(state.epoch or 0))
 
 
+class _StopOnFlag(TrainerCallback):
+    """Ends training where HAMU says so; the model stays as the last step left it."""
+
+    def __init__(self, update: Hamu):
+        self.update = update
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.update.stop is not None:
+            warnings.warn(f"training ends: {self.update.stop}", stacklevel=2)
+            control.should_training_stop = True
+
+
 class _Progress(TrainerCallback):
     """One bar with the two losses; where standard error is no terminal, a short line for each line of the log."""
 
@@ -840,6 +1055,10 @@ def _replaced(target: Any, **values: Any) -> Iterator[None]:
     finally:
         for name, value in before.items():
             object.__setattr__(target, name, value)
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))["global_step"])
 
 
 def resumes_in(output: str | os.PathLike[str], checkpoint: str | bool | None) -> bool:

@@ -15,6 +15,7 @@ from fastunlearn._version import __version__
 #: command -> what it does, one line
 COMMANDS = {
     "demo": "a real language model memorises sixty people and forgets six of them, on a laptop",
+    "hamu": "a language model forgets by steps that come with a certificate, and flag damage that cannot be avoided",
     "prune": "a model to 2:4, any n:m or a share of its weights, by magnitude, Wanda or SparseGPT",
     "sau": "a pruned model forgets a set and keeps its sparsity pattern",
     "unlearn": "any language model forgets a set: NPO, SimNPO, GradDiff, GradAscent, IdkDPO",

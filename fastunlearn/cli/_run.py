@@ -33,7 +33,8 @@ from fastunlearn.report.files import plain, write_bytes, write_json
 _PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets")
 #: what a model card shows of the settings, where the run has it
 _SHOWN = (
-    "objective", "gamma", "alpha", "beta", "delta", "retain_loss_type", "update", "localize", "redistribution",
+    "objective", "gamma", "alpha", "beta", "delta", "retain_loss_type", "update", "hamu_share", "hamu_ratio", "hamu_q", "hamu_scope",
+    "hamu_allocation", "hamu_rule", "on_flag", "on_infeasible", "retain_groups", "retain_budgets", "localize", "redistribution",
     "redistribution_beta", "importance", "train_unpruned", "trainable_params_regex", "learning_rate", "lr_scheduler_type",
     "warmup_steps", "warmup_epochs", "weight_decay", "max_grad_norm", "num_train_epochs", "max_steps",
     "per_device_train_batch_size", "gradient_accumulation_steps", "retain_per_forget", "max_length", "system_prompt", "optim",
@@ -389,6 +390,7 @@ def _train(
             "method": method, "model": script.model_name_or_path, "before": before.numbers, "after": after.numbers,
             "forget_rows": len(ready.forget), "retain_rows": len(ready.retain) if ready.retain else 0, "settings": settings,
             "pruning": pruning, "steps": trainer.state.global_step, "train": outcome.metrics, "history": history,
+            **({"certificates": trainer.certificates.summary()} if trainer.update.takes_step else {}),
             "versions": versions(), "command": command,
         },
     )  # fmt: skip

@@ -50,10 +50,16 @@ class PairedSampler(Sampler[Pair]):
         forget, retain: number of rows; retain 0: pairs have no retain row.
         per_forget: retain rows for each forget row.
         seed: of both orders.
+        groups: for each retain row the number of its group, from 0: rows are drawn from one group after the other in turn.
     """
 
-    def __init__(self, forget: int, retain: int, per_forget: int = 1, seed: int = 0):
+    def __init__(
+        self, forget: int, retain: int, per_forget: int = 1, seed: int = 0, groups: Sequence[int] | None = None
+    ):
         self.forget, self.retain, self.per_forget, self.seed = forget, retain, per_forget if retain else 0, seed
+        self.members: list[list[int]] = [[] for _ in range(1 + max(groups))] if groups else [list(range(retain))]
+        for row, group in enumerate(groups or ()):
+            self.members[group].append(row)
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -70,14 +76,15 @@ class PairedSampler(Sampler[Pair]):
 
     def __iter__(self) -> Iterator[Pair]:
         at = self.epoch * self.forget * self.per_forget
-        turn, order = -1, list[int]()
+        orders: dict[int, tuple[int, list[int]]] = {}
         for row in self._permutation(0, self.epoch, self.forget):
             others = []
             for place in range(at, at + self.per_forget):
-                if place // self.retain != turn:
-                    turn = place // self.retain
-                    order = self._permutation(1, turn, self.retain)
-                others.append(order[place % self.retain])
+                place, group = divmod(place, len(self.members))
+                turn, place = divmod(place, len(self.members[group]))
+                if orders.get(group, (-1,))[0] != turn:
+                    orders[group] = turn, self._permutation(1 + group, turn, len(self.members[group]))
+                others.append(self.members[group][orders[group][1][place]])
             at += self.per_forget
             yield row, tuple(others)
 

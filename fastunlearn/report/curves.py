@@ -19,6 +19,9 @@ _PANELS: tuple[tuple[str, str, str], ...] = (
     ("retain_loss", "retain loss\n(nats)", "#2166ac"),
     ("learning_rate", "learning rate", "#4d4d4d"),
     ("capacity", "capacity: share of the\nforget gradient let through", "#1b7837"),
+    ("hamu_hardness", "hardness: share of forgetting\nthat costs what must stay", "#b35806"),
+    ("hamu_s", "s: share of what the\nball allows that was asked", "#5e4fa2"),
+    ("hamu_holds", "certificates that held", "#1b7837"),
     ("grad_norm", "gradient norm\n(L2)", "#762a83"),
 )
 
@@ -39,7 +42,7 @@ def draw_curves(history: Sequence[Mapping[str, Any]], path: str | os.PathLike[st
 
     Args:
         history: log_history of transformers' trainer state: dicts with step and any of forget_loss, retain_loss (as the objective
-            has them, before their factors), learning_rate, capacity (in [0, 1]) and grad_norm.
+            has them, before their factors), learning_rate, capacity (in [0, 1]), hamu_hardness, hamu_s, hamu_holds and grad_norm.
         path: of the picture; a file that is there is replaced.
 
     Raises:
@@ -67,7 +70,7 @@ def draw_curves(history: Sequence[Mapping[str, Any]], path: str | os.PathLike[st
         axis.tick_params(labelsize=8)
         axis.ticklabel_format(axis="y", style="sci", scilimits=(-3, 4))
         axis.yaxis.get_offset_text().set_fontsize(8)
-        if key == "capacity":
+        if key in ("capacity", "hamu_hardness", "hamu_s", "hamu_holds"):
             axis.set_ylim(0, 1.02)
         elif min(values) >= 0:
             axis.set_ylim(bottom=0)

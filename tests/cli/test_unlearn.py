@@ -132,6 +132,24 @@ def test_a_run_forgets_keeps_and_reports(world, tmp_path, capsys, command, model
     assert "SAU with the objective NPO" in (out / "README.md").read_text() or command == "unlearn"
 
 
+def test_hamu_reports_its_certificates(world, tmp_path, capsys):
+    out = tmp_path / "out"
+    more = ("learning_rate=0.1", "hamu_share=0.5", "certificate_every=5", "samples=0")
+    assert main(["hamu", *words(world, out, *more, model="dense")]) == 0
+    metrics = json.loads((out / "metrics.json").read_text())
+    lines = [json.loads(line) for line in (out / "certificates.jsonl").read_text().splitlines()]
+    assert len(lines) == metrics["certificates"]["steps"] == 25
+    assert metrics["certificates"]["checked"] == 5
+    assert metrics["certificates"]["held"] == sum(line.get("holds", False) for line in lines)
+    assert {"hamu_s", "hamu_hardness", "forget_loss"} <= metrics["history"][0].keys()
+    assert metrics["after"]["forget"]["answer_probability"] < metrics["before"]["forget"]["answer_probability"], metrics
+    assert metrics["after"]["retain"]["exact_recall"] >= 0.9
+    assert "hamu_share" in (out / "README.md").read_text()
+    capsys.readouterr()
+    assert main(["hamu", *words(world, tmp_path / "more", "hamu_ratio=100", model="dense")]) == 2
+    assert "largest feasible Q" in capsys.readouterr().err
+
+
 def test_a_killed_run_goes_on_to_the_same_weights(world, tmp_path):
     """SIGKILL after the second checkpoint; the resumed run is the run without the kill, bit for bit."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"
