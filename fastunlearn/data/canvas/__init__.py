@@ -63,12 +63,10 @@ def draw(object: str, style: str, rng: np.random.Generator, size: int = SIZE) ->
     object, style = concept(object, OBJECTS), concept(style, THEMES)
     if size <= 0 or size % 32:
         raise ValueError(f"size: {size}; want a positive multiple of 32")
-    scale = float(rng.uniform(0.64, 0.85))
-    reach = min(0.97 - scale, 0.2)
+    scale = float(rng.uniform(0.68, 0.85))
+    reach = min(0.97 - scale, 0.14)
     centre = (float(rng.uniform(-reach, reach)), float(rng.uniform(-reach, reach)))
-    labels = label_map(
-        object, 2 * size, centre=centre, scale=scale, degrees=float(rng.uniform(-8, 8)), mirrored=bool(rng.integers(2))
-    )
+    labels = label_map(object, 2 * size, centre=centre, scale=scale, degrees=float(rng.uniform(-6, 6)))
     fine = np.clip(PAINTERS[style](Scene(labels, rng)), 0, 1)
     small = fine.reshape(size, 2, size, 2, 3).mean((1, 3))
     return np.asarray(np.round(small * 255), dtype=np.uint8)

@@ -281,7 +281,7 @@ SHAPES: dict[str, Callable[[Array, Array], Parts]] = {
 
 
 def label_map(
-    name: str, pixels: int, *, centre: tuple[float, float], scale: float, degrees: float, mirrored: bool
+    name: str, pixels: int, *, centre: tuple[float, float], scale: float, degrees: float
 ) -> npt.NDArray[np.uint8]:
     """The painted object as labels uint8 [pixels, pixels]: 0 background, 1 body, 2 second colour, 3 detail.
 
@@ -294,6 +294,6 @@ def label_map(
     c, s = np.float32(np.cos(np.radians(degrees))), np.float32(np.sin(np.radians(degrees)))
     x, y = x * c + y * s, y * c - x * s
     labels = np.zeros((pixels, pixels), dtype=np.uint8)
-    for label, where in SHAPES[name](-x if mirrored else x, y):
+    for label, where in SHAPES[name](x, y):
         labels[where] = label
     return labels
