@@ -17,6 +17,7 @@
 #include "gram.h"
 #include "hamu.h"
 #include "mask.h"
+#include "masked_lora.h"
 #include "nm.h"
 #include "redistribute.h"
 #include "saliency.h"
@@ -172,6 +173,23 @@ void bind_nm(py::module_& m) {
       },
       no_gil);
 #endif
+}
+
+void bind_masked_lora(py::module_& m) {
+  m.def(
+      "masked_lora_weight_cpu",
+      [](Address weight, int weight_dtype, Address delta, Address bits, int64_t rows, int64_t cols,
+         float scale, Address out, int out_dtype) {
+        FU_CALL(masked_lora_weight, at<const void>(weight), weight_dtype, at<const float>(delta),
+                at<const uint8_t>(bits), rows, cols, scale, at<void>(out), out_dtype);
+      },
+      no_gil);
+  m.def(
+      "masked_lora_keep_cpu",
+      [](Address x, int dtype, Address bits, int64_t rows, int64_t cols) {
+        FU_CALL(masked_lora_keep, at<void>(x), dtype, at<const uint8_t>(bits), rows, cols);
+      },
+      no_gil);
 }
 
 void bind_redistribute(py::module_& m) {
@@ -372,6 +390,7 @@ PYBIND11_MODULE(FU_MODULE, m) {
   bind_mask(m);
   bind_adamw(m);
   bind_gram(m);
+  bind_masked_lora(m);
   bind_nm(m);
   bind_redistribute(m);
   bind_saliency(m);

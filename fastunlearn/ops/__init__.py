@@ -6,6 +6,7 @@ from fastunlearn.ops.hamu import Certificate, InfeasibleError, hamu_step_
 from fastunlearn.ops.linear_divergence import linear_divergence
 from fastunlearn.ops.linear_nll import linear_nll
 from fastunlearn.ops.mask import BitMask, load_masks, save_masks
+from fastunlearn.ops.masked_lora import masked_lora_conv2d, masked_lora_linear, masked_lora_weight
 from fastunlearn.ops.nm import nm_mask
 from fastunlearn.ops.redistribute import redistribution
 from fastunlearn.ops.saliency import saliency_accumulate_
@@ -22,6 +23,9 @@ __all__ = [
     "load_masks",
     "masked_adamw_",
     "masked_grad_norm",
+    "masked_lora_conv2d",
+    "masked_lora_linear",
+    "masked_lora_weight",
     "masked_sgd_",
     "nm_mask",
     "redistribution",

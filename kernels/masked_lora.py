@@ -1,0 +1,325 @@
+"""A masked low-rank adapter over a weight (the maths: fastunlearn/reference/masked_lora.py).
+
+`effective` writes W_eff for a product that cuBLAS does: it reads W once and one bit an entry. `small` multiplies by a W_eff that is
+never written, for few tokens. `contract` reads G = dY^T X once and contracts it against A and B; for few tokens, and where the mask
+is one of blocks, it makes the tiles of G itself, and those without a set bit not at all. What several programs add up to they leave
+side by side in fp32, and `finish` adds it in one order: the same bits every time, and no atomic addition.
+
+A program's tile lies inside one block of a block mask. Ranks are padded to a power of two of at least 16.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+BITS, BLOCKS = tl.constexpr(1), tl.constexpr(2)
+MAX_RANK = 128
+#: Ranks that one `contract` takes: what it leaves for `finish` is then no larger than half a 16-bit weight.
+_CONTRACT_RANK = 64
+#: Programs that fill a GPU of this generation twice over.
+_PROGRAMS = 264
+
+#: GPU, as torch names it -> [(ranks up to, tokens up to)]: calls up to which `small` and the fused `contract` are faster than
+#: writing W_eff and G for cuBLAS. `python -m benchmarks.masked_lora_switch` measures a line of it.
+SWITCH: dict[str, list[tuple[int, int]]] = {}
+#: For a GPU that is not in SWITCH, from counting bytes: writing W_eff triples the traffic of a weight, and up to so many tokens the
+#: products with W_eff inside the kernel take less than that.
+DEFAULT_SWITCH = [(16, 64), (64, 32), (128, 16)]
+
+
+@triton.jit
+def _delta(A, B, row, col, rows, cols, rank, scale, R: tl.constexpr, PRECISION: tl.constexpr):
+    """s B A of a tile, fp32."""
+    k = tl.arange(0, R)
+    b = tl.load(B + row[:, None] * rank + k[None, :], mask=(row < rows)[:, None] & (k < rank)[None, :], other=0.0)
+    a = tl.load(
+        A + k[:, None].to(tl.int64) * cols + col[None, :], mask=(k < rank)[:, None] & (col < cols)[None, :], other=0.0
+    )
+    return tl.dot(b, a, input_precision=PRECISION) * scale
+
+
+@triton.jit
+def _set(mask, row, rows, start, width, M: tl.constexpr, N: tl.constexpr):
+    """Which entries of a tile that starts at column `start`, a multiple of 8, have their bit set: bool [M, N]."""
+    byte = start // 8 + tl.arange(0, N // 8)
+    there = (row < rows)[:, None] & (byte < width)[None, :]
+    bytes_ = tl.load(mask + row[:, None] * width + byte[None, :], mask=there, other=0).to(tl.int32)
+    bits = (bytes_[:, :, None] >> tl.arange(0, 8)[None, None, :]) & 1
+    return tl.reshape(bits, (M, N)) != 0
+
+
+@triton.jit
+def _tile(
+    W, A, B, mask, row0, col0, rows, cols, rank, width, scale,
+    R: tl.constexpr, M: tl.constexpr, N: tl.constexpr, KIND: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """W_eff of a tile, fp32 [M, N]; 0 outside of the weight."""
+    row = (row0 + tl.arange(0, M)).to(tl.int64)
+    col = (col0 + tl.arange(0, N)).to(tl.int64)
+    inside = (row < rows)[:, None] & (col < cols)[None, :]
+    w = tl.load(W + row[:, None] * cols + col[None, :], mask=inside, other=0.0).to(tl.float32)
+    if KIND == BITS:
+        kept = _set(mask, row, rows, col0, width, M, N)
+        w = tl.where(kept, w + _delta(A, B, row, col, rows, cols, rank, scale, R, PRECISION), w)
+    else:
+        if tl.load(mask + (row0 // BLOCK) * width + col0 // BLOCK) != 0:
+            w += _delta(A, B, row, col, rows, cols, rank, scale, R, PRECISION)
+    return w
+
+
+@triton.jit(do_not_specialize=["scale"])
+def effective(
+    W, A, B, mask, out, rows, cols, rank, width, scale,
+    R: tl.constexpr, M: tl.constexpr, N: tl.constexpr, KIND: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """out [rows, cols]: W_eff. Grid: (tiles of columns, tiles of rows)."""
+    row0, col0 = tl.program_id(1) * M, tl.program_id(0) * N
+    w = _tile(W, A, B, mask, row0, col0, rows, cols, rank, width, scale, R, M, N, KIND, BLOCK, PRECISION)
+    row = (row0 + tl.arange(0, M)).to(tl.int64)
+    col = col0 + tl.arange(0, N)
+    inside = (row < rows)[:, None] & (col < cols)[None, :]
+    tl.store(out + row[:, None] * cols + col[None, :], w.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["scale", "chunk", "tokens"])
+def small(
+    x, W, A, B, mask, partial, tokens, rows, cols, rank, width, scale, chunk,
+    R: tl.constexpr, T: tl.constexpr, M: tl.constexpr, N: tl.constexpr, KIND: tl.constexpr, BLOCK: tl.constexpr,
+    PRECISION: tl.constexpr, BACKWARD: tl.constexpr,
+):  # fmt: skip
+    """partial fp32 [programs in axis 1, tokens, rows]: x W_eff^T over `chunk` tiles of columns; backward, for x [tokens, rows]:
+    [.., tokens, cols]: x W_eff over `chunk` tiles of rows."""
+    own, part = tl.program_id(0), tl.program_id(1)
+    t = tl.arange(0, T)
+    if BACKWARD:
+        acc = tl.zeros([N, T], tl.float32)
+        tiles = tl.cdiv(rows, M)
+    else:
+        acc = tl.zeros([M, T], tl.float32)
+        tiles = tl.cdiv(cols, N)
+    for tile in range(part * chunk, tl.minimum(part * chunk + chunk, tiles)):
+        if BACKWARD:
+            row0, col0 = tile * M, own * N
+            inner = row0 + tl.arange(0, M)
+            inside = (inner < rows)[:, None] & (t < tokens)[None, :]
+            v = tl.load(x + t[None, :].to(tl.int64) * rows + inner[:, None], mask=inside, other=0.0)
+        else:
+            row0, col0 = own * M, tile * N
+            inner = col0 + tl.arange(0, N)
+            inside = (inner < cols)[:, None] & (t < tokens)[None, :]
+            v = tl.load(x + t[None, :].to(tl.int64) * cols + inner[:, None], mask=inside, other=0.0)
+        w = _tile(W, A, B, mask, row0, col0, rows, cols, rank, width, scale, R, M, N, KIND, BLOCK, PRECISION)
+        w = w.to(v.dtype)
+        acc += tl.dot(tl.trans(w) if BACKWARD else w, v, input_precision=PRECISION)
+    if BACKWARD:
+        outer, size = own * N + tl.arange(0, N), cols
+    else:
+        outer, size = own * M + tl.arange(0, M), rows
+    place = (part.to(tl.int64) * tokens + t)[None, :] * size + outer[:, None]
+    tl.store(partial + place, acc, mask=(outer < size)[:, None] & (t < tokens)[None, :])
+
+
+@triton.jit(do_not_specialize=["chunk", "tokens"])
+def contract(
+    G, grad, x, A, B, mask, partial_A, partial_B, tokens, rows, cols, rank, stride, width, chunk,
+    R: tl.constexpr, T: tl.constexpr, M: tl.constexpr, N: tl.constexpr, KIND: tl.constexpr, BLOCK: tl.constexpr,
+    PRECISION: tl.constexpr, FUSED: tl.constexpr,
+):  # fmt: skip
+    """partial_A fp32 [tiles of rows, rank, cols]: B^T (M o G) of the rows; partial_B fp32 [programs in axis 1, rows, rank]:
+    (M o G) A^T of `chunk` tiles of columns. G [rows, cols], or with FUSED grad [tokens, rows] and x [tokens, cols] that make it.
+    `stride`: entries from one row of B to the next."""
+    own, part = tl.program_id(0), tl.program_id(1)
+    row0 = own * M
+    row = (row0 + tl.arange(0, M)).to(tl.int64)
+    k = tl.arange(0, R)
+    factors = (row < rows)[:, None] & (k < rank)[None, :]
+    b = tl.load(B + row[:, None] * stride + k[None, :], mask=factors, other=0.0)
+    acc = tl.zeros([M, R], tl.float32)
+    for tile in range(part * chunk, tl.minimum(part * chunk + chunk, tl.cdiv(cols, N))):
+        col0 = tile * N
+        col = (col0 + tl.arange(0, N)).to(tl.int64)
+        here = tl.zeros([R, N], tl.float32)
+        on = True
+        if KIND == BLOCKS:
+            on = tl.load(mask + (row0 // BLOCK) * width + col0 // BLOCK) != 0
+        if on:
+            if FUSED:
+                g = tl.zeros([M, N], tl.float32)
+                for t0 in range(0, tokens, T):
+                    t = (t0 + tl.arange(0, T)).to(tl.int64)
+                    dy = tl.load(
+                        grad + t[:, None] * rows + row[None, :],
+                        mask=(t < tokens)[:, None] & (row < rows)[None, :],
+                        other=0.0,
+                    )
+                    v = tl.load(
+                        x + t[:, None] * cols + col[None, :],
+                        mask=(t < tokens)[:, None] & (col < cols)[None, :],
+                        other=0.0,
+                    )
+                    g += tl.dot(tl.trans(dy), v, input_precision=PRECISION)
+            else:
+                inside = (row < rows)[:, None] & (col < cols)[None, :]
+                g = tl.load(G + row[:, None] * cols + col[None, :], mask=inside, other=0.0).to(tl.float32)
+            if KIND == BITS:
+                g = tl.where(_set(mask, row, rows, col0, width, M, N), g, 0.0)
+            g = g.to(b.dtype)
+            a = tl.load(
+                A + k[:, None].to(tl.int64) * cols + col[None, :],
+                mask=(k < rank)[:, None] & (col < cols)[None, :],
+                other=0.0,
+            )
+            acc += tl.dot(g, tl.trans(a), input_precision=PRECISION)
+            here = tl.dot(tl.trans(b), g, input_precision=PRECISION)
+        place = (own.to(tl.int64) * rank + k)[:, None] * cols + col[None, :]
+        tl.store(partial_A + place, here, mask=(k < rank)[:, None] & (col < cols)[None, :])
+    tl.store(partial_B + (part.to(tl.int64) * rows + row)[:, None] * rank + k[None, :], acc, mask=factors)
+
+
+@triton.jit(do_not_specialize=["scale", "parts", "count"])
+def finish(partial, bias, out, parts, count, size, scale, BIAS: tl.constexpr, BLOCK: tl.constexpr):
+    """out [count] = scale times the sum of partial [parts, count], and the bias [size] of its place in a row."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], tl.float32)
+    place = at
+    for _ in range(parts):
+        total += tl.load(partial + place, mask=at < count, other=0.0)
+        place += count
+    total *= scale
+    if BIAS:
+        total += tl.load(bias + at % size, mask=at < count, other=0.0).to(tl.float32)
+    tl.store(out + at, total.to(out.dtype.element_ty), mask=at < count)
+
+
+def few_tokens(device: torch.device, rank: int) -> int:
+    """Tokens up to which W_eff is not written, on this device."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    for most, tokens in SWITCH.get(name, DEFAULT_SWITCH):
+        if rank <= most:
+            return tokens
+    return 0
+
+
+def _precision(dtype: torch.dtype) -> str:
+    """How fp32 factors are multiplied: exactly where the product is an fp32 one, unless the user lets those be TF32."""
+    exact = dtype == torch.float32 and not torch.backends.cuda.matmul.allow_tf32
+    return "ieee" if exact else "tf32"
+
+
+def _factors(A: Tensor, B: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """A and B row-major and of one type: that of the product, or fp32."""
+    if A.dtype != B.dtype or A.dtype != dtype:
+        A, B = A.float(), B.float()
+    return A.contiguous(), B.contiguous()
+
+
+def _options(mask: Tensor, block: int, M: int, N: int) -> dict:
+    """The mask's constants; a tile that lies inside one of its blocks."""
+    if mask.dtype == torch.uint8:
+        return {"KIND": 1, "BLOCK": 1, "M": M, "N": N}
+    return {"KIND": 2, "BLOCK": block, "M": min(M, block), "N": min(N, block)}
+
+
+def _rank(rank: int) -> int:
+    return max(16, triton.next_power_of_2(rank))
+
+
+def _bytes(mask: Tensor) -> Tensor:
+    return (mask if mask.dtype == torch.uint8 else mask.view(torch.uint8)).contiguous()
+
+
+def weight(
+    weight: Tensor, A: Tensor, B: Tensor, mask: Tensor, scaling: float, block: int, dtype: torch.dtype
+) -> Tensor:
+    """W_eff [rows, cols] in `dtype`."""
+    out = torch.empty(weight.shape, dtype=dtype, device=weight.device)
+    rows, cols = weight.shape
+    A, B = _factors(A, B, dtype)
+    R = _rank(A.shape[0])
+    wide = R >= 64
+    options = _options(mask, block, 128 if wide else 64, 128)
+    grid = (triton.cdiv(cols, options["N"]), triton.cdiv(rows, options["M"]))
+    bits = _bytes(mask)
+    with torch.cuda.device_of(weight):
+        effective[grid](
+            weight, A, B, bits, out, rows, cols, A.shape[0], bits.shape[1], scaling,
+            R=R, PRECISION=_precision(dtype), num_warps=8 if wide else 4, **options,
+        )  # fmt: skip
+    return out
+
+
+def _finish(partial: Tensor, out: Tensor, scale: float, bias: Tensor | None = None) -> Tensor:
+    """partial [parts, *out.shape] -> out."""
+    with torch.cuda.device_of(out):
+        finish[(triton.cdiv(out.numel(), 1024),)](
+            partial, out if bias is None else bias, out, partial.shape[0], out.numel(), out.shape[-1], scale,
+            BIAS=bias is not None, BLOCK=1024, num_warps=4,
+        )  # fmt: skip
+    return out
+
+
+def multiply(
+    x: Tensor, weight: Tensor, A: Tensor, B: Tensor, mask: Tensor, scaling: float, block: int, bias: Tensor | None = None,
+    backward: bool = False,
+) -> Tensor:  # fmt: skip
+    """x W_eff^T + bias, or backward x W_eff, for few tokens: x [tokens, cols], backward [tokens, rows]."""
+    rows, cols = weight.shape
+    tokens = x.shape[0]
+    A, B = _factors(A, B, x.dtype)
+    R = _rank(A.shape[0])
+    options = _options(mask, block, 128 if R >= 64 else 64, 64)
+    outer, inner = (cols, rows) if backward else (rows, cols)
+    own, step = (options["N"], options["M"]) if backward else (options["M"], options["N"])
+    programs, tiles = triton.cdiv(outer, own), triton.cdiv(inner, step)
+    chunk = max(1, triton.cdiv(tiles * programs, 2 * _PROGRAMS), triton.cdiv(256, step))
+    parts = triton.cdiv(tiles, chunk)
+    partial = torch.empty(parts, tokens, outer, dtype=torch.float32, device=x.device)
+    bits = _bytes(mask)
+    with torch.cuda.device_of(weight):
+        small[(programs, parts)](
+            x, weight, A, B, bits, partial, tokens, rows, cols, A.shape[0], bits.shape[1], scaling, chunk,
+            R=R, T=max(16, triton.next_power_of_2(tokens)), PRECISION=_precision(x.dtype), BACKWARD=backward,
+            num_warps=8 if R >= 64 else 4, **options,
+        )  # fmt: skip
+    return _finish(partial, torch.empty(tokens, outer, dtype=x.dtype, device=x.device), 1.0, bias)
+
+
+def gradients(
+    A: Tensor, B: Tensor, mask: Tensor, scaling: float, block: int,
+    G: Tensor | None = None, grad: Tensor | None = None, x: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(dA, dB) from G [rows, cols], or from grad [tokens, rows] and x [tokens, cols] without G in memory."""
+    source = G if G is not None else grad
+    assert source is not None
+    rows, cols, tokens = B.shape[0], A.shape[1], 0 if G is not None else source.shape[0]
+    a, b = _factors(A, B, source.dtype)
+    dA, dB = torch.empty_like(a, dtype=A.dtype), torch.empty_like(b, dtype=B.dtype)
+    bits = _bytes(mask)
+    for first in range(0, a.shape[0], _CONTRACT_RANK):
+        rank = min(_CONTRACT_RANK, a.shape[0] - first)
+        R = _rank(rank)
+        options = _options(mask, block, 256 if R >= 64 else 128, 64)
+        programs, tiles = triton.cdiv(rows, options["M"]), triton.cdiv(cols, options["N"])
+        chunk = max(1, triton.cdiv(tiles * programs, _PROGRAMS), triton.cdiv(256, options["N"]))
+        parts = triton.cdiv(tiles, chunk)
+        like = {"dtype": torch.float32, "device": source.device}
+        partial_A = torch.empty(programs, rank, cols, **like)
+        partial_B = torch.empty(parts, rows, rank, **like)
+        with torch.cuda.device_of(source):
+            contract[(programs, parts)](
+                source, source, x if x is not None else source, a[first:], b[:, first:], bits, partial_A, partial_B,
+                tokens, rows, cols, rank, b.shape[1], bits.shape[1], chunk,
+                R=R, T=32, PRECISION=_precision(source.dtype), FUSED=G is None, num_warps=8, **options,
+            )  # fmt: skip
+        if rank == a.shape[0]:
+            _finish(partial_A, dA, scaling)
+            _finish(partial_B, dB, scaling)
+        else:
+            _finish(partial_A, dA[first : first + rank], scaling)
+            dB[:, first : first + rank] = _finish(
+                partial_B, torch.empty(rows, rank, dtype=B.dtype, device=B.device), scaling
+            )
+    return dA, dB
