@@ -16,6 +16,7 @@ from fastunlearn.ops.mask import BitMask, load_masks, save_masks
 if TYPE_CHECKING:
     from fastunlearn.methods.hamu import HAMUConfig, HAMUTrainer
     from fastunlearn.methods.sau import SAUConfig, SAUTrainer
+    from fastunlearn.parametrize.masked_lora import MaskedLoraConfig
     from fastunlearn.trainer import UnlearnConfig, UnlearnTrainer
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "FallbackWarning",
     "HAMUConfig",
     "HAMUTrainer",
+    "MaskedLoraConfig",
     "SAUConfig",
     "SAUTrainer",
     "UnlearnConfig",
@@ -42,6 +44,7 @@ __all__ = [
 _LAZY = {
     "HAMUConfig": "fastunlearn.methods.hamu",
     "HAMUTrainer": "fastunlearn.methods.hamu",
+    "MaskedLoraConfig": "fastunlearn.parametrize.masked_lora",
     "SAUConfig": "fastunlearn.methods.sau",
     "SAUTrainer": "fastunlearn.methods.sau",
     "UnlearnConfig": "fastunlearn.trainer",

@@ -166,7 +166,8 @@ class TestMaskedLoraLinear(OpProof):
         x, w, A, B, g = (args[name].cpu().double() for name in ("x", "weight", "A", "B", "grad"))
         m, s = _dense(args).double(), args["scaling"]
         effective = w + s * (B @ A) * m
-        flat, dy = x.reshape(-1, w.shape[1]), g.reshape(-1, w.shape[0])
+        tokens = math.prod(x.shape[:-1])
+        flat, dy = x.reshape(tokens, w.shape[1]), g.reshape(tokens, w.shape[0])
         G = (dy.T @ flat) * m
         y = flat @ effective.T + (0 if args["bias"] is None else args["bias"].cpu().double())
         bias = [] if args["bias"] is None else [dy.sum(0)]
