@@ -617,6 +617,20 @@ def masked_lora_conv2d(
     return run(x, weight, lora_A, lora_B, tensor, bias, scaling, block, *options)
 
 
+def _weight(weight: Tensor, A: Tensor, B: Tensor, mask: Tensor | None, scaling: float, block: int) -> Tensor:
+    with _exact(weight.device):
+        adapter = Adapter(A, B, mask, scaling, block)
+        return _effective(_resolve(_LINEAR, weight, adapter), weight.contiguous(), adapter, weight.dtype)
+
+
+_weight_op = torch.library.custom_op("fastunlearn::masked_lora_weight", _weight, mutates_args=())
+
+
+@_weight_op.register_fake
+def _(weight: Tensor, A: Tensor, B: Tensor, mask: Tensor | None, scaling: float, block: int) -> Tensor:
+    return weight.new_empty(weight.shape)
+
+
 def _low_rank_conv(x: Tensor, shape: torch.Size, A: Tensor, B: Tensor, options: _Options) -> Tensor:
     """B (A x): a convolution to `rank` channels a group, and one of 1 x 1 back."""
     groups = options[3]
@@ -646,7 +660,6 @@ def masked_lora_weight(
         TypeError, ValueError: as `masked_lora_linear`.
     """
     tensor, scaling = _checked(weight, lora_A, lora_B, mask, scaling, None, block, max(2, weight.dim()))
-    with _exact(weight.device):
-        adapter = Adapter(lora_A, lora_B, tensor, scaling, block)
-        backend = _resolve(_LINEAR, weight, adapter)
-        return _effective(backend, _flat(weight), adapter, weight.dtype).view(weight.shape)
+    flat = weight.detach().reshape(rows_cols(weight.shape))
+    run = _weight_op if _backend.traced(weight, lora_A, lora_B) else _weight
+    return run(flat, lora_A.detach(), lora_B.detach(), tensor, scaling, block).view(weight.shape)
