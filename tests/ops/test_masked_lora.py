@@ -67,6 +67,14 @@ def _dense(args):
     return mask.cpu().repeat_interleave(args["block"], 0)[:out].repeat_interleave(args["block"], 1)[:, :cols]
 
 
+#: run-time arguments of the kernels, for compiling them ahead of time
+ARGUMENTS = {
+    "effective": "W A B mask out rows cols rank width scale",
+    "small": "x W A B mask partial tokens rows cols rank width scale chunk",
+    "contract": "G grad x A B mask partial_A partial_B tokens rows cols rank stride width chunk",
+}
+
+
 class _Proof(OpProof):
     """The weight is frozen: finite differences of what trains only."""
 
@@ -150,28 +158,28 @@ class TestMaskedLoraLinear(_Proof):
     aot = [
         Aot(
             f"fastunlearn.kernels.masked_lora:{name}",
-            {key: kinds.get(key, "i32") for key in arguments.split()},
-            {**constants, **extra},
-            {"num_warps": 8 if constants["R"] >= 64 else 4},
+            {
+                **dict.fromkeys(ARGUMENTS[name].split(), "i32"),
+                **{key: f"*{dtype}" for key in ("W", "out", "x", "G", "grad") if key in ARGUMENTS[name].split()},
+                **dict.fromkeys("AB", f"*{factors}"),
+                **{key: "*fp32" for key in ("partial", "partial_A", "partial_B") if key in ARGUMENTS[name].split()},
+                "mask": "*u8",
+                **({"scale": "fp32"} if "scale" in ARGUMENTS[name] else {}),
+            },
+            {"R": R, "M": M, "N": N, "KIND": kind, "BLOCK": 128 if kind == 2 else 1,
+             "PRECISION": "ieee" if dtype == "fp32" else "tf32", **extra},
+            {"num_warps": 8 if R >= 64 or name == "contract" else 4},
         )
-        for dtype, factors, constants in [
-            ("bf16", "bf16", {"R": 16, "M": 64, "N": 128, "KIND": 1, "BLOCK": 1, "PRECISION": "tf32"}),
-            ("bf16", "fp32", {"R": 64, "M": 128, "N": 128, "KIND": 1, "BLOCK": 1, "PRECISION": "tf32"}),
-            ("fp16", "fp16", {"R": 128, "M": 128, "N": 128, "KIND": 2, "BLOCK": 128, "PRECISION": "tf32"}),
-            ("fp32", "fp32", {"R": 16, "M": 64, "N": 64, "KIND": 1, "BLOCK": 1, "PRECISION": "ieee"}),
-        ]
-        for kinds in [
-            {"mask": "*u8", "scale": "fp32", "partial": "*fp32", "partial_A": "*fp32", "partial_B": "*fp32", "chunk": "i32",
-             **dict.fromkeys(("W", "out", "x", "G", "grad"), f"*{dtype}"), **dict.fromkeys("AB", f"*{factors}")}
-        ]
-        for name, arguments, extra in [
-            ("effective", "W A B mask out rows cols rank width scale", {}),
-            ("small", "x W A B mask partial tokens rows cols rank width scale chunk", {"T": 16, "N": 64, "BACKWARD": False}),
-            ("small", "x W A B mask partial tokens rows cols rank width scale chunk", {"T": 64, "N": 64, "BACKWARD": True}),
-            ("contract", "G grad x A B mask partial_A partial_B tokens rows cols rank stride width chunk",
-             {"R": min(constants["R"], 64), "T": 32, "N": 64, "FUSED": False}),
-            ("contract", "G grad x A B mask partial_A partial_B tokens rows cols rank stride width chunk",
-             {"R": min(constants["R"], 64), "T": 32, "N": 64, "FUSED": True}),
+        for name, dtype, factors, R, M, N, kind, extra in [
+            ("effective", "bf16", "bf16", 16, 64, 128, 1, {}),
+            ("effective", "bf16", "fp32", 64, 128, 128, 1, {}),
+            ("effective", "fp32", "fp32", 16, 64, 128, 2, {}),
+            ("small", "bf16", "bf16", 16, 64, 64, 1, {"T": 16, "BACKWARD": False}),
+            ("small", "fp16", "fp32", 64, 128, 64, 1, {"T": 32, "BACKWARD": True}),
+            ("contract", "bf16", "fp32", 16, 128, 64, 1, {"T": 32, "FUSED": False}),
+            ("contract", "bf16", "bf16", 64, 256, 64, 1, {"T": 32, "FUSED": False}),
+            ("contract", "bf16", "bf16", 16, 128, 64, 2, {"T": 32, "FUSED": True}),
+            ("contract", "fp16", "fp16", 64, 256, 64, 1, {"T": 32, "FUSED": True}),
         ]
     ] + [
         Aot(
