@@ -242,7 +242,7 @@ class _Linear(torch.autograd.Function):
         with _exact(x.device):
             return _linear(x.contiguous(), weight.contiguous(), Adapter(A, B, mask, scaling, block), bias)
 
-    setup_context = staticmethod(_linear_setup)  # type: ignore[assignment]
+    setup_context = staticmethod(_linear_setup)
     backward = staticmethod(once_differentiable(_linear_backward))  # type: ignore[assignment]
 
 
@@ -348,7 +348,7 @@ def _conv_grad(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         else:
             with _exact(grad.device):
                 adapter = Adapter(A, B, mask, ctx.scaling, ctx.block)
-                made = _conv_gradients(grad, x, weight, adapter, tuple(ctx.options), needs[0], trains)  # type: ignore[arg-type]
+                made = _conv_gradients(grad, x, weight, adapter, tuple(ctx.options), needs[0], trains)
         dx, dA, dB = made
     if needs[5]:
         db = grad.sum((0, 2, 3), dtype=reference.wide(grad.dtype)).to(ctx.bias_dtype)
@@ -368,7 +368,7 @@ class _Conv(torch.autograd.Function):
         with _exact(x.device):
             return _conv(x, weight, Adapter(A, B, mask, scaling, block), bias, (stride, padding, dilation, groups))
 
-    setup_context = staticmethod(_conv_setup)  # type: ignore[assignment]
+    setup_context = staticmethod(_conv_setup)
     backward = staticmethod(once_differentiable(_conv_grad))  # type: ignore[assignment]
 
 

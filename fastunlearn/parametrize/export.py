@@ -73,7 +73,7 @@ def _read(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def _metadata(kind: str, layers: Mapping[str, Any], model: nn.Module) -> dict[str, str]:
-    base = base_identity({name: layer.get_base_layer().weight for name, layer in masked_layers(model)})
+    base = base_identity({name: layer._base.weight for name, layer in masked_layers(model)})
     said = {"layers": layers, "base": base}
     return {"format": kind, "version": _VERSION, "layers": json.dumps(said)}
 
@@ -100,7 +100,7 @@ def _base_weights(model: nn.Module, names: Mapping[str, Any], path: Path) -> dic
     absent = [name for name in names if not isinstance(modules.get(name), nn.Linear | nn.Conv2d)]
     if absent:
         raise ValueError(f"{path}: has {len(absent)} layers that the model has not, the first is {absent[0]!r}")
-    return {name: modules[name].weight for name in names}  # type: ignore[misc]
+    return {name: modules[name].weight for name in names}
 
 
 # ---- factors and masks ----------------------------------------------------------------------------------------------------
@@ -114,13 +114,14 @@ def save_factors(
     Raises:
         ValueError: no such adapter, or merged. FileExistsError: there is a file and `overwrite` is False.
     """
-    tensors, said = {}, {}
+    tensors: dict[str, Tensor] = {}
+    said: dict[str, Any] = {}
     for name, layer in _unmerged(model, adapter):
         A, B, mask, scaling = layer._factors(adapter)
         tensors |= {f"{name}.lora_A": A, f"{name}.lora_B": B}
         if mask is not None:
             tensors[f"{name}.lora_mask_bits"] = mask.bits
-        said[name] = {"scaling": scaling, "shape": list(layer.get_base_layer().weight.shape)}
+        said[name] = {"scaling": scaling, "shape": list(layer._base.weight.shape)}
     _write(tensors, Path(path), _metadata(_FACTORS, said, model), overwrite)
 
 
@@ -173,9 +174,11 @@ def save_sparse_delta(
     Raises:
         ValueError: no such adapter, or merged. FileExistsError: there is a file and `overwrite` is False.
     """
-    tensors, said, total = {}, {}, 0
+    tensors: dict[str, Tensor] = {}
+    said: dict[str, Any] = {}
+    total = 0
     for name, layer in _unmerged(model, adapter):
-        weight = layer.get_base_layer().weight.detach()
+        weight = layer._base.weight.detach()
         merged = ops.masked_lora_weight(weight, *layer._factors(adapter))
         changed = merged != weight
         tensors[f"{name}.values"] = merged[changed]
@@ -239,12 +242,12 @@ def save_lora(
                 "save_low_rank for an approximation"
             )
         _check_ungrouped(name, layer)
-        tensors |= _lora_tensors(name, A, B * scaling, layer.get_base_layer().weight.shape, prefix)
+        tensors |= _lora_tensors(name, A, B * scaling, layer._base.weight.shape, prefix)
     _write(tensors, Path(path), {"format": "pt"}, overwrite)
 
 
 def _check_ungrouped(name: str, layer: MaskedLoraLayer) -> None:
-    if getattr(layer.get_base_layer(), "groups", 1) != 1:
+    if getattr(layer._base, "groups", 1) != 1:
         raise ValueError(f"adapter: {name} is a grouped convolution, which a plain LoRA file cannot hold")
 
 
@@ -288,7 +291,7 @@ def save_low_rank(
     missed = whole = 0.0
     for name, layer in _unmerged(model, adapter):
         _check_ungrouped(name, layer)
-        weight, full = layer.get_base_layer().weight, layer.get_delta_weight(adapter)
+        weight, full = layer._base.weight, layer.get_delta_weight(adapter)
         delta = full.reshape(rows_cols(full.shape)).to(wide(full.dtype))
         A, B = _low_rank(delta, min(rank, *delta.shape))
         off, size = float((delta - B @ A).norm() ** 2), float(delta.norm() ** 2)

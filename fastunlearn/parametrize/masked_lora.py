@@ -13,7 +13,7 @@ import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft.config import PeftConfig
@@ -236,7 +236,7 @@ class MaskedLoraLayer(nn.Module, BaseTunerLayer):
         self, adapter_name: str, rank: int, alpha: float, config: MaskedLoraConfig, mask: BitMask | None
     ) -> None:
         """Adds an adapter; a per_weight one without a mask gets its bits when its file is read."""
-        weight = self.get_base_layer().weight
+        weight = self._base.weight
         rows, cols = rows_cols(weight.shape)
         like = {"device": weight.device, "dtype": weight.dtype}
         self.r[adapter_name], self.scaling[adapter_name] = rank, float(alpha) / rank
@@ -254,11 +254,15 @@ class MaskedLoraLayer(nn.Module, BaseTunerLayer):
             self.lora_mask_bits[adapter_name] = bits.to(weight.device)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
+    @property
+    def _base(self) -> Any:
+        return self.get_base_layer()
+
     def mask(self, adapter_name: str) -> BitMask | None:
         """The adapter's mask; None for one without."""
         if adapter_name not in self.lora_mask_bits:
             return None
-        return BitMask._of(self.lora_mask_bits[adapter_name], self.get_base_layer().weight.shape)
+        return BitMask._of(self.lora_mask_bits[adapter_name], self._base.weight.shape)
 
     def _factors(self, adapter_name: str) -> tuple[Tensor, Tensor, BitMask | None, float]:
         if adapter_name not in self.lora_A:
@@ -268,7 +272,7 @@ class MaskedLoraLayer(nn.Module, BaseTunerLayer):
     def get_delta_weight(self, adapter: str) -> Tensor:
         """s (B A) o M, of the base weight's shape and the factors' type."""
         A, B, mask, scaling = self._factors(adapter)
-        nothing = A.new_zeros(()).expand(self.get_base_layer().weight.shape)
+        nothing = A.new_zeros(()).expand(self._base.weight.shape)
         return ops.masked_lora_weight(nothing, A, B, mask, scaling)
 
     @torch.no_grad()
@@ -278,7 +282,7 @@ class MaskedLoraLayer(nn.Module, BaseTunerLayer):
         Raises:
             ValueError: with `safe_merge`, a merged weight that is not finite.
         """
-        base = self.get_base_layer()
+        base = self._base
         for name in check_adapters_to_merge(self, adapter_names):
             if name not in self.lora_A:
                 continue
@@ -294,13 +298,13 @@ class MaskedLoraLayer(nn.Module, BaseTunerLayer):
     def unmerge(self) -> None:
         """The base weight as it was, bit for bit."""
         if self._unmerged is not None:
-            self.get_base_layer().weight.data = self._unmerged
+            self._base.weight.data = self._unmerged
         self._unmerged = None
         self.merged_adapters.clear()
 
     def _apply_layer(self, x: Tensor, weight: Tensor, bias: Tensor | None, name: str) -> Tensor:
         dropout = self.lora_dropout[name] if self.training else 0.0
-        base, factors = self.get_base_layer(), self._factors(name)
+        base, factors = self._base, self._factors(name)
         if isinstance(base, nn.Conv2d):
             padding: Any = base.padding
             if base.padding_mode != "zeros":
@@ -317,8 +321,8 @@ class MaskedLoraLayer(nn.Module, BaseTunerLayer):
             self.unmerge()
         names = [] if self.disable_adapters or self.merged else [n for n in self.active_adapters if n in self.lora_A]
         if not names:
-            return self.base_layer(x, **kwargs)
-        base = self.get_base_layer()
+            return cast(Any, self.base_layer)(x, **kwargs)
+        base = self._base
         y = self._apply_layer(x, base.weight, base.bias, names[0])
         for name in names[1:]:
             y = y + self._apply_layer(x, base.weight.new_zeros(()).expand(base.weight.shape), None, name)
@@ -333,7 +337,7 @@ class MaskedLoraModel(BaseTuner):
 
     prefix = "lora_"
     tuner_layer_cls = MaskedLoraLayer
-    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    target_module_mapping = cast(Any, TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING)
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
         layers = {
@@ -356,7 +360,7 @@ class MaskedLoraModel(BaseTuner):
         _check_layers({name: layers[name] for name in peft_config.modules})
         if peft_config.target_modules is None or peft_config.variant == "per_module":
             peft_config.target_modules = set(peft_config.modules)
-        weights = {name: layers[name].weight for name in peft_config.modules}
+        weights = {name: cast(Any, layers[name]).weight for name in peft_config.modules}
         if not any(w.is_meta for w in weights.values()):
             if peft_config.base is None:
                 peft_config.base = base_identity(weights)
@@ -368,7 +372,7 @@ class MaskedLoraModel(BaseTuner):
     def _check_target_module_exists(peft_config: Any, key: str) -> bool:
         return _plain(key) in peft_config.modules
 
-    def _create_and_replace(
+    def _create_and_replace(  # type: ignore[override]
         self, config: Any, adapter_name: str, target: Any, target_name: str, parent: Any, current_key: str, **_: Any
     ) -> None:
         name = _plain(current_key)
@@ -429,7 +433,8 @@ def _chosen(config: Any, layers: Mapping[str, nn.Module], masks: Mapping[str, Bi
     for name in names:
         if name not in masks:
             raise ValueError(f"masks: target module {name!r} has no mask; give one for {name + '.weight'!r}")
-        shape = tuple(layers[name].weight.shape) if hasattr(layers[name], "weight") else None
+        weight = getattr(layers[name], "weight", None)
+        shape = tuple(weight.shape) if isinstance(weight, Tensor) else None
         if shape is not None and tuple(masks[name].shape) != shape:
             raise ValueError(f"masks: the mask of {name!r} is {tuple(masks[name].shape)}, its weight {shape}")
     kept = [name for name in names if bool(masks[name].bits.any())]

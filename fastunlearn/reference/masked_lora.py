@@ -38,14 +38,14 @@ def weight(
     w = weight.to(kind)
     full = torch.addmm(w, B.to(kind), A.to(kind), alpha=scaling)
     if mask is not None:
-        full = torch.where(bools(mask, *weight.shape, block), full, w)
+        full = torch.where(bools(mask, weight.shape[0], weight.shape[1], block), full, w)
     return full.to(dtype)
 
 
 def contract(G: Tensor, A: Tensor, B: Tensor, mask: Tensor | None, scaling: float, block: int) -> tuple[Tensor, Tensor]:
     """(dA [r, in], dB [out, r]) of the weight's gradient G [out, in]."""
     kind = wide(G.dtype)
-    g = G.to(kind) if mask is None else torch.where(bools(mask, *G.shape, block), G.to(kind), 0)
+    g = G.to(kind) if mask is None else torch.where(bools(mask, G.shape[0], G.shape[1], block), G.to(kind), 0)
     dA, dB = B.to(kind).T @ g * scaling, g @ A.to(kind).T * scaling
     return dA.to(A.dtype), dB.to(B.dtype)
 
