@@ -37,17 +37,15 @@ class Flat:
     __slots__ = ("bits", "groups", "sizes")
 
     def __init__(self, groups: Sequence[Sequence[Tensor | None]], masks: Sequence[BitMask | None] | None):
-        columns = len(groups[0])
         self.groups: list[list[Tensor | None]] = [[] for _ in groups]
         self.sizes: list[int] = []
         self.bits: list[Tensor | None] = []
-        for t in range(columns):
-            first = next((group[t] for group in groups if group[t] is not None), None)
+        for t, column in enumerate(zip(*groups, strict=True)):
+            first = next((x for x in column if x is not None), None)
             # Gaps and overlaps: worked on as a row-major copy.
             order = None if first is None or first.is_contiguous() else memory_order(first)
             self.sizes.append(0 if first is None else first.numel())
-            for flat, group in zip(self.groups, groups):
-                x = group[t]
+            for flat, x in zip(self.groups, column):
                 if x is not None and not (order is None and x.is_contiguous() and not x.is_neg()):
                     x = _native.in_memory(x.detach() if order is None else x.detach().permute(order))
                 flat.append(x)
@@ -77,24 +75,24 @@ def at(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def _dispatch(groups: Sequence[Sequence[Tensor | None]], masks: Sequence[BitMask | None] | None) -> Tensor:
-    """All checked, on one device, at least one tensor that is not None."""
-    n, count = len(groups), len(groups[0])
+def products(flat: Flat, start: int = 0) -> Tensor:
+    """`gram` of the groups from number `start` on: all checked, on one device, at least one tensor that is not None."""
+    groups = flat.groups[start:]
+    n, count = len(groups), len(flat.sizes)
     device = next(x.device for group in groups for x in group if x is not None)
     backend = _backend.resolve(_OP, device)
-    flat = Flat(groups, masks)
     if backend == "reference":
-        rows = [[None if x is None else x.reshape(-1) for x in group] for group in flat.groups]
+        rows = [[None if x is None else x.reshape(-1) for x in group] for group in groups]
         return reference.gram(rows, flat.may())
     if backend == "triton":
         from fastunlearn.kernels import gram as kernels
 
-        return kernels.gram(flat.groups, flat.bits, flat.sizes)
+        return kernels.gram(groups, flat.bits, flat.sizes)
     out = torch.empty(count, n, n, dtype=torch.float64)
     table = np.array(
         [flat.sizes, list(map(at, flat.bits))]
-        + [list(map(at, group)) for group in flat.groups]
-        + [[0 if x is None else _native.DTYPES[x.dtype] for x in group] for group in flat.groups],
+        + [list(map(at, group)) for group in groups]
+        + [[0 if x is None else _native.DTYPES[x.dtype] for x in group] for group in groups],
         dtype=np.int64,
     )
     table = np.ascontiguousarray(table.T)
@@ -119,7 +117,7 @@ def _gram_op(grads: list[Tensor], groups: int, bits: list[Tensor]) -> Tensor:
     rows = [grads[g * count : (g + 1) * count] for g in range(groups)]
     # Lists of an op hold no None: an empty tensor stands for it.
     masks = [BitMask(b, x.shape) if b.numel() else None for b, x in zip(bits, rows[0])] if bits else None
-    return _dispatch(rows, masks)
+    return products(Flat(rows, masks))
 
 
 @_gram_op.register_fake
@@ -237,7 +235,7 @@ def gram(groups: Sequence[Sequence[Tensor | None]], *, masks: Sequence[Mask] | N
         return torch.zeros(count, len(rows), len(rows), dtype=torch.float64)
     if _backend.traced(*rows):
         return _gram_op(*as_library_call(rows, firsts, packed))
-    return _dispatch(rows, packed)
+    return products(Flat(rows, packed))
 
 
 def as_library_call(

@@ -18,7 +18,7 @@ from torch import Tensor
 from fastunlearn import _backend, _native
 from fastunlearn.ops._hamu_solve import InfeasibleError, Plan, Problem, binding, solve
 from fastunlearn.ops._slots import check_not_negated, check_param, local, memory_order, units
-from fastunlearn.ops.gram import UNIT, Flat, Mask, as_mask, at, check_groups, gram
+from fastunlearn.ops.gram import UNIT, Flat, Mask, as_mask, at, check_groups, products
 from fastunlearn.ops.mask import BitMask
 from fastunlearn.reference import hamu as reference
 from fastunlearn.reference.stochastic import rounding_keys
@@ -194,28 +194,28 @@ class _Step:
                     "a tensor that is contiguous in some order of its dimensions"
                 )
             by_device.setdefault(param.device, []).append(t)
-        self.parts: list[tuple[list[int], list[list[Tensor | None]], list[BitMask | None]]] = []
+        self.parts: list[tuple[list[int], Flat]] = []
         for members in by_device.values():
-            own = [[row[t] for t in members] for row in rows]
-            self.parts.append((members, own, [masks[t] for t in members]))
+            own = [[row[t] for t in members] for row in (params, *rows)]
+            mine = [masks[t] for t in members]
+            self.parts.append((members, Flat(own, mine if any(m is not None for m in mine) else None)))
 
     def gram(self) -> np.ndarray:
         """float64 [tensors, groups, groups]; waits for the devices."""
         out = np.zeros((self.count, self.groups, self.groups))
-        for members, rows, masks in self.parts:
-            with torch.no_grad():
-                out[members] = gram(rows, masks=masks if any(m is not None for m in masks) else None).cpu().numpy()
+        for members, flat in self.parts:
+            if any(x is not None for row in flat.groups[1:] for x in row):
+                out[members] = products(flat, 1).cpu().numpy()
         return out
 
     def apply(self, factors: np.ndarray, keys: np.ndarray, stochastic: bool, firsts: np.ndarray) -> None:
-        for members, rows, masks in self.parts:
-            params = [self.params[t] for t in members]
-            flat = Flat([params, *rows], masks)
+        for members, flat in self.parts:
             self._apply(flat, factors[members], keys[members], stochastic, firsts[members])
+            params = [self.params[t] for t in members]
             torch.autograd.graph.increment_version([p for p in params if not p.is_inference()])
 
     def _apply(self, flat: Flat, factors: np.ndarray, keys: np.ndarray, stochastic: bool, firsts: np.ndarray) -> None:
-        # Views of what is changed: rows of memory in the order in which it lies there (`_checked` has seen that there are).
+        # Views of what is changed: rows of memory in the order in which it lies there (`__init__` has seen to that).
         params = [p.view(-1) for p in flat.groups[0] if p is not None]
         rows = [[None if x is None else x.reshape(-1) for x in row] for row in flat.groups[1:]]
         rounds = [stochastic and p.dtype == torch.bfloat16 for p in params]
