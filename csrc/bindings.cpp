@@ -19,6 +19,7 @@
 #include "mask.h"
 #include "masked_lora.h"
 #include "nm.h"
+#include "nm_tensor.h"
 #include "redistribute.h"
 #include "saliency.h"
 #include "topk.h"
@@ -190,6 +191,51 @@ void bind_masked_lora(py::module_& m) {
         FU_CALL(masked_lora_keep, at<void>(x), dtype, at<const uint8_t>(bits), rows, cols);
       },
       no_gil);
+}
+
+// Addresses of the dense tensor [rows, cols], of its mask's bits and of its values; `size` is an entry's
+// bytes.
+void bind_nm_tensor(py::module_& m) {
+  m.def(
+      "nm_gather_cpu",
+      [](Address dense, Address bits, int64_t rows, int64_t cols, int n, int group, int size,
+         Address values) {
+        FU_CALL(nm_gather, at<const void>(dense), at<const uint8_t>(bits), rows, cols, n, group, size,
+                at<void>(values));
+      },
+      no_gil);
+  m.def(
+      "nm_expand_cpu",
+      [](Address values, Address bits, int64_t rows, int64_t cols, int n, int group, int size,
+         Address dense) {
+        FU_CALL(nm_expand, at<const void>(values), at<const uint8_t>(bits), rows, cols, n, group, size,
+                at<void>(dense));
+      },
+      no_gil);
+  m.def(
+      "nm_first_wrong_row_cpu",
+      [](Address bits, int64_t rows, int64_t cols, int n, int group) {
+        return FU_CALL(nm_first_wrong_row, at<const uint8_t>(bits), rows, cols, n, group);
+      },
+      no_gil);
+#if defined(FU_WITH_CUDA)
+  m.def(
+      "nm_gather_cuda",
+      [](Address dense, Address bits, int64_t rows, int64_t cols, int n, int group, int size, Address values,
+         Address wrong_row, int device, Address stream) {
+        fu::cuda::nm_gather(at<const void>(dense), at<const uint8_t>(bits), rows, cols, n, group, size,
+                            at<void>(values), at<int64_t>(wrong_row), device, stream);
+      },
+      no_gil);
+  m.def(
+      "nm_expand_cuda",
+      [](Address values, Address bits, int64_t rows, int64_t cols, int n, int group, int size, Address dense,
+         int device, Address stream) {
+        fu::cuda::nm_expand(at<const void>(values), at<const uint8_t>(bits), rows, cols, n, group, size,
+                            at<void>(dense), device, stream);
+      },
+      no_gil);
+#endif
 }
 
 void bind_redistribute(py::module_& m) {
@@ -392,6 +438,7 @@ PYBIND11_MODULE(FU_MODULE, m) {
   bind_gram(m);
   bind_masked_lora(m);
   bind_nm(m);
+  bind_nm_tensor(m);
   bind_redistribute(m);
   bind_saliency(m);
   bind_topk(m);

@@ -353,6 +353,12 @@ inline int __clz(int x) {
 inline int __ffs(int x) {
   return __builtin_ffs(x);
 }
+inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
+  const uint64_t bytes = uint64_t(y) << 32 | x;
+  unsigned out = 0;
+  for (int i = 0; i < 4; ++i) out |= unsigned(bytes >> (8 * (selector >> (4 * i) & 7u)) & 255u) << (8 * i);
+  return out;
+}
 inline float __uint_as_float(unsigned u) {
   return fu::bits_float(u);
 }
