@@ -4,6 +4,7 @@ A list of tensors is one launch: the kernel gets a table of addresses (int64 ten
 """
 
 import torch
+import triton
 import triton.language as tl
 
 #: element type of a torch tensor as a Triton type, for `tl.pointer_type(...)` casts of table entries
@@ -13,3 +14,11 @@ TL_DTYPES = {
     torch.bfloat16: tl.bfloat16,
     torch.float64: tl.float64,
 }
+
+
+@triton.jit
+def set_bits(x):
+    """Set bits of numbers below 256."""
+    x = x - ((x >> 1) & 0x55)
+    x = (x & 0x33) + ((x >> 2) & 0x33)
+    return (x + (x >> 4)) & 0x0F

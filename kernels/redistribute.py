@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastunlearn.kernels._common import TL_DTYPES
+from fastunlearn.kernels._common import TL_DTYPES, set_bits
 
 TILE = 4096
 WARPS = 4
@@ -77,14 +77,6 @@ def _may(bytes_):
 
 
 @triton.jit
-def _ones(bytes_):
-    """Set bits of numbers below 256."""
-    x = bytes_ - ((bytes_ >> 1) & 0x55)
-    x = (x & 0x33) + ((x >> 2) & 0x33)
-    return (x + (x >> 4)) & 0x0F
-
-
-@triton.jit
 def _sum(x):
     return tl.sum(tl.sum(x, 2), 1)
 
@@ -121,7 +113,7 @@ def measure(
     if WHOLE:
         x, bytes_ = _tile(table, count, tensor, row, rows, cols, 0, TYPE, ALIGNED, R, C)
         may = _may(bytes_)
-        survivors = tl.sum(_ones(bytes_), 1)
+        survivors = tl.sum(set_bits(bytes_), 1)
         tl.store(cell + row, survivors, mask=here)
         kept = _sum(tl.where(may, x, 0.0))
         lost = _sum(tl.where(may, 0.0, x))
@@ -137,7 +129,7 @@ def measure(
         for chunk in range(0, chunks):
             x, bytes_ = _tile(table, count, tensor, row, rows, cols, chunk * C, TYPE, ALIGNED, R, C)
             may = _may(bytes_)
-            these = tl.sum(_ones(bytes_), 1)
+            these = tl.sum(set_bits(bytes_), 1)
             tl.store(cell + row * chunks + chunk, these, mask=here)
             survivors += these
             kept += _sum(tl.where(may, x, 0.0))
@@ -200,10 +192,10 @@ def write(
     x, bytes_ = _tile(table, count, tensor, row, rows, cols, chunk * C, TYPE, ALIGNED, R, C)
     cell = starts + tl.load(table + FIRST_CELL * count + tensor) + row * chunks + chunk
     scale = tl.load(scales + tl.load(table + FIRST_ROW * count + tensor) + row, mask=here, other=0.0)
-    ones = _ones(bytes_)
+    ones = set_bits(bytes_)
     begin = tl.load(cell, mask=here, other=0)[:, None] + (tl.cumsum(ones, 1) - ones)
     below = (1 << tl.arange(0, 8)) - 1
-    places = begin[:, :, None] + _ones(bytes_[:, :, None] & below[None, None, :])
+    places = begin[:, :, None] + set_bits(bytes_[:, :, None] & below[None, None, :])
     f = tl.minimum(1.0 + scale[:, None, None] * x, clip) * tl.load(normalisers + tensor)
     out = tl.load(outs + tensor).to(tl.pointer_type(tl.float32))
     tl.store(out + places, f, mask=_may(bytes_) & (places < tl.load(outs + count + tensor)))

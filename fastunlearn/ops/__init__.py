@@ -1,5 +1,6 @@
 """The ops: drop-in functions on tensors and lists of tensors. They import no transformers and no diffusers."""
 
+from fastunlearn.ops._dense_buffer import release_buffers
 from fastunlearn.ops.adamw import masked_adamw_, masked_grad_norm, masked_sgd_
 from fastunlearn.ops.gram import gram
 from fastunlearn.ops.hamu import Certificate, InfeasibleError, hamu_step_
@@ -8,6 +9,8 @@ from fastunlearn.ops.linear_nll import linear_nll
 from fastunlearn.ops.mask import BitMask, load_masks, save_masks
 from fastunlearn.ops.masked_lora import masked_lora_conv2d, masked_lora_linear, masked_lora_weight
 from fastunlearn.ops.nm import nm_mask
+from fastunlearn.ops.nm_linear import nm_linear
+from fastunlearn.ops.nm_tensor import NMTensor, nm_compress
 from fastunlearn.ops.redistribute import redistribution
 from fastunlearn.ops.saliency import saliency_accumulate_
 from fastunlearn.ops.topk import topk_mask
@@ -16,6 +19,7 @@ __all__ = [
     "BitMask",
     "Certificate",
     "InfeasibleError",
+    "NMTensor",
     "gram",
     "hamu_step_",
     "linear_divergence",
@@ -27,8 +31,11 @@ __all__ = [
     "masked_lora_linear",
     "masked_lora_weight",
     "masked_sgd_",
+    "nm_compress",
+    "nm_linear",
     "nm_mask",
     "redistribution",
+    "release_buffers",
     "saliency_accumulate_",
     "save_masks",
     "topk_mask",
