@@ -48,6 +48,8 @@ __global__ void lanes(unsigned* ballots, int* up, int* first) {
   first[threadIdx.x] = __shfl_sync(0xffffffffu, int(threadIdx.x), 5);
 }
 int main() {
+  CHECK(__byte_perm(0x33221100u, 0x77665544u, 0x7210u) == 0x77221100u);
+  CHECK(__byte_perm(0x33221100u, 0x77665544u, 0x0345u) == 0x00334455u);
   std::vector<int> in(10007);
   long want = 0;
   for (size_t i = 0; i < in.size(); ++i) want += in[i] = int(i % 91) - 40;

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from fastunlearn import _backend, _native
 from fastunlearn.ops._dense_buffer import dense_buffer
+from fastunlearn.ops.nm import _check_memory
 from fastunlearn.ops.nm_tensor import NMTensor, _check_tensor, expand_native, gather_native, unsupported
 from fastunlearn.reference import nm_linear as reference
 
@@ -35,7 +36,7 @@ def _kernels() -> Any:
 
 
 def _resolve(x: Tensor) -> str:
-    without = unsupported(x.dtype)
+    without = unsupported()
     if x.dtype not in _KERNEL_DTYPES:
         without["triton"] = f"x is {x.dtype}; the kernel takes float32, float16 and bfloat16"
     elif x.is_cuda and _backend.current_backend() == "auto" and not without and _native.unusable(x.device) is None:
@@ -162,8 +163,8 @@ def nm_linear(x: Tensor, nm_weight: NMTensor, bias: Tensor | None = None) -> Ten
 
     Args:
         x: [..., cols] on the weight's device.
-        nm_weight: NMTensor of two dimensions, [rows, cols], of x's type. float32, float16 and bfloat16 have kernels; float64 is
-            native; other types run as plain PyTorch.
+        nm_weight: NMTensor of two dimensions, [rows, cols], of x's type. float32, float16, bfloat16 or
+            float64 (which no Triton kernel takes).
         bias: [rows] of x's type, or None.
 
     Returns:
@@ -176,6 +177,7 @@ def nm_linear(x: Tensor, nm_weight: NMTensor, bias: Tensor | None = None) -> Ten
     if not isinstance(nm_weight, NMTensor):
         raise TypeError(f"nm_weight: want an NMTensor, got {type(nm_weight).__name__} (ops.nm_compress makes one)")
     values, mask = nm_weight.values, nm_weight.mask
+    _check_memory("nm_weight.values", values)
     if len(mask.shape) != 2:
         raise ValueError(f"nm_weight: want one of two dimensions, [rows, cols], got {tuple(mask.shape)}")
     rows, cols = mask.shape

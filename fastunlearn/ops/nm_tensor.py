@@ -20,15 +20,13 @@ from fastunlearn.ops.nm import _check_memory, _check_pattern
 from fastunlearn.reference import nm_tensor as reference
 
 _OP = _backend.register("nm_compress", native=("cpu", "cuda"))
-#: what the native code moves
+#: bytes of the entries that are taken
 SIZES = (2, 4, 8)
 _NO_ROW = 0x7F7F7F7F7F7F7F7F  # csrc/nm_tensor.h: kNoRow
 
 
-def unsupported(dtype: torch.dtype) -> dict[str, str]:
+def unsupported() -> dict[str, str]:
     """{"native": why not}, or nothing."""
-    if dtype.itemsize not in SIZES:
-        return {"native": f"entries of {dtype}; native code moves those of 2, 4 and 8 bytes"}
     if _native._C is not None and not hasattr(_native._C, "nm_gather_cpu"):
         return {"native": "fastunlearn._C was built from older sources: reinstall the package"}
     return {}
@@ -73,7 +71,9 @@ def check_mask(bits: Tensor, cols: int, n: int, m: int, what: str) -> None:
         ValueError: naming the first wrong row.
     """
     row: int | None
-    if bits.device.type == "cpu" and _backend.resolve(_OP, bits.device, unsupported(torch.float32)) == "native":
+    # No call of the op: a mask is looked at whatever backend was asked for.
+    native = _backend.current_backend() != "reference" and not unsupported()
+    if bits.device.type == "cpu" and native and _native.unusable(bits.device) is None:
         bits = bits.contiguous()
         row = _native.library().nm_first_wrong_row_cpu(bits.data_ptr(), bits.shape[0], cols, n, m)
         row = None if row == _NO_ROW else row
@@ -85,7 +85,7 @@ def check_mask(bits: Tensor, cols: int, n: int, m: int, what: str) -> None:
 
 def _gather(dense: Tensor, bits: Tensor, n: int, m: int, check: bool) -> Tensor:
     """`check`: refuses a mask that is not n:m (and waits for the device to know)."""
-    if _backend.resolve(_OP, dense.device, unsupported(dense.dtype)) == "reference":
+    if _backend.resolve(_OP, dense.device, unsupported()) == "reference":
         if check and (row := reference.first_wrong_row(bits, dense.shape[1], n, m)) is not None:
             raise _refuse(row, "mask", n, m)
         return reference.nm_gather(dense, bits, n, m)
@@ -103,7 +103,7 @@ def _gather(dense: Tensor, bits: Tensor, n: int, m: int, check: bool) -> Tensor:
 
 
 def _expand(values: Tensor, bits: Tensor, cols: int, n: int, m: int) -> Tensor:
-    if _backend.resolve(_OP, values.device, unsupported(values.dtype)) == "reference":
+    if _backend.resolve(_OP, values.device, unsupported()) == "reference":
         return reference.nm_expand(values, bits, cols)
     out = torch.empty(bits.shape[0], cols, dtype=values.dtype, device=values.device)
     return expand_native(_native.in_memory(values), bits, n, m, out)
@@ -179,8 +179,12 @@ class NMTensor:
     n: int
     m: int
 
-    def __init__(self, values: Tensor, mask: BitMask, n: int, m: int):
-        """Wraps values and a mask (no copy). Looks at every bit of the mask: synchronises with the device.
+    def __init__(self, values: Tensor, mask: BitMask, n: int, m: int, *, check: bool = True):
+        """Wraps values and a mask (no copy).
+
+        Args:
+            check: look at every bit of the mask, and so wait for the device. False where it is known to be n:m, as in a layer
+                that wraps its values and bits at every step.
 
         Raises:
             TypeError: values are no floating tensor, the mask is no BitMask, n or m no int. ValueError: they do not fit one
@@ -197,7 +201,7 @@ class NMTensor:
             )
         if values.device != mask.device:
             raise ValueError(f"mask: on {mask.device}, but values are on {values.device}; move one of them")
-        if not _backend.traced(values, mask.bits) and values.device.type != "meta":
+        if check and not _backend.traced(values, mask.bits) and values.device.type != "meta":
             check_mask(mask.bits, mask.cols, n, m, "mask")
         self.values, self.mask, self.n, self.m = values, mask, n, m
 
@@ -309,6 +313,8 @@ def _check_tensor(what: str, tensor: object) -> None:
         raise TypeError(f"{what}: want a tensor, got {type(tensor).__name__}")
     if not tensor.is_floating_point():
         raise TypeError(f"{what}: want a floating tensor, got {tensor.dtype} ({what}.float() converts)")
+    if tensor.dtype.itemsize not in SIZES:
+        raise TypeError(f"{what}: want float64, float32, float16 or bfloat16, got {tensor.dtype}")
     _check_memory(what, tensor)
 
 
@@ -325,8 +331,8 @@ def nm_compress(weight: Tensor, mask: BitMask, n: int, m: int) -> NMTensor:
     Looks at the whole mask, and so waits for the device. What lies off the mask is dropped, whether it is 0 or not.
 
     Args:
-        weight: floating [rows, cols]; of more dimensions: shape[0] rows, the others flattened; of one: one row. Entries of 2, 4
-            and 8 bytes are native, others run as plain PyTorch.
+        weight: floating [rows, cols]; of more dimensions: shape[0] rows, the others flattened; of one: one row. float64,
+            float32, float16 or bfloat16.
         mask: BitMask of weight.shape with exactly n bits in every group.
         n: values kept of a group, 0 <= n <= m.
         m: columns of a group, 1 to 64; must divide the number of columns.
@@ -335,7 +341,7 @@ def nm_compress(weight: Tensor, mask: BitMask, n: int, m: int) -> NMTensor:
         NMTensor(values [rows, cols / m * n], mask); the values are new memory outside of autograd, the mask is not copied.
 
     Raises:
-        TypeError: weight is no dense floating tensor, or a DTensor; mask is no BitMask; n or m no int. ValueError: n or m out of
+        TypeError: weight is no dense tensor of these types, or a DTensor; mask is no BitMask; n or m no int. ValueError: n or m out of
         range, m does not divide the columns, weight and mask differ in shape or device, weight is on meta (outside of tracing), a group of the mask has not n bits
         (the message names the first such row).
 
