@@ -16,6 +16,11 @@ constexpr int64_t kSerial = 1 << 18;  // entries that are done before the other 
 // Dense bytes beyond which they leave the cache before anyone reads them: written past it.
 constexpr int64_t kPastCache = 16 << 20;
 
+// The bits of a byte whose columns exist.
+inline uint32_t bits_of(uint8_t byte, int64_t columns) {
+  return columns < 8 ? byte & ((1u << columns) - 1u) : byte;
+}
+
 // One run: `columns` columns that start on a byte of the mask and on a group, with `count` values. No value
 // outside of these is read or written, whatever the bits.
 template <class T>
@@ -27,20 +32,18 @@ struct Run {
 template <class T>
 void gather_scalar(const T* dense, const Run<T>& run, int64_t i, int64_t k, T* values) {
   for (; i < run.columns; i += 8)
-    for (uint32_t rest = run.bits[i / 8]; rest != 0 && k < run.count; rest &= rest - 1)
+    for (uint32_t rest = bits_of(run.bits[i / 8], run.columns - i); rest != 0 && k < run.count;
+         rest &= rest - 1)
       values[k++] = dense[i + __builtin_ctz(rest)];
 }
 
 template <class T>
 void expand_scalar(const T* values, const Run<T>& run, int64_t i, int64_t k, T* dense) {
   for (; i < run.columns; i += 8) {
-    const uint32_t byte = run.bits[i / 8];
-    const int width = run.columns - i < 8 ? int(run.columns - i) : 8;
-    for (int j = 0; j < width; ++j) {
-      const bool set = (byte >> j & 1u) && k < run.count;
-      dense[i + j] = set ? values[k] : T(0);
-      k += set;
-    }
+    uint32_t rest = bits_of(run.bits[i / 8], run.columns - i);
+    const int64_t width = run.columns - i < 8 ? run.columns - i : 8;
+    memset(dense + i, 0, size_t(width) * sizeof(T));
+    for (; rest != 0 && k < run.count; rest &= rest - 1) dense[i + __builtin_ctz(rest)] = values[k++];
   }
 }
 
