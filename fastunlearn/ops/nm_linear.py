@@ -149,7 +149,7 @@ class _Linear(torch.autograd.Function):
     def forward(x: Tensor, values: Tensor, bits: Tensor, bias: Tensor | None, n: int, m: int) -> Tensor:
         return _forward(_native.in_memory(x), _native.in_memory(values), bits, bias, n, m)
 
-    setup_context = staticmethod(_setup)  # type: ignore[assignment]
+    setup_context = staticmethod(_setup)
     backward = staticmethod(once_differentiable(_gradients))  # type: ignore[assignment]
 
 

@@ -154,7 +154,7 @@ class _Expand(torch.autograd.Function):
     def forward(values: Tensor, bits: Tensor, cols: int, n: int, m: int) -> Tensor:
         return _expand(values, bits, cols, n, m)
 
-    setup_context = staticmethod(_expand_setup)  # type: ignore[assignment]
+    setup_context = staticmethod(_expand_setup)
     backward = staticmethod(once_differentiable(_expand_backward))  # type: ignore[assignment]
 
 
