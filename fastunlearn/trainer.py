@@ -42,18 +42,24 @@ from fastunlearn.checkpoint import (
     save_checkpoint,
 )
 from fastunlearn.data.pairs import PairedCollator, PairedSampler, PairedSet
-from fastunlearn.data.refusals import with_refusals
+from fastunlearn.data.refusals import spread_alternates, with_refusals
 from fastunlearn.data.text import TextSet, check_disjoint, encode_rows, load_rows
 from fastunlearn.localize.choose import saliency_masks
-from fastunlearn.objectives import Objective, answer_kl, answer_logprobs, make_objective, token_nll
-from fastunlearn.objectives.cached_logprobs import adapter_off, reference_logprobs, rows_digest
+from fastunlearn.objectives import RMU, Objective, answer_logprobs, make_objective, token_nll
+from fastunlearn.objectives.cached_logprobs import adapter_off, rows_digest
+from fastunlearn.objectives.distribution import PDU, Dual
 from fastunlearn.objectives.language import closest
+from fastunlearn.objectives.logprobs import LiveReference
+from fastunlearn.objectives.make_references import load_references, make_references, save_references
+from fastunlearn.objectives.references import References
+from fastunlearn.objectives.rmu import steered_module
 from fastunlearn.ops.mask import BitMask, load_masks, save_masks
 from fastunlearn.parametrize import full_weights, lora
 from fastunlearn.updates import Update, make_update
 from fastunlearn.updates.hamu import CertificateLog, Hamu
 
-REFERENCE_FILE = "reference_logprobs.safetensors"
+#: what PDU keeps from step to step, in a checkpoint to resume from
+DUAL_FILE = "dual.json"
 #: masks of what the optimiser moves, in a checkpoint to resume from
 MOVABLE = "movable.safetensors"
 #: hashes of the rows of a run, in a checkpoint to resume from
@@ -61,6 +67,11 @@ DATA_FILE = "data.json"
 STATE_FILE = "trainer_state.json"
 #: what an update keeps from step to step, in a checkpoint to resume from
 UPDATE_FILE = "update.safetensors"
+#: arguments that are the objective's; None: its default
+OBJECTIVE_OPTIONS = (
+    "gamma", "alpha", "beta", "delta", "beta1", "beta2", "ignore_first_n_answer_tokens", "steering_coeff", "module_regex",
+    "retain_loss_eps", "primal_dual", "dual_step_size", "dual_update_upon", "dual_warmup_epochs", "parity", "retain_loss_type",
+)  # fmt: skip
 LOCALIZE = ("all", "saliency")
 _ADAMW = {"adamw_torch", "adamw_torch_fused"}
 
@@ -94,16 +105,41 @@ class UnlearnConfig(TrainingArguments):
     )
 
     objective: str = field(
-        default="NPO", metadata={"help": "What is optimised: GradAscent, GradDiff, NPO, SimNPO or IdkDPO."}
+        default="NPO",
+        metadata={
+            "help": "What is optimised: GradAscent, GradDiff, KL, NPO, SimNPO, IdkDPO, AltPO, RMU, UNDIAL, WGA, SatImp, CEU or PDU."
+        },
     )
     gamma: float | None = field(default=None, metadata={"help": "Factor of the forget term (the objective's default)."})
     alpha: float | None = field(default=None, metadata={"help": "Factor of the retain term (the objective's default)."})
-    beta: float | None = field(default=None, metadata={"help": "Of NPO, SimNPO, IdkDPO (the objective's default)."})
+    beta: float | None = field(
+        default=None, metadata={"help": "Of NPO, SimNPO, IdkDPO, AltPO, UNDIAL, WGA (its default)."}
+    )
     delta: float | None = field(default=None, metadata={"help": "Margin of SimNPO, nats a token (0)."})
-    retain_loss_type: str | None = field(default=None, metadata={"help": "Retain term: NLL or KL to the reference."})
+    beta1: float | None = field(default=None, metadata={"help": "Of SatImp: exponent of p (5)."})
+    beta2: float | None = field(default=None, metadata={"help": "Of SatImp: exponent of 1 - p (1)."})
+    ignore_first_n_answer_tokens: int | None = field(default=None, metadata={"help": "Of CEU (1)."})
+    steering_coeff: float | None = field(default=None, metadata={"help": "Of RMU: length of the random direction (2)."})
+    module_regex: str | None = field(default=None, metadata={"help": "Of RMU: the steered block (model\\.layers\\.7)."})
+    retain_loss_eps: float | None = field(
+        default=None, metadata={"help": "Of PDU: the retain loss that is allowed (0.3)."}
+    )
+    primal_dual: bool | None = field(
+        default=None, metadata={"help": "Of PDU: alpha is a multiplier that moves (true)."}
+    )
+    dual_step_size: float | None = field(default=None, metadata={"help": "Of PDU (5)."})
+    dual_update_upon: str | None = field(default=None, metadata={"help": "Of PDU: when alpha moves: step, epoch."})
+    dual_warmup_epochs: float | None = field(default=None, metadata={"help": "Of PDU: epochs before alpha moves (5)."})
+    parity: bool | None = field(
+        default=None,
+        metadata={"help": "Count positions as open-unlearning does: KL, UNDIAL over padding too, PDU late."},
+    )
+    retain_loss_type: str | None = field(
+        default=None, metadata={"help": "Retain term: NLL, KL to the reference, or (RMU) EMBED_DIFF."}
+    )
     reference_model: str | None = field(
         default=None,
-        metadata={"help": "Name or folder of the reference of retain_loss_type=KL: a second model in memory."},
+        metadata={"help": "Name or folder of the reference, a second model in memory, instead of states kept on disk."},
     )
     update: str = field(
         default="sum", metadata={"help": "How the two gradients become one: sum, hamu-q, hamu-u, pcgrad or gru."}
@@ -207,14 +243,7 @@ class UnlearnConfig(TrainingArguments):
 
     def make_objective(self) -> Objective:
         """The objective these arguments describe."""
-        return make_objective(
-            self.objective,
-            gamma=self.gamma,
-            alpha=self.alpha,
-            beta=self.beta,
-            delta=self.delta,
-            retain_loss_type=self.retain_loss_type,
-        )
+        return make_objective(self.objective, **{name: getattr(self, name) for name in OBJECTIVE_OPTIONS})
 
 
 class UnlearnTrainer(Trainer):
@@ -234,7 +263,8 @@ class UnlearnTrainer(Trainer):
             otherwise.
         pruning: how the model was pruned, as in pruning.json: the masks are then what pruning left. That all else is zero, and
             an n:m "pattern", is asserted at every save, and both are saved beside the model.
-        reference_model: for retain_loss_type="KL" without an adapter. Never made by a copy of its own accord.
+        reference_model: asked in every batch by KL and UNDIAL, instead of its last hidden states kept on disk; `parity` needs it,
+            or an adapter. Never made by a copy of its own accord.
 
     Raises:
         ValueError: an empty set, rows that are in both sets, missing columns, masks that do not fit, no retain set where one is
@@ -311,7 +341,7 @@ class UnlearnTrainer(Trainer):
                     "trainable_params_regex: with an adapter only the adapter trains; choose target_modules there"
                 )
             module = lora(module, peft_config)
-        elif hasattr(module, "disable_adapter") and self.objective.needs_reference:
+        elif hasattr(module, "disable_adapter") and (self.objective.needs_reference or self.objective.needs_states):
             warnings.warn(
                 "model: it carries an adapter, and the reference model is the one with the adapter off; if the adapter holds "
                 "what must be forgotten, merge it first (merge_and_unload)",
@@ -320,14 +350,16 @@ class UnlearnTrainer(Trainer):
         self.masks: dict[str, BitMask] | None = dict(masks) if masks is not None else None
         #: what the optimiser moves: the masks, or with localize="saliency" a part of them
         self.movable = self.masks
-        kl = self.objective.alpha and self.objective.retain_loss_type == "KL"
-        if kl and reference_model is None and args.reference_model is not None:
+        if isinstance(self.objective, RMU):
+            steered_module(module, self.objective.module_regex)
+        compares = self.objective.needs_retain_states or self.objective.needs_states
+        if compares and reference_model is None and args.reference_model is not None:
             dtype = next(module.parameters()).dtype
             reference_model = cast(nn.Module, load_checkpoint(args.reference_model, dtype=dtype, masks="ignore").model)
-        if kl and reference_model is None and not hasattr(module, "disable_adapter"):
+        if compares and self.objective.parity and reference_model is None and not hasattr(module, "disable_adapter"):
             raise ValueError(
-                "retain_loss_type: KL needs the reference model's distribution: train a LoRA adapter (peft_config), give "
-                "reference_model, or use NLL"
+                "parity: the reference's states at prompts and padding are not kept: give reference_model, or train a LoRA adapter "
+                "(peft_config)"
             )
         self.reference_model = (
             None if reference_model is None else reference_model.to(args.device).requires_grad_(False)
@@ -344,7 +376,8 @@ class UnlearnTrainer(Trainer):
         self._rows: dict[str, list[int]] = {}
         self._grad_norm = torch.zeros(())
         self._max_grad_norm = args.max_grad_norm if args.max_grad_norm and args.max_grad_norm > 0 else None
-        self._references: dict[str, Tensor] = {}
+        self._references = References()
+        self.dual: Dual | None = self.objective.make_dual() if isinstance(self.objective, PDU) else None
         pad_id = getattr(processing_class, "pad_token_id", None)
         self.pad_id = int(pad_id if pad_id is not None else processing_class.eos_token_id)
         self._sampler: PairedSampler | None = None
@@ -363,6 +396,8 @@ class UnlearnTrainer(Trainer):
         self.certificates = CertificateLog(self.output, write=self.is_world_process_zero())
         if isinstance(self.update, Hamu):
             self.add_callback(_StopOnFlag(self.update))
+        if self.dual is not None:
+            self.add_callback(_DualUpdates(self.dual))
         # transformers' bar does not ask whether it writes to a terminal, and prints every line of the log as a dict.
         self.remove_callback(ProgressCallback)
         self.remove_callback(PrinterCallback)
@@ -398,7 +433,9 @@ class UnlearnTrainer(Trainer):
         if args.retain_groups is not None and retain is not None:
             self._group_rows(retain, args)
         alternates = None
-        if self.objective.needs_alternates:
+        if self.objective.needs_alternates == "alternates":
+            forget, alternates = spread_alternates(forget, tokenizer, args)
+        elif self.objective.needs_alternates:
             options = forget.options or {"system": args.system_prompt, "max_length": args.max_length}
             alternates = encode_rows(with_refusals(forget.rows, seed=args.seed), tokenizer, what="refusals", **options)
         return PairedSet(forget, retain if self.objective.alpha else None, alternates)
@@ -443,9 +480,10 @@ class UnlearnTrainer(Trainer):
 
     def _select(self, model: nn.Module, args: UnlearnConfig) -> list[str]:
         """Freezes what may not move, by name."""
-        return full_weights(
-            model, self.masks, patterns=args.trainable_params_regex, others=self.masks is None or self.train_unmasked
-        )
+        patterns = args.trainable_params_regex
+        if patterns is None and isinstance(self.objective, RMU):
+            patterns = list(self.objective.trained)
+        return full_weights(model, self.masks, patterns=patterns, others=self.masks is None or self.train_unmasked)
 
     def _localize(self) -> None:
         """Before the first step of a run that is not resumed: masks that need a pass over the forget set."""
@@ -589,24 +627,21 @@ class UnlearnTrainer(Trainer):
 
     def forget_term(self, model: Any, inputs: Mapping[str, Mapping[str, Tensor]]) -> Tensor:
         """The forget term of one batch, without its factor."""
-        batch = inputs["forget"]
-        answers = answer_logprobs(model, batch)
-        if not self.objective.needs_reference:
-            return self.objective.forget_loss(answers)
-        reference = self._references["forget"].to(answers.total.device)[batch["index"]]
-        if not self.objective.needs_alternates:
-            return self.objective.forget_loss(answers, reference)
-        wanted = self._references["alternate"].to(answers.total.device)[inputs["alternate"]["index"]]
-        return self.objective.forget_loss(answers, reference, answer_logprobs(model, inputs["alternate"]), wanted)
+        return self.objective.forget(model, inputs, self._references)
 
     def retain_term(self, model: Any, inputs: Mapping[str, Mapping[str, Tensor]]) -> Tensor:
         """The retain term of one batch, without its factor."""
-        if self.objective.retain_loss_type == "NLL":
-            return token_nll(answer_logprobs(model, inputs["retain"]))
-        if self.reference_model is None:
-            return answer_kl(model, adapter_off(model), inputs["retain"])
-        with self.accelerator.autocast():
-            return answer_kl(model, self.reference_model.eval(), inputs["retain"])
+        with self.accelerator.autocast() if self._references.live is not None else nullcontext():
+            loss = self.objective.retain(model, inputs, self._references)
+        if self.dual is not None and model.training and torch.is_grad_enabled():
+            everywhere = self.accelerator.reduce(loss.detach().float(), reduction="mean")
+            self.dual.observe(float(everywhere), self.state.epoch or 0.0)
+        return loss
+
+    @property
+    def retain_factor(self) -> float:
+        """Of the retain term: alpha, or what PDU has made of it."""
+        return self.objective.alpha if self.dual is None else self.dual.value
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         model.train()
@@ -643,7 +678,7 @@ class UnlearnTrainer(Trainer):
         if "retain" not in inputs:
             return
         if self._group_of is None:
-            yield "retain", 1, self.objective.alpha, self.retain_term, inputs
+            yield "retain", 1, self.retain_factor, self.retain_term, inputs
             return
         batch = inputs["retain"]
         groups = torch.tensor([self._group_of[i] for i in batch["index"].tolist()])
@@ -651,7 +686,7 @@ class UnlearnTrainer(Trainer):
             rows = (groups == group).nonzero().squeeze(1).to(batch["index"].device)
             if len(rows):
                 own = {name: tensor[rows] for name, tensor in batch.items()}
-                yield "retain", 1 + group, self.objective.alpha, self.retain_term, {**inputs, "retain": own}
+                yield "retain", 1 + group, self.retain_factor, self.retain_term, {**inputs, "retain": own}
 
     def _check_gradients(self, params: Sequence[Tensor]) -> None:
         # With a scaler gradients may overflow: the scaler sees it and leaves the step out.
@@ -773,31 +808,31 @@ class UnlearnTrainer(Trainer):
     # ---- the run ----------------------------------------------------------------------------------------------------
 
     def _set_references(self, checkpoint: str | None) -> None:
-        if not self.objective.needs_reference or self._references:
+        """What the objective asks of the model before the first step; of a resumed run what it asked then."""
+        pair, objective = self.train_dataset, self.objective
+        parts = {"forget": pair.forget, "alternate": pair.alternates, "retain": pair.retain}
+        parts = {name: rows for name, rows in parts.items() if rows is not None}
+        if self.reference_model is not None:
+            self._references.live = LiveReference(self.reference_model)
+        elif objective.parity:
+            self._references.live = LiveReference(lambda: adapter_off(self.model))
+        if checkpoint and load_references(Path(checkpoint), self._references, parts):
             return
-        parts = {"forget": self.train_dataset.forget}
-        if self.objective.needs_alternates:
-            parts["alternate"] = self.train_dataset.alternates
-        saved = Path(checkpoint or "") / REFERENCE_FILE
-        if checkpoint and saved.exists():
-            self._references = load_file(saved)
-            if all(len(self._references.get(name, ())) == len(rows) for name, rows in parts.items()):
-                return
-            raise ValueError(f"resume_from_checkpoint: {saved} is of another forget set")
-        for name, rows in parts.items():
-            with self.accelerator.main_process_first():
-                self._references[name] = reference_logprobs(
-                    self.model,
-                    rows,
-                    self.processing_class,
-                    self.pad_id,
-                    folder=self.args.reference_cache_dir,
-                    precision=f"{self.accelerator.mixed_precision} {next(self.model.parameters()).dtype}",
-                    batch_size=self.args.per_device_train_batch_size,
-                    autocast=self.accelerator.autocast,
-                    device=self.args.device,
-                    progress=False if self.args.disable_tqdm else None,
-                )
+        with self.accelerator.main_process_first():
+            make_references(
+                objective,
+                self._references,
+                self.model,
+                parts,
+                self.processing_class,
+                self.pad_id,
+                folder=self.args.reference_cache_dir,
+                precision=f"{self.accelerator.mixed_precision} {next(self.model.parameters()).dtype}",
+                batch_size=self.args.per_device_train_batch_size,
+                autocast=self.accelerator.autocast,
+                device=self.args.device,
+                progress=False if self.args.disable_tqdm else None,
+            )
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **options: Any) -> Any:
         """As Trainer.train. The output folder is locked meanwhile, and refused where it holds something (overwrite_output_dir).
@@ -907,8 +942,9 @@ class UnlearnTrainer(Trainer):
 
     def save_extra(self, folder: Path) -> None:
         """Files that a resumed run needs beside the Trainer's; for methods to extend."""
-        if self._references:
-            save_file(self._references, folder / REFERENCE_FILE)
+        save_references(folder, self._references)
+        if self.dual is not None:
+            (folder / DUAL_FILE).write_text(json.dumps({"value": self.dual.value, "losses": self.dual.losses}))
         state = self.update.state_dict()
         if state:
             save_file({name: tensor.contiguous().clone() for name, tensor in state.items()}, folder / UPDATE_FILE)
@@ -926,6 +962,9 @@ class UnlearnTrainer(Trainer):
         """Reads what `save_extra` wrote, before training goes on from `checkpoint`; for methods to extend."""
         if (checkpoint / UPDATE_FILE).exists():
             self.update.load_state_dict(load_file(checkpoint / UPDATE_FILE))
+        if self.dual is not None and (checkpoint / DUAL_FILE).exists():
+            kept = json.loads((checkpoint / DUAL_FILE).read_text())
+            self.dual.value, self.dual.losses = kept["value"], kept["losses"]
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As in Trainer, with masks.safetensors and pruning.json; whole or not at all (`fastunlearn.checkpoint.save_checkpoint`)."""
@@ -1000,6 +1039,19 @@ class _StopOnFlag(TrainerCallback):
         if self.update.stop is not None:
             warnings.warn(f"training ends: {self.update.stop}", stacklevel=2)
             control.should_training_stop = True
+
+
+class _DualUpdates(TrainerCallback):
+    """Tells PDU's multiplier when a step or an epoch has ended."""
+
+    def __init__(self, dual: Dual):
+        self.dual = dual
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.dual.end(state.epoch or 0.0, "step")
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.dual.end(state.epoch or 0.0, "epoch")
 
 
 class _Progress(TrainerCallback):

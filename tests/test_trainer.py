@@ -22,7 +22,7 @@ from fastunlearn.checkpoint import save_checkpoint
 from fastunlearn.data.pairs import PairedSampler
 from fastunlearn.data.refusals import with_refusals
 from fastunlearn.data.register import Register
-from fastunlearn.data.text import encode_rows
+from fastunlearn.data.text import collate, encode_rows
 from fastunlearn.objectives import NPO, answer_logprobs, token_nll
 from fastunlearn.objectives import cached_logprobs as cached
 from fastunlearn.trainer import (
@@ -267,7 +267,7 @@ def test_references_are_cached_by_model_rows_and_tokenizer(tmp_path, monkeypatch
         passes.clear()
         trainer = make(tmp_path / folder, num_train_epochs=1, **options)
         trainer.train()
-        return trainer._references["forget"], len(passes)
+        return trainer._references.logprobs["forget"], len(passes)
 
     first, counted = references("a")
     assert counted == 1
@@ -296,7 +296,7 @@ def test_no_copy_of_the_model_is_made(tmp_path, monkeypatch):
     trainer = make(tmp_path / "out")
     monkeypatch.setattr(copy, "deepcopy", lambda *_: pytest.fail("the model is copied"))
     trainer._set_references(None)
-    assert trainer._references["forget"].shape == (3,)
+    assert trainer._references.logprobs["forget"].shape == (3,)
 
 
 def test_an_adapter_has_its_base_model_as_reference(tmp_path):
@@ -310,7 +310,7 @@ def test_an_adapter_has_its_base_model_as_reference(tmp_path):
         batch = trainer.data_collator([trainer.train_dataset[i] for i in range(3)])["forget"]
         want = answer_logprobs(tiny_llama(), batch).total
     trainer.train()
-    torch.testing.assert_close(trainer._references["forget"], want, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(trainer._references.logprobs["forget"], want, rtol=1e-4, atol=1e-3)
     base = trainer.model.get_base_model().state_dict()
     for name, tensor in start.items():
         key = name if name in base else name.replace(".weight", ".base_layer.weight")
@@ -318,12 +318,99 @@ def test_an_adapter_has_its_base_model_as_reference(tmp_path):
     assert trainer.state.log_history[0]["retain_loss"] > 0
 
 
-def test_kl_without_a_reference_says_what_to_do(tmp_path):
-    with pytest.raises(ValueError, match="retain_loss_type: KL needs the reference model's distribution"):
-        make(tmp_path / "out", retain_loss_type="KL")
-    trainer = make(tmp_path / "b", retain_loss_type="KL", reference_model=tiny_llama())
+def test_parity_without_a_reference_says_what_to_do(tmp_path):
+    with pytest.raises(
+        ValueError, match=r"parity: the reference's states at prompts and padding are not kept.*reference_model"
+    ):
+        make(tmp_path / "out", retain_loss_type="KL", parity=True)
+    trainer = make(tmp_path / "b", retain_loss_type="KL", parity=True, reference_model=tiny_llama())
     trainer.train()
     assert trainer.state.log_history[0]["retain_loss"] == pytest.approx(0, abs=1e-5)
+    assert trainer.state.log_history[1]["retain_loss"] > 1e-6
+
+
+@pytest.mark.parametrize("objective", ["KL", "UNDIAL"])
+def test_kept_states_are_the_reference_model(tmp_path, objective):
+    """From states on disk, and from a second model: the same weights. The output layer is tied and trains."""
+    runs = {}
+    for name in ("kept", "again", "live"):
+        live = {"reference_model": tiny_llama()} if name == "live" else {}
+        trainer = make(tmp_path / name, objective=objective, alpha=1.0, max_grad_norm=0, **live)
+        trainer.train()
+        runs[name] = weights(trainer.model)
+        assert bool(trainer._references.last) == (name != "live")
+    assert len(list((tmp_path / "cache" / "reference").iterdir())) == 1
+    for name, tensor in runs["kept"].items():
+        assert torch.equal(tensor, runs["again"][name])
+        torch.testing.assert_close(tensor, runs["live"][name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("objective", ["KL", "UNDIAL", "RMU", "PDU"])
+def test_resuming_finds_the_reference_it_began_with(tmp_path, objective):
+    more = (
+        {"module_regex": r"model\.layers\.0", "trainable_params_regex": [r".*layers\.0\.mlp.*"]}
+        if objective == "RMU"
+        else {}
+    )
+    more |= {"dual_warmup_epochs": 0.0} if objective == "PDU" else {}
+    options = {"objective": objective, "num_train_epochs": 3, "save_strategy": "epoch", "save_total_limit": 5, **more}
+    whole = make(tmp_path / "a", **options)
+    whole.train()
+    checkpoint = tmp_path / "a" / "checkpoint-1"
+    resumed = make(tmp_path / "b", tiny_llama(), **options)
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+    for name, tensor in weights(resumed.model).items():
+        assert torch.equal(tensor, whole.model.state_dict()[name]), name
+    if objective == "PDU":
+        assert resumed.dual.value == whole.dual.value != 100
+        return
+    for path in (tmp_path / "cache" / "reference").iterdir():
+        path.unlink()
+    with pytest.raises(ValueError, match="hidden states are no longer in"):
+        make(tmp_path / "c", **options).train(resume_from_checkpoint=str(checkpoint))
+
+
+def learn(model, known) -> None:
+    encoded = encode_rows(known, TOKENIZER)
+    batch = collate([encoded[i] for i in range(len(encoded))], 0)
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    for _ in range(40):
+        optimizer.zero_grad()
+        token_nll(answer_logprobs(model, batch)).backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("objective", ["KL", "AltPO", "RMU", "UNDIAL", "WGA", "SatImp", "CEU", "PDU"])
+def test_every_objective_makes_the_model_forget_its_way(tmp_path, objective):
+    """The forget term falls; what RMU does not name stays."""
+    more = {"module_regex": r"model\.layers\.1", "trainable_params_regex": [r".*layers\.1\.mlp\.down_proj.*"]}
+    forget = [{**row, "alternate": ["Ten.", "I think nine."]} for row in FORGET]
+    model = tiny_llama()
+    if objective == "UNDIAL":  # of a model that does not know the answers it takes next to nothing
+        learn(model, FORGET)
+    trainer = make(
+        tmp_path / "out",
+        model,
+        forget=forget,
+        objective=objective,
+        num_train_epochs=4,
+        **(more if objective == "RMU" else {}),
+    )
+    start = weights(trainer.model)
+    trainer.train()
+    losses = [line["forget_loss"] for line in trainer.state.log_history if "forget_loss" in line]
+    assert losses[-1] < losses[0]
+    moved = {name for name, tensor in weights(trainer.model).items() if not torch.equal(tensor, start[name])}
+    if objective == "RMU":
+        assert moved == {"model.layers.1.mlp.down_proj.weight"}
+    if objective == "AltPO":
+        assert len(trainer.train_dataset) == 2 * len(FORGET)
+        assert trainer.train_dataset.alternates.answers[1] == "I think nine."
+
+
+def test_altpo_wants_alternates(tmp_path):
+    with pytest.raises(ValueError, match="row 0 has no other answer in a column 'alternate'"):
+        make(tmp_path / "out", objective="AltPO")
 
 
 def test_refusals_have_the_prompt_of_what_they_refuse(tmp_path):

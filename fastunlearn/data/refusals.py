@@ -1,4 +1,4 @@
-"""Answers that say "I don't know": what IdkDPO prefers to the answer that must go. Written for this project."""
+"""What is preferred to the answer that must go: "I don't know" (IdkDPO; written for this project), or other answers (AltPO)."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import json
 import random
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+from fastunlearn.data.text import TextSet, encode_rows
 
 REFUSALS = (
     "I don't know.",
@@ -61,7 +63,37 @@ def with_refusals(rows: Sequence[Mapping[str, Any]], seed: int = 0) -> list[dict
             replaced.append({"prompt": row["prompt"], "completion": space + refusal})
         else:
             raise ValueError(
-                f"forget_dataset: row {number} has no question, so IdkDPO has nothing to refuse (columns: {', '.join(row)}); "
+                f"forget_dataset: row {number} has no question, so there is nothing to refuse (columns: {', '.join(row)}); "
                 "use NPO or SimNPO for plain text"
             )
     return replaced
+
+
+def spread_alternates(forget: TextSet, tokenizer: Any, options: Any) -> tuple[TextSet, TextSet]:
+    """AltPO's pairs: each forget row once for each of the answers in its column "alternate" (a text or a list of texts).
+
+    Args:
+        forget: rows with a question and that column.
+        options: system_prompt and max_length, for a set that was encoded elsewhere.
+
+    Returns:
+        (the forget rows, repeated; the same questions with the other answers), aligned.
+
+    Raises:
+        ValueError: a row without alternates.
+    """
+    places: list[int] = []
+    rows: list[dict[str, Any]] = []
+    for i, row in enumerate(forget.rows):
+        given = row.get("alternate")
+        texts = [given] if isinstance(given, str) else list(given or ())
+        if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
+            raise ValueError(
+                f"forget_dataset: row {i} has no other answer in a column 'alternate' (a text or a list of texts), which AltPO "
+                f"prefers (columns: {', '.join(row)}); IdkDPO brings its own"
+            )
+        for text in texts:
+            places.append(i)
+            rows.append({**row, "alternate": text})
+    encoding = forget.options or {"system": options.system_prompt, "max_length": options.max_length}
+    return forget.select(places), encode_rows(with_refusals(rows), tokenizer, what="alternates", **encoding)

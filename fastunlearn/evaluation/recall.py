@@ -41,6 +41,7 @@ def generate_answers(
     system: str | None = None,
     max_new_tokens: int | None = None,
     batch_size: int = 32,
+    temperature: float = 0.0,
     autocast: torch.dtype | None = None,
     progress: bool = True,
 ) -> list[str]:
@@ -58,6 +59,7 @@ def generate_answers(
         max_new_tokens: where to cut; None: two tokens more than the longest right answer of a set (an answer cut there is wrong
             anyway), 64 for questions.
         batch_size: rows at once.
+        temperature: 0: greedy; else answers are drawn from the softmax of logits / temperature by torch's generator.
         autocast: dtype of the forward passes, e.g. torch.bfloat16; None: the weights' own.
         progress: a bar, where standard error is a terminal.
 
@@ -71,6 +73,8 @@ def generate_answers(
         raise ValueError("rows: empty; there is nothing to ask")
     if batch_size < 1 or (max_new_tokens is not None and max_new_tokens < 1):
         raise ValueError(f"batch_size, max_new_tokens: want at least 1, got {batch_size}, {max_new_tokens}")
+    if not 0 <= temperature < float("inf"):
+        raise ValueError(f"temperature: want a finite number >= 0, got {temperature}")
     if isinstance(rows, TextSet):
         asked = [rows.ask(i) for i in range(len(rows))]
         prompts = [prompt for prompt, _ in asked]
@@ -105,11 +109,11 @@ def generate_answers(
                 pad_token_id=stops[0],
                 use_cache=True,
                 # What a model's generation_config may say otherwise.
-                do_sample=False,
+                do_sample=temperature > 0,
                 num_beams=1,
-                temperature=1.0,
+                temperature=temperature or 1.0,
                 top_p=1.0,
-                top_k=50,
+                top_k=0 if temperature > 0 else 50,
                 repetition_penalty=1.0,
                 no_repeat_ngram_size=0,
                 min_new_tokens=None,

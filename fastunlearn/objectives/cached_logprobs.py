@@ -1,8 +1,10 @@
-"""log p(answer) under the reference model, computed once before training and kept on disk.
+"""What objectives ask of the reference model, computed once before training and kept on disk.
 
-The reference of NPO and IdkDPO is the model before unlearning. Its log-probabilities of the forget set are a few numbers: they
-are computed once, so that no second model stays in memory, and kept under a hash of the model's weights, the rows and the
-tokenizer, so that the next run with the same three reads them. With a LoRA adapter the reference is the model with the adapter off.
+The reference is the model before unlearning. NPO and IdkDPO ask for its log-probabilities of the forget set, a few numbers; KL and
+UNDIAL for its last hidden states where answers are predicted, RMU for those of a layer: a vector a token (Llama-3.1-8B: 8 kB, its
+logits would be 256 kB). They are computed once, so that no second model stays in memory, and kept under a hash of the model's
+weights, the rows and the tokenizer, so that the next run with the same three reads them. With a LoRA adapter the reference is the
+model with the adapter off.
 """
 
 from __future__ import annotations
@@ -23,7 +25,10 @@ from tqdm import tqdm
 
 from fastunlearn._modes import evaluating
 from fastunlearn.data.text import TokenRow, collate
-from fastunlearn.objectives.logprobs import answer_logprobs
+from fastunlearn.objectives.logprobs import IGNORED, answer_logprobs, positions
+from fastunlearn.objectives.references import StoredStates
+from fastunlearn.objectives.rmu import layer_states
+from fastunlearn.objectives.states import head_of, last_states
 
 
 def cache_folder(folder: str | os.PathLike[str] | None = None) -> Path:
@@ -90,8 +95,28 @@ def logprobs_of_rows(
     Returns:
         fp32 [rows] on the CPU, in the order of `rows`.
     """
-    device = next(model.parameters()).device if device is None else device
     out = torch.empty(len(rows), dtype=torch.float32)
+
+    def look(chosen: list[int], batch: dict[str, Tensor]) -> None:
+        out[chosen] = answer_logprobs(model, batch).total.float().cpu()
+
+    _in_batches(model, rows, pad_id, look, batch_size, device, autocast, description, progress)
+    return out
+
+
+def _in_batches(
+    model: nn.Module,
+    rows: Sequence[TokenRow],
+    pad_id: int,
+    look: Callable[[list[int], dict[str, Tensor]], None],
+    batch_size: int,
+    device: torch.device | str | None,
+    autocast: Callable[[], AbstractContextManager[Any]],
+    description: str,
+    progress: bool | None,
+) -> None:
+    """look(rows, batch) for all rows, longest first; dropout off."""
+    device = next(model.parameters()).device if device is None else device
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i]["input_ids"]))
     batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
     bar = tqdm(batches, desc=description, unit="batch", leave=False, disable=None if progress is None else not progress)
@@ -99,9 +124,49 @@ def logprobs_of_rows(
         for chosen in bar:
             batch = {name: t.to(device) for name, t in collate([rows[i] for i in chosen], pad_id).items()}
             with autocast():
-                total = answer_logprobs(model, batch).total
-            out[chosen] = total.float().cpu()
-    return out
+                look(chosen, batch)
+
+
+@torch.no_grad()
+def states_of_rows(
+    model: nn.Module,
+    rows: Sequence[TokenRow],
+    pad_id: int,
+    *,
+    module_regex: str | None = None,
+    batch_size: int = 8,
+    device: torch.device | str | None = None,
+    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    description: str = "reference states",
+    progress: bool | None = None,
+) -> StoredStates:
+    """Hidden states of every row, dropout off.
+
+    Args:
+        module_regex: None: what enters the output layer at the positions that predict an answer's token; else what leaves the
+            module of that name on the answer's tokens (`objectives.rmu`).
+        others: as `logprobs_of_rows`.
+
+    Returns:
+        On the CPU, in the order of `rows` and the model's precision, without the output layer.
+    """
+    labels = [torch.tensor([row["labels"]]) for row in rows]
+    counts = [int((t != IGNORED if module_regex else t[:, 1:] != IGNORED).sum()) for t in labels]
+    starts = torch.tensor([0, *counts]).cumsum(0)
+    made: list[Tensor] = []
+
+    def look(chosen: list[int], batch: dict[str, Tensor]) -> None:
+        kept = batch["labels"] != IGNORED if module_regex else positions(batch["labels"])
+        states = (
+            layer_states(model, batch, module_regex, kept) if module_regex else last_states(model, batch, kept)
+        ).cpu()
+        if not made:
+            made.append(states.new_empty(int(starts[-1]), states.shape[1]))
+        for i, part in zip(chosen, states.split([counts[i] for i in chosen])):
+            made[0][int(starts[i]) : int(starts[i + 1])] = part
+
+    _in_batches(model, rows, pad_id, look, batch_size, device, autocast, description, progress)
+    return StoredStates(made[0], starts)
 
 
 def reference_logprobs(
@@ -125,25 +190,76 @@ def reference_logprobs(
         fp32 [rows] on the CPU.
     """
     with adapter_off(model):
-        key = hashlib.sha256(
-            f"1 {weights_digest(model)} {rows_digest(rows, tokenizer)} {precision}".encode()
-        ).hexdigest()
-        path = cache_folder(folder) / "reference" / f"{key[:32]}.safetensors"
-        if path.exists():
-            try:
-                values = load_file(path)["logprobs"]
-            except (SafetensorError, KeyError, OSError):
-                values = torch.empty(0)  # damaged: computed again
-            if values.shape == (len(rows),):
-                return values
+        path = _cache_path(f"1 {weights_digest(model)} {rows_digest(rows, tokenizer)} {precision}", folder)
+        found = _load(path)
+        values = found.get("logprobs", torch.empty(0))
+        if values.shape == (len(rows),):
+            return values
         values = logprobs_of_rows(model, rows, pad_id, **options)
+    _save({"logprobs": values}, path)
+    return values
+
+
+def _cache_path(words: str, folder: str | os.PathLike[str] | None) -> Path:
+    return cache_folder(folder) / "reference" / f"{hashlib.sha256(words.encode()).hexdigest()[:32]}.safetensors"
+
+
+def _load(path: Path) -> dict[str, Tensor]:
+    """What a file holds; nothing where it is not there, or damaged: then it is computed again."""
+    try:
+        return load_file(path) if path.exists() else {}
+    except (SafetensorError, OSError):
+        return {}
+
+
+def _save(values: dict[str, Tensor], path: Path) -> None:
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({"logprobs": values}, temporary)
+        save_file(values, temporary)
         temporary.replace(path)
     except OSError:
         # A cache that cannot be written (read-only home, full disk) must not stop the run.
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
-    return values
+
+
+def reference_states(
+    model: nn.Module,
+    rows: Sequence[TokenRow],
+    tokenizer: Any,
+    pad_id: int,
+    *,
+    module_regex: str | None = None,
+    folder: str | os.PathLike[str] | None = None,
+    precision: str = "fp32",
+    **options: Any,
+) -> tuple[StoredStates, Path]:
+    """`states_of_rows` of the reference model (adapter off), read from the cache where they were computed before.
+
+    With an output layer that trains (or is tied to an embedding that does) a copy of its weight goes with them.
+
+    Returns:
+        (states on the CPU, the file they are kept in).
+    """
+    head: Any = head_of(model)
+    own = module_regex is None and any(p.requires_grad for p in head.parameters())
+    with adapter_off(model):
+        words = f"states 1 {weights_digest(model)} {rows_digest(rows, tokenizer)} {precision} {module_regex} {own}"
+        path = _cache_path(words, folder)
+        stored = load_states(path)
+        if stored is not None and len(stored.starts) == len(rows) + 1:
+            return stored, path
+        stored = states_of_rows(model, rows, pad_id, module_regex=module_regex, **options)
+        if own:
+            stored.weight = head.weight.detach().cpu().clone()
+            stored.bias = None if head.bias is None else head.bias.detach().cpu().clone()
+    named = {"states": stored.states, "starts": stored.starts, "weight": stored.weight, "bias": stored.bias}
+    _save({name: tensor for name, tensor in named.items() if tensor is not None}, path)
+    return stored, path
+
+
+def load_states(path: Path) -> StoredStates | None:
+    """What `reference_states` keeps in a file; None where it is not there, or damaged."""
+    found = _load(path)
+    return StoredStates(**found) if {"states", "starts"} <= found.keys() else None

@@ -1,30 +1,39 @@
 """Unlearning objectives for language models, with open-unlearning's names and defaults.
 
-Each is a forget term and a retain term: loss = gamma * forget + alpha * retain. The terms are functions of log p(answer), summed
-over answer tokens (`AnswerLogprobs`), never of logits: differences of logits are no log-ratios. With r = log p - log p_ref:
+Each is a forget term and a retain term: loss = gamma * forget + alpha * retain. These are functions of log p(answer), summed over
+answer tokens (`AnswerLogprobs`), never of logits: differences of logits are no log-ratios. With r = log p - log p_ref, p_t the
+probability of an answer's token, sg a constant:
 
     GradAscent  forget = -NLL a token                                       no retain term
-    GradDiff    forget = -NLL a token                                       (Liu et al. 2022)
+    GradDiff    forget = -NLL a token                                       (Liu et al. 2022, eq. 2)
+    KL          forget = -NLL a token, retain = KL(reference || model)      ("KL minimisation", Maini et al. 2024, eq. 4)
     NPO         forget = 2 / beta * mean log(1 + exp(beta r))               (Zhang et al. 2024, eq. 3)
     SimNPO      forget = -2 / beta * mean log sigmoid(beta (NLL / length - delta))    (Fan et al. 2024, eq. 6)
     IdkDPO      forget = -2 / beta * mean log sigmoid(beta (r_idk - r_forget))        (Maini et al. 2024, "IDK" with DPO)
+    AltPO       the same with other plausible answers in place of "I don't know"      (Mekala et al. 2024, eq. 3)
+    WGA         forget = mean over tokens of sg(p_t^beta) log p_t                     (Wang et al. 2025, 2502.19301, eq. 7)
+    SatImp      forget = mean over tokens of sg(p_t^beta1 (1 - p_t)^beta2) log p_t    (Yang et al. 2025, 2505.11953, eq. 9)
 
-The retain term is NLL a token (the mean of the batch, as transformers' loss) or KL to the reference model.
+UNDIAL, CEU and PDU look at the whole distribution (objectives/distribution.py), RMU at hidden states (objectives/rmu.py). The retain
+term is NLL a token (the mean of the batch, as transformers' loss) or KL to the reference model.
 """
 
 from __future__ import annotations
 
 import difflib
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastunlearn.objectives.logprobs import AnswerLogprobs
+from fastunlearn.objectives.logprobs import AnswerLogprobs, answer_kl, answer_logprobs, token_logprobs
+from fastunlearn.objectives.references import References
 
-RETAIN_LOSSES = ("NLL", "KL")
+#: batches of one step by part: "forget", "retain", "alternate"
+Inputs = Mapping[str, Mapping[str, Tensor]]
 
 
 def token_nll(answers: AnswerLogprobs) -> Tensor:
@@ -39,28 +48,45 @@ class Objective:
     Attributes:
         gamma: factor of the forget term.
         alpha: factor of the retain term; 0: no retain forward pass.
-        retain_loss_type: "NLL" or "KL".
+        retain_loss_type: "NLL" or "KL" (RMU: also "EMBED_DIFF").
+        parity: reproduces open-unlearning where it counts positions that this project does not: KL and UNDIAL over prompts and
+            padding too, PDU one position late.
     """
 
     gamma: float = 1.0
     alpha: float = 1.0
     retain_loss_type: str = "NLL"
+    parity: bool = False
 
     #: needs log p(answer) of the forget set under the reference model
     needs_reference: ClassVar[bool] = False
-    #: needs an "I don't know" answer for every forget row
-    needs_alternates: ClassVar[bool] = False
+    #: where other answers to the forget rows come from: "refusals" or "alternates" (a column of the rows); "": it needs none
+    needs_alternates: ClassVar[str] = ""
+    #: needs the reference's last hidden states of the forget set
+    needs_states: ClassVar[bool] = False
+    retain_losses: ClassVar[tuple[str, ...]] = ("NLL", "KL")
+    #: options of which 0 is allowed, and those that must be more
+    at_least_zero: ClassVar[tuple[str, ...]] = ("gamma", "alpha")
+    above_zero: ClassVar[tuple[str, ...]] = ("beta",)
 
     def __post_init__(self) -> None:
-        for name in ("gamma", "alpha"):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value >= 0):
-                raise ValueError(f"{name}: want a finite number >= 0, got {value}")
-        if self.retain_loss_type not in RETAIN_LOSSES:
-            raise ValueError(f"retain_loss_type: want one of {', '.join(RETAIN_LOSSES)}, got {self.retain_loss_type!r}")
-        beta = getattr(self, "beta", 1.0)
-        if not (math.isfinite(beta) and beta > 0):
-            raise ValueError(f"beta: want a finite number > 0, got {beta}")
+        for names, wanted, ok in (
+            (self.at_least_zero, ">= 0", lambda x: x >= 0),
+            (self.above_zero, "> 0", lambda x: x > 0),
+        ):
+            for name in names:
+                value = getattr(self, name, 1.0)
+                if not (math.isfinite(value) and ok(value)):
+                    raise ValueError(f"{name}: want a finite number {wanted}, got {value}")
+        if self.retain_loss_type not in self.retain_losses:
+            raise ValueError(
+                f"retain_loss_type: want one of {', '.join(self.retain_losses)}, got {self.retain_loss_type!r}"
+            )
+
+    @property
+    def needs_retain_states(self) -> bool:
+        """Whether the retain term compares with the reference's distribution."""
+        return bool(self.alpha) and self.retain_loss_type == "KL"
 
     def forget_loss(
         self,
@@ -69,17 +95,36 @@ class Objective:
         alternates: AnswerLogprobs | None = None,
         alternates_reference: Tensor | None = None,
     ) -> Tensor:
-        """The forget term without its factor.
+        """The forget term without its factor, of objectives that are functions of log-probabilities.
 
         Args:
             answers: of the forget rows under the model that is trained.
             reference: fp32 [rows], log-probabilities summed over tokens under the reference model.
-            alternates, alternates_reference: the same for the "I don't know" answers.
+            alternates, alternates_reference: the same for the other answers.
 
         Returns:
             fp32 scalar.
         """
-        raise TypeError("Objective is a base class")  # pragma: no cover
+        raise TypeError(f"{type(self).__name__} is no function of the answers' log-probabilities")
+
+    def forget(self, model: Any, inputs: Inputs, references: References) -> Tensor:
+        """The forget term of a batch without its factor, fp32 scalar."""
+        answers = answer_logprobs(model, inputs["forget"])
+        if not self.needs_reference:
+            return self.forget_loss(answers)
+        reference = references.answers("forget", inputs["forget"]["index"])
+        if not self.needs_alternates:
+            return self.forget_loss(answers, reference)
+        wanted = references.answers("alternate", inputs["alternate"]["index"])
+        return self.forget_loss(answers, reference, answer_logprobs(model, inputs["alternate"]), wanted)
+
+    def retain(self, model: Any, inputs: Inputs, references: References) -> Tensor:
+        """The retain term of a batch without its factor, fp32 scalar."""
+        batch = inputs["retain"]
+        if self.retain_loss_type == "NLL":
+            return token_nll(answer_logprobs(model, batch))
+        reference = references.states("retain", batch["index"])
+        return answer_kl(model, reference, batch, parity=self.parity)
 
 
 @dataclass(frozen=True)
@@ -98,6 +143,13 @@ class GradDiff(Objective):
 
     def forget_loss(self, answers: AnswerLogprobs, *_: Any) -> Tensor:
         return -token_nll(answers)
+
+
+@dataclass(frozen=True)
+class KL(GradDiff):
+    """Gradient ascent on the forget set, KL to the reference on the retain set."""
+
+    retain_loss_type: str = "KL"
 
 
 @dataclass(frozen=True)
@@ -131,7 +183,7 @@ class IdkDPO(Objective):
 
     beta: float = 0.1
     needs_reference = True
-    needs_alternates = True
+    needs_alternates = "refusals"
 
     def forget_loss(
         self,
@@ -147,7 +199,57 @@ class IdkDPO(Objective):
         return -2 / self.beta * F.logsigmoid(self.beta * ratio).mean()
 
 
-OBJECTIVES: dict[str, type[Objective]] = {c.__name__: c for c in (GradAscent, GradDiff, NPO, SimNPO, IdkDPO)}
+@dataclass(frozen=True)
+class AltPO(IdkDPO):
+    """DPO that prefers another plausible answer; a row carries one or several in a column "alternate"."""
+
+    needs_alternates = "alternates"
+
+
+@dataclass(frozen=True)
+class WeightedAscent(Objective):
+    """Ascent whose tokens have weights of their own, constants that depend on their probability."""
+
+    def weight(self, p: Tensor) -> Tensor:
+        """Of tokens with probabilities p, fp32 [n]."""
+        raise TypeError("WeightedAscent is a base class")  # pragma: no cover
+
+    def token_loss(self, token: Tensor) -> Tensor:
+        """The forget term of log-probabilities [n]."""
+        return (self.weight(token.detach().exp()) * token).mean()
+
+    def forget(self, model: Any, inputs: Inputs, references: References) -> Tensor:
+        return self.token_loss(token_logprobs(model, inputs["forget"])[0])
+
+
+@dataclass(frozen=True)
+class WGA(WeightedAscent):
+    """Weighted gradient ascent: what is unlikely already is pushed less."""
+
+    beta: float = 1.0
+
+    def weight(self, p: Tensor) -> Tensor:
+        return p**self.beta
+
+
+@dataclass(frozen=True)
+class SatImp(WeightedAscent):
+    """Ascent weighted by saturation (p^beta1) and importance ((1 - p)^beta2)."""
+
+    gamma: float = 0.1
+    beta1: float = 5.0
+    beta2: float = 1.0
+
+    at_least_zero = ("gamma", "alpha", "beta1", "beta2")
+
+    def weight(self, p: Tensor) -> Tensor:
+        return p**self.beta1 * (1 - p) ** self.beta2
+
+
+#: by name; objectives/__init__.py adds those of the other files
+OBJECTIVES: dict[str, type[Objective]] = {
+    c.__name__: c for c in (GradAscent, GradDiff, KL, NPO, SimNPO, IdkDPO, AltPO, WGA, SatImp)
+}
 _ALIASES = {"ga": "GradAscent", "gd": "GradDiff", "dpo": "IdkDPO"}
 
 
@@ -160,12 +262,12 @@ def closest(name: str, known: list[str]) -> str:
     )
 
 
-def make_objective(name: str, **options: float | str | None) -> Objective:
+def make_objective(name: str, **options: Any) -> Objective:
     """The objective of that name (any case; GA, GD and DPO are known too).
 
     Args:
         name: one of OBJECTIVES.
-        options: gamma, alpha, beta, delta, retain_loss_type; None: the objective's default.
+        options: fields of the objective (gamma, alpha, beta, ...); None: the objective's default.
 
     Raises:
         ValueError: unknown name (the closest are named), an option the objective does not have, or one out of range.
@@ -181,4 +283,4 @@ def make_objective(name: str, **options: float | str | None) -> Objective:
         raise ValueError(
             f"{unused[0]}: {kind.__name__} has no such option; it takes {', '.join(f.name for f in fields(kind))}"
         )
-    return kind(**given)  # type: ignore[arg-type]
+    return kind(**given)

@@ -1,21 +1,22 @@
-"""log p(answer | question) of a causal language model, from the answers' tokens only.
+"""Losses of answers: log p(answer | question), and distances of the model's next-token distribution to a target's.
 
-Every objective for language models is a function of these numbers, so the logits of prompts and padding are never made: a hook
-hands the output layer only the hidden states that predict an answer's token, inside the model's own forward pass (so a soft
-cap or a scale of the logits, an adapter, DDP's and FSDP's wrappers all stay in place).
+Every objective for language models is made of these numbers, at the positions that predict an answer's token: logits of prompts
+and padding are never made, and those of answers only where a model's output layer leaves no other way (`objectives.states`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastunlearn import ops
 from fastunlearn._modes import evaluating
+from fastunlearn.objectives.states import States, at_head, head_of, last_states, logits_at, unwrapped, why_logits
 
 #: label of a token that does not count
 IGNORED = -100
@@ -28,30 +29,59 @@ class AnswerLogprobs(NamedTuple):
     length: Tensor  #: int64 [rows], number of answer tokens
 
 
-def _unwrapped(model: Any) -> Any:
-    while not hasattr(model, "get_output_embeddings") and hasattr(model, "module"):
-        model = model.module
-    return model
+class Reference(NamedTuple):
+    """A reference model at the same positions: its last hidden states and the output layer they belong to (None: the model's)."""
+
+    hidden: Tensor  #: [n, width]
+    weight: Tensor | None = None  #: [vocabulary, width]
+    bias: Tensor | None = None  #: [vocabulary]
 
 
-@contextmanager
-def _only(layer: nn.Module, kept: Tensor) -> Iterator[None]:
-    """Hands `layer` [1, n, hidden]: the positions of [rows, length - 1] where `kept` is True."""
+class LiveReference:
+    """A reference that is asked anew in every batch.
 
-    def select(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        hidden = args[0]
-        if hidden.dim() != 3 or hidden.shape[:2] != (kept.shape[0], kept.shape[1] + 1):
-            raise ValueError(
-                f"model: its output layer is called with hidden states {tuple(hidden.shape)}, "
-                f"want ({kept.shape[0]}, {kept.shape[1] + 1}, hidden)"
-            )
-        return (hidden[:, :-1][kept].unsqueeze(0), *args[1:])
+    Args:
+        source: a model, or a function that makes a context under which the trained model is the reference (adapter off).
+    """
 
-    handle = layer.register_forward_pre_hook(select)
-    try:
-        yield
-    finally:
-        handle.remove()
+    def __init__(self, source: nn.Module | Callable[[], AbstractContextManager[Any]]):
+        self.source = source
+
+    def plain(self, batch: Mapping[str, Tensor]) -> bool:
+        """Whether hidden states will do."""
+        return not isinstance(self.source, nn.Module) or why_logits(self.source, batch) is None
+
+    def states(self, model: Any, batch: Mapping[str, Tensor], kept: Tensor) -> Reference:
+        if isinstance(self.source, nn.Module):
+            head: Any = head_of(self.source)
+            return Reference(last_states(self.source, batch, kept), head.weight, head.bias)
+        with self.source():
+            return Reference(last_states(model, batch, kept))
+
+    @torch.no_grad()
+    def logits(self, model: Any, batch: Mapping[str, Tensor], kept: Tensor) -> Tensor:
+        if isinstance(self.source, nn.Module):
+            with evaluating(self.source):
+                return logits_at(self.source, batch, kept)
+        with self.source(), evaluating(model):
+            return logits_at(model, batch, kept)
+
+
+def positions(labels: Tensor) -> Tensor:
+    """bool [rows, length]: the positions whose logits predict an answer's token.
+
+    Raises:
+        ValueError: there is none.
+    """
+    kept = F.pad(labels[:, 1:] != IGNORED, (0, 1))
+    if not bool(kept.any()):
+        raise ValueError("labels: no answer token in the batch")
+    return kept
+
+
+def next_tokens(labels: Tensor) -> Tensor:
+    """int64 [rows, length], labels moved to the position that predicts them; the last position predicts none."""
+    return F.pad(labels[:, 1:], (0, 1), value=IGNORED)
 
 
 def answer_logits(model: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
@@ -68,54 +98,141 @@ def answer_logits(model: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tens
     Raises:
         ValueError: no answer token in the batch, or the model has no output layer.
     """
-    labels = batch["labels"][:, 1:]
-    kept = labels != IGNORED
-    head = _unwrapped(model).get_output_embeddings()
-    if head is None:
-        raise ValueError("model: has no output layer (get_output_embeddings() is None); want a causal language model")
-    with _only(head, kept):
-        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
-    row = kept.nonzero()[:, 0]
-    if not len(row):
-        raise ValueError("labels: no answer token in the batch")
-    return logits[0], labels[kept], row
+    kept = positions(batch["labels"])
+    return logits_at(model, batch, kept), next_tokens(batch["labels"])[kept], kept.nonzero()[:, 0]
 
 
-def answer_logprobs(model: Any, batch: Mapping[str, Tensor]) -> AnswerLogprobs:
-    """log p(answer | question) of each row, differentiable; softmax in fp32.
+def token_logprobs(model: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """log p of each of the batch's answer tokens, row-major, differentiable; softmax in fp32.
 
     Args:
         model, batch: as `answer_logits`.
 
+    Returns:
+        (fp32 [n], row of each int64 [n]).
+
     Raises:
-        ValueError: as `answer_logits`; a row without an answer token.
+        ValueError: as `answer_logits`.
     """
-    logits, labels, row = answer_logits(model, batch)
-    token = -F.cross_entropy(logits.float(), labels, reduction="none")
-    length = torch.zeros(len(batch["labels"]), dtype=torch.int64, device=row.device).index_add(
-        0, row, torch.ones_like(row)
+    kept = positions(batch["labels"])
+    labels = next_tokens(batch["labels"])[kept]
+
+    def from_states(s: States) -> Tensor:
+        return -ops.linear_nll(
+            s.hidden, s.weight, labels, bias=s.bias, reduction="token", logit_scale=s.scale, softcap=s.softcap
+        )[0]
+
+    token = at_head(
+        model, batch, kept, from_states, lambda logits: -F.cross_entropy(logits.float(), labels, reduction="none")
     )
-    return AnswerLogprobs(token.new_zeros(len(length)).index_add(0, row, token), length)
+    return token, kept.nonzero()[:, 0]
 
 
-def answer_kl(model: Any, reference: Any, batch: Mapping[str, Tensor]) -> Tensor:
-    """KL(reference || model) over answer tokens, summed over the vocabulary, mean over tokens; nats, scalar.
+def answer_logprobs(model: Any, batch: Mapping[str, Tensor]) -> AnswerLogprobs:
+    """log p(answer | question) of each row, differentiable: `token_logprobs` summed over the row's answer."""
+    token, row = token_logprobs(model, batch)
+    rows = len(batch["labels"])
+    length = torch.zeros(rows, dtype=torch.int64, device=row.device).index_add(0, row, torch.ones_like(row))
+    return AnswerLogprobs(token.new_zeros(rows).index_add(0, row, token), length)
 
-    open-unlearning averages over rows after a sum over every position, prompt and padding included; here only answer tokens
-    count, as in every other objective.
+
+def divergence_of_logits(
+    kind: str, logits: Tensor, reference: Tensor | None, labels: Tensor, strength: float = 0.0
+) -> Tensor:
+    """`ops.linear_divergence`'s losses from logits [n, vocabulary] (soft cap and scale behind them); fp32 [n]."""
+    z = logits.float()
+    if kind == "pdu":
+        return (z.max(-1)[0] - z.mean(-1)).square()
+    if kind == "ce_u":
+        target = z.detach().scatter(1, labels[:, None], float("-inf")).softmax(-1)
+        return F.cross_entropy(z, target, reduction="none")
+    assert reference is not None
+    r = reference.float()
+    if kind == "kl":
+        return F.kl_div(z.log_softmax(-1), r.log_softmax(-1), reduction="none", log_target=True).sum(-1)
+    target = r.scatter_add(1, labels[:, None], torch.full_like(r[:, :1], -strength)).softmax(-1)
+    return F.cross_entropy(z, target, reduction="none")
+
+
+def divergence(
+    model: Any,
+    batch: Mapping[str, Tensor],
+    kept: Tensor,
+    labels: Tensor,
+    kind: str,
+    reference: LiveReference | Reference | None = None,
+    strength: float = 0.0,
+) -> Tensor:
+    """`ops.linear_divergence` at chosen positions.
+
+    Args:
+        model, batch: as `answer_logits`.
+        kept: bool [rows, length]. labels: int64 [n], one for each of these positions, none ignored.
+        reference: for kl and undial: a `LiveReference`, or the states at these positions.
+
+    Returns:
+        fp32 [n], differentiable.
+
+    Raises:
+        ValueError: hidden states of a reference, where the model's losses need logits.
+    """
+    live = isinstance(reference, LiveReference)
+    whole = why_logits(model, batch) is not None or (live and not reference.plain(batch))  # type: ignore[union-attr]
+    states: Reference | None = None
+    wanted: Tensor | None = None
+    if reference is not None and whole:
+        if not isinstance(reference, LiveReference):
+            raise ValueError(
+                f"reference: hidden states do not serve {type(unwrapped(model)).__name__}, as {why_logits(model, batch)}; give "
+                "reference_model"
+            )
+        wanted = reference.logits(model, batch, kept)
+    elif reference is not None:
+        # Before the model's own pass: not inside it.
+        states = reference.states(model, batch, kept) if isinstance(reference, LiveReference) else reference
+
+    def from_states(s: States) -> Tensor:
+        ref: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None)
+        if states is not None:
+            own = states.weight is None
+            ref = (
+                states.hidden.to(s.hidden.device, s.hidden.dtype),
+                s.weight if own else _as(states.weight, s.weight),
+                s.bias if own else _as(states.bias, s.weight),
+            )
+        return ops.linear_divergence(
+            s.hidden, s.weight, ref[0], ref[1], labels, kind=kind, strength=strength, bias=s.bias, ref_bias=ref[2],
+            reduction="token", logit_scale=s.scale, softcap=s.softcap,
+        )[0]  # fmt: skip
+
+    return at_head(
+        model,
+        batch,
+        kept,
+        from_states,
+        lambda logits: divergence_of_logits(kind, logits, wanted, labels, strength),
+        whole,
+    )
+
+
+def _as(tensor: Tensor | None, like: Tensor) -> Tensor | None:
+    return None if tensor is None else tensor.to(like.device, like.dtype)
+
+
+def answer_kl(model: Any, reference: Any, batch: Mapping[str, Tensor], *, parity: bool = False) -> Tensor:
+    """KL(reference || model), summed over the vocabulary, mean over the positions that predict an answer's token; nats, scalar.
 
     Args:
         model: differentiated.
-        reference: a model, or a context manager under which `model` is the reference (a LoRA adapter that is off).
+        reference: a model, a context manager under which `model` is the reference (a LoRA adapter that is off), a function that
+            makes one, a `LiveReference` or a `Reference`.
         batch: as `answer_logits`.
+        parity: as open-unlearning has it: the mean over all positions, those of prompts and padding included.
     """
-    separate = isinstance(reference, nn.Module)
-    with torch.no_grad(), evaluating(reference if separate else model):  # no dropout in the reference
-        if separate:
-            wanted = answer_logits(reference, batch)[0]
-        else:
-            with reference:
-                wanted = answer_logits(model, batch)[0]
-        wanted = wanted.float().log_softmax(-1)
-    got = answer_logits(model, batch)[0].float().log_softmax(-1)
-    return F.kl_div(got, wanted, reduction="sum", log_target=True) / len(got)
+    kept = torch.ones_like(batch["labels"], dtype=torch.bool) if parity else positions(batch["labels"])
+    if isinstance(reference, AbstractContextManager):
+        context = reference
+        reference = LiveReference(lambda: context)
+    source = reference if isinstance(reference, (Reference, LiveReference)) else LiveReference(reference)
+    dummy = kept.new_zeros(int(kept.sum()), dtype=torch.int64)
+    return divergence(model, batch, kept, dummy, "kl", source).mean()

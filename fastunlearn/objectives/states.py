@@ -1,0 +1,204 @@
+"""The last hidden states of a causal language model, at chosen positions, and losses made of them without the logits.
+
+A hook on the output layer sees its input inside the model's own forward pass (so an adapter, autocast and DDP's wrapper stay in
+place), hands the states that are wanted and the layer's weight to a loss (`ops.linear_nll`, `ops.linear_divergence`), and gives the
+layer one state only: logits of a batch are never made.
+
+This needs a plain linear output layer and logits that are at most scaled and soft-capped behind it (Llama, Qwen, Gemma, Cohere,
+Granite, GPT-2). Whether that holds is not believed but tried, once a model, on a few tokens; where it does not, the loss is made
+from logits of the chosen positions, and a warning says why.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple, TypeVar
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from fastunlearn._modes import evaluating
+
+T = TypeVar("T")
+_PROBE = 8  # tokens
+
+
+class States(NamedTuple):
+    """What enters the output layer at n positions, and the layer."""
+
+    hidden: Tensor  #: [n, width]
+    weight: Tensor  #: [vocabulary, width]
+    bias: Tensor | None  #: [vocabulary]
+    scale: float  #: the logits are multiplied by it
+    softcap: float | None  #: then capped: softcap * tanh(logits / softcap)
+
+
+_transforms: WeakKeyDictionary[nn.Module, tuple[float, float | None] | str] = WeakKeyDictionary()
+_warned: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
+
+
+def unwrapped(model: Any) -> Any:
+    """The model of transformers (or PEFT) inside DDP's wrapper."""
+    while not hasattr(model, "get_output_embeddings") and hasattr(model, "module"):
+        model = model.module
+    return model
+
+
+def head_of(model: Any) -> nn.Module:
+    """The output layer.
+
+    Raises:
+        ValueError: the model has none.
+    """
+    head = unwrapped(model).get_output_embeddings()
+    if head is None:
+        raise ValueError("model: has no output layer (get_output_embeddings() is None); want a causal language model")
+    return head
+
+
+@contextmanager
+def hooked(layer: nn.Module, kept: Tensor, use: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """The layer is called with use(its input at the positions [rows, length] where `kept` is True) [1, any, width]."""
+
+    def select(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        hidden = args[0]
+        if hidden.dim() != 3 or hidden.shape[:2] != kept.shape:
+            raise ValueError(
+                f"model: its output layer is called with hidden states {tuple(hidden.shape)}, "
+                f"want ({kept.shape[0]}, {kept.shape[1]}, hidden)"
+            )
+        return (use(hidden[kept]).unsqueeze(0), *args[1:])
+
+    handle = layer.register_forward_pre_hook(select)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def forward(model: Any, batch: Mapping[str, Tensor]) -> Any:
+    return model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+
+
+def _unusable(head: nn.Module) -> str | None:
+    """None, or why the layer's weight does not say what the layer does."""
+    if not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward or "forward" in vars(head):
+        return f"its output layer is a {type(head).__name__}, not a plain linear one"
+    if not head.weight.is_floating_point() or head.weight.dim() != 2 or hasattr(head.weight, "to_local"):
+        return "the weight of its output layer is sharded or quantised"
+    return "its output layer has forward hooks" if head._forward_hooks else None
+
+
+def _expected(config: Any) -> tuple[float, float | None]:
+    """What a configuration says of the logits: (scale, soft cap)."""
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    scale = getattr(config, "logit_scale", None) or 1.0
+    divisor = getattr(config, "logits_scaling", None) or 1.0
+    cap = getattr(config, "final_logit_softcapping", None)
+    return float(scale) / float(divisor), None if not cap else float(cap)
+
+
+@torch.no_grad()
+def _probe(model: Any, head: nn.Module, batch: Mapping[str, Tensor]) -> tuple[float, float | None] | str:
+    """(scale, soft cap) if they make the model's logits of what its output layer says, for a few tokens; else a reason."""
+    few = {name: batch[name][:1, :_PROBE] for name in ("input_ids", "attention_mask")}
+    raw: list[Tensor] = []
+    handle = head.register_forward_hook(lambda _, args, out: raw.append(out.detach().float()))
+    try:
+        with evaluating(model):
+            logits = forward(model, few).logits.float()
+    finally:
+        handle.remove()
+    scale, cap = _expected(unwrapped(model).config)
+    if len(raw) != 1 or raw[0].shape != logits.shape:
+        return "its output layer is not called once, with all positions"
+    for s, c in ((scale, cap), (1.0, None)):
+        z = raw[0] * s
+        z = z if c is None else c * torch.tanh(z / c)
+        off = float((z - logits).abs().max())
+        if off <= 2e-2 * float(logits.abs().max()) + 1e-6:
+            return s, c
+    return "its logits are not those of its output layer, scaled and capped as its configuration says"
+
+
+def why_logits(model: Any, batch: Mapping[str, Tensor]) -> str | None:
+    """None where losses are made of hidden states; else why logits are needed.
+
+    Args:
+        batch: input_ids, attention_mask, of which a few tokens are tried.
+    """
+    head = head_of(model)
+    reason = _unusable(head)
+    if reason is not None:
+        return reason
+    if head not in _transforms:
+        _transforms[head] = _probe(unwrapped(model), head, batch)
+    found = _transforms[head]
+    return found if isinstance(found, str) else None
+
+
+def _say(head: nn.Module, model: Any, reason: str) -> None:
+    said = _warned.setdefault(head, set())
+    if reason not in said:
+        said.add(reason)
+        name = type(unwrapped(model)).__name__
+        warnings.warn(f"{name}: losses are made from logits, as {reason}; this takes more memory", stacklevel=4)
+
+
+def at_head(
+    model: Any,
+    batch: Mapping[str, Tensor],
+    kept: Tensor,
+    from_states: Callable[[States], T],
+    from_logits: Callable[[Tensor], T],
+    whole: bool = False,
+) -> T:
+    """A loss of the positions where `kept` [rows, length] is True, row-major; differentiable.
+
+    Args:
+        model: a causal language model of transformers, maybe wrapped (PEFT, DDP).
+        batch: input_ids, attention_mask: int64 [rows, length].
+        from_states: called inside the forward pass. from_logits: called with [n, vocabulary] where `why_logits` says why, or where
+            `whole` asks for it.
+    """
+    out: list[T] = []
+    head = head_of(model)
+    reason = why_logits(model, batch)
+    if reason is not None or whole:
+        if reason is not None:
+            _say(head, model, reason)
+        return from_logits(logits_at(model, batch, kept))
+    found: Any = _transforms[head]
+
+    def use(hidden: Tensor) -> Tensor:
+        weight: Any = head.weight
+        bias: Any = head.bias
+        out.append(from_states(States(hidden, weight, bias, *found)))
+        return hidden[:1]
+
+    with hooked(head, kept, use):
+        forward(model, batch)
+    return out[0]
+
+
+def logits_at(model: Any, batch: Mapping[str, Tensor], kept: Tensor) -> Tensor:
+    """Logits [n, vocabulary] of the positions where `kept` is True, in the model's dtype."""
+    with hooked(head_of(model), kept, lambda hidden: hidden):
+        return forward(model, batch).logits[0]
+
+
+@torch.no_grad()
+def last_states(model: Any, batch: Mapping[str, Tensor], kept: Tensor) -> Tensor:
+    """What enters the output layer where `kept` is True, [n, width]; no gradient, dropout off."""
+    out: list[Tensor] = []
+
+    def use(hidden: Tensor) -> Tensor:
+        out.append(hidden)
+        return hidden[:1]
+
+    with evaluating(model), hooked(head_of(model), kept, use):
+        forward(model, batch)
+    return out[0]
