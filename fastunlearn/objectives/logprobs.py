@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fastunlearn import ops
 from fastunlearn._modes import evaluating
-from fastunlearn.objectives.states import States, at_head, head_of, last_states, logits_at, unwrapped, why_logits
+from fastunlearn.objectives.states import States, at_head, head_of, known_reason, last_states, logits_at, unwrapped
 
 #: label of a token that does not count
 IGNORED = -100
@@ -47,9 +47,9 @@ class LiveReference:
     def __init__(self, source: nn.Module | Callable[[], AbstractContextManager[Any]]):
         self.source = source
 
-    def plain(self, batch: Mapping[str, Tensor]) -> bool:
+    def plain(self) -> bool:
         """Whether hidden states will do."""
-        return not isinstance(self.source, nn.Module) or why_logits(self.source, batch) is None
+        return not isinstance(self.source, nn.Module) or known_reason(self.source) is None
 
     def states(self, model: Any, batch: Mapping[str, Tensor], kept: Tensor) -> Reference:
         if isinstance(self.source, nn.Module):
@@ -176,20 +176,12 @@ def divergence(
     Raises:
         ValueError: hidden states of a reference, where the model's losses need logits.
     """
-    live = isinstance(reference, LiveReference)
-    whole = why_logits(model, batch) is not None or (live and not reference.plain(batch))  # type: ignore[union-attr]
+    live = reference if isinstance(reference, LiveReference) else None
+    whole = live is not None and not live.plain()
     states: Reference | None = None
-    wanted: Tensor | None = None
-    if reference is not None and whole:
-        if not isinstance(reference, LiveReference):
-            raise ValueError(
-                f"reference: hidden states do not serve {type(unwrapped(model)).__name__}, as {why_logits(model, batch)}; give "
-                "reference_model"
-            )
-        wanted = reference.logits(model, batch, kept)
-    elif reference is not None:
+    if known_reason(model) is None and not whole:
         # Before the model's own pass: not inside it.
-        states = reference.states(model, batch, kept) if isinstance(reference, LiveReference) else reference
+        states = reference if live is None else live.states(model, batch, kept)  # type: ignore[assignment]
 
     def from_states(s: States) -> Tensor:
         ref: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None)
@@ -205,14 +197,16 @@ def divergence(
             reduction="token", logit_scale=s.scale, softcap=s.softcap,
         )[0]  # fmt: skip
 
-    return at_head(
-        model,
-        batch,
-        kept,
-        from_states,
-        lambda logits: divergence_of_logits(kind, logits, wanted, labels, strength),
-        whole,
-    )
+    def from_logits(logits: Tensor) -> Tensor:
+        if reference is not None and live is None:
+            raise ValueError(
+                f"reference: hidden states do not serve {type(unwrapped(model)).__name__}, as {known_reason(model)}; give "
+                "reference_model"
+            )
+        wanted = None if live is None else live.logits(model, batch, kept)
+        return divergence_of_logits(kind, logits, wanted, labels, strength)
+
+    return at_head(model, batch, kept, from_states, from_logits, whole)
 
 
 def _as(tensor: Tensor | None, like: Tensor) -> Tensor | None:

@@ -5,7 +5,7 @@ place), hands the states that are wanted and the layer's weight to a loss (`ops.
 layer one state only: logits of a batch are never made.
 
 This needs a plain linear output layer and logits that are at most scaled and soft-capped behind it (Llama, Qwen, Gemma, Cohere,
-Granite, GPT-2). Whether that holds is not believed but tried, once a model, on a few tokens; where it does not, the loss is made
+Granite, GPT-2). Whether that holds is not believed but tried, once a model, on a few tokens of its first pass; where it does not, the loss is made
 from logits of the chosen positions, and a warning says why.
 """
 
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -102,26 +102,26 @@ def _expected(config: Any) -> tuple[float, float | None]:
 
 
 @torch.no_grad()
-def _probe(model: Any, head: nn.Module, batch: Mapping[str, Tensor]) -> tuple[float, float | None] | str:
+def _judge(model: Any, raw: list[Tensor], logits: Tensor) -> tuple[float, float | None] | str:
     """(scale, soft cap) if they make the model's logits of what its output layer says, for a few tokens; else a reason."""
-    few = {name: batch[name][:1, :_PROBE] for name in ("input_ids", "attention_mask")}
-    raw: list[Tensor] = []
-    handle = head.register_forward_hook(lambda _, args, out: raw.append(out.detach().float()))
-    try:
-        with evaluating(model):
-            logits = forward(model, few).logits.float()
-    finally:
-        handle.remove()
-    scale, cap = _expected(unwrapped(model).config)
     if len(raw) != 1 or raw[0].shape != logits.shape:
         return "its output layer is not called once, with all positions"
-    for s, c in ((scale, cap), (1.0, None)):
-        z = raw[0] * s
-        z = z if c is None else c * torch.tanh(z / c)
-        off = float((z - logits).abs().max())
-        if off <= 2e-2 * float(logits.abs().max()) + 1e-6:
-            return s, c
+    said, logits = raw[0].float(), logits.float()
+    for scale, cap in (_expected(unwrapped(model).config), (1.0, None)):
+        z = said * scale
+        z = z if cap is None else cap * torch.tanh(z / cap)
+        if float((z - logits).abs().max()) <= 2e-2 * float(logits.abs().max()) + 1e-6:
+            return scale, cap
     return "its logits are not those of its output layer, scaled and capped as its configuration says"
+
+
+@contextmanager
+def _output_of(head: nn.Module, into: list[Tensor]) -> Iterator[None]:
+    handle = head.register_forward_hook(lambda _, args, out: into.append(out.detach().clone()))
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def why_logits(model: Any, batch: Mapping[str, Tensor]) -> str | None:
@@ -135,9 +135,19 @@ def why_logits(model: Any, batch: Mapping[str, Tensor]) -> str | None:
     if reason is not None:
         return reason
     if head not in _transforms:
-        _transforms[head] = _probe(unwrapped(model), head, batch)
-    found = _transforms[head]
-    return found if isinstance(found, str) else None
+        few = {name: batch[name][:1, :_PROBE] for name in ("input_ids", "attention_mask")}
+        raw: list[Tensor] = []
+        inner = unwrapped(model)
+        with torch.no_grad(), evaluating(inner), _output_of(head, raw):
+            _transforms[head] = _judge(model, raw, forward(inner, few).logits)
+    return known_reason(model)
+
+
+def known_reason(model: Any) -> str | None:
+    """`why_logits` without trying; None also where nothing was tried yet."""
+    head = head_of(model)
+    reason, found = _unusable(head), _transforms.get(head)
+    return reason or (found if isinstance(found, str) else None)
 
 
 def _say(head: nn.Module, model: Any, reason: str) -> None:
@@ -164,23 +174,30 @@ def at_head(
         from_states: called inside the forward pass. from_logits: called with [n, vocabulary] where `why_logits` says why, or where
             `whole` asks for it.
     """
-    out: list[T] = []
     head = head_of(model)
-    reason = why_logits(model, batch)
+    reason = known_reason(model)
     if reason is not None or whole:
         if reason is not None:
             _say(head, model, reason)
         return from_logits(logits_at(model, batch, kept))
-    found: Any = _transforms[head]
+    out: list[T] = []
+    raw: list[Tensor] = []
+    found: Any = _transforms.get(head)
+    transform = _expected(unwrapped(model).config) if found is None else found
 
     def use(hidden: Tensor) -> Tensor:
         weight: Any = head.weight
         bias: Any = head.bias
-        out.append(from_states(States(hidden, weight, bias, *found)))
-        return hidden[:1]
+        out.append(from_states(States(hidden, weight, bias, *transform)))
+        return hidden[: 1 if found else _PROBE]
 
-    with hooked(head, kept, use):
-        forward(model, batch)
+    # The first pass tries what it assumes on a few of its own logits: a pass of its own would be seen by other hooks.
+    with nullcontext() if found else _output_of(head, raw), hooked(head, kept, use):
+        logits = forward(model, batch).logits
+    if found is None:
+        _transforms[head] = _judge(model, raw, logits.detach())
+        if _transforms[head] != transform:
+            return at_head(model, batch, kept, from_states, from_logits)
     return out[0]
 
 

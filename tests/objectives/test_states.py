@@ -182,3 +182,17 @@ def test_autocast_is_kept(batch):
     token = -F.cross_entropy(logits.float(), labels, reduction="none")
     torch.testing.assert_close(got, token.new_zeros(len(got)).index_add(0, row, token), rtol=2e-3, atol=0.05)
     assert got.dtype == torch.float32
+
+
+def test_trying_a_model_is_no_pass_of_its_own(batch):
+    """What watches activations must not see tokens that nobody asked for."""
+    torch.manual_seed(0)
+    for build in (tiny_llama, MODELS["gemma2"], MODELS["granite"]):
+        model, seen = build().float().eval(), []
+        model.model.layers[0].register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0].shape[:2]))
+        first = answer_logprobs(model, batch).total
+        assert seen == [batch["input_ids"].shape]
+        torch.testing.assert_close(answer_logprobs(model, batch).total, first)
+        logits, labels, row = answer_logits(model, batch)
+        token = -F.cross_entropy(logits.float(), labels, reduction="none")
+        torch.testing.assert_close(first, token.new_zeros(len(first)).index_add(0, row, token), rtol=1e-4, atol=1e-3)
