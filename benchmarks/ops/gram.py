@@ -73,6 +73,11 @@ def check(x: Inputs, output: Any, expected: Tensor) -> str | None:
     return None if worst <= 1e-5 else f"{worst:.3g} off, in units of the norms"
 
 
+def ungated(x: Inputs, output: Any, expected: Any) -> str | None:
+    """A yardstick, or a peer whose sums are not good enough to be used."""
+    return None
+
+
 def mine(x: Inputs) -> Callable[[], Any]:
     return lambda: ops.gram(x.groups)
 
@@ -128,11 +133,12 @@ OP = Op(
     limit=lambda x, line: Limit("bytes", moved(x)),
     providers=[
         *ours("gram", mine),
-        Provider("torch dot, fp32", eager),
-        Provider("torch dot, own type", own_type, check=lambda x, out, want: None),
-        Provider("torch matmul of the stacked", matrix),
-        Provider("torch.compile", torch_compile, compiles=True),
-        Provider(READ, read, check=lambda x, out, want: None),
+        # Sums in fp32 or less over 1e7 entries are wrong in the fourth digit: timed all the same, as the most that they could be.
+        Provider("torch dot, fp32 sums", eager, check=ungated),
+        Provider("torch dot, own type", own_type, check=ungated),
+        Provider("torch matmul of the stacked, fp32 sums", matrix, check=ungated),
+        Provider("torch.compile, fp32 sums", torch_compile, check=ungated, compiles=True),
+        Provider(READ, read, check=ungated),
         Provider(COPY, lambda x: copy_of(moved(x), x.device), check=copied),
     ],
     targets=[
