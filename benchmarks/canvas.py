@@ -41,15 +41,15 @@ SHOWN = {
 GRID: dict[str, list[dict[str, Any]]] = {
     "finetune": [
         {"train_method": method, "learning_rate": rate, "max_steps": 100, "batch_size": 8, "bf16": True}
-        for method in ("xattn", "full")
-        for rate in (3e-4, 1e-3, 3e-3)
+        for method, rates in (("xattn", (3e-4, 1e-3, 3e-3)), ("full", (1e-4, 3e-4, 1e-3)))
+        for rate in rates
     ],
     "uce": [
         {"tokens": "last", "lamb": 0.1},
-        {"tokens": "last", "lamb": 0.1, "erase_scale": 10.0},
         {"tokens": "all", "lamb": 0.1},
+        {"tokens": "all", "lamb": 10.0},
         {"tokens": "all", "lamb": 0.1, "erase_scale": 10.0},
-        {"tokens": "all", "lamb": 0.01, "preserve_scale": 0.1},
+        {"tokens": "all", "lamb": 0.1, "preserve_scale": 0.1},
         {"tokens": "all", "lamb": 0.1, "preserve_scale": 0.0},
     ],
 }
