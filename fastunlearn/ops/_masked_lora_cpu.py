@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from fastunlearn import _native
 
 #: entries of a run: its weight, product and gradient stay in a core's cache
-_RUN = 1 << 18
+_RUN = 1 << 19
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
