@@ -36,6 +36,11 @@ from fastunlearn import ops
 from fastunlearn.objectives.language import closest
 from fastunlearn.ops.mask import BitMask, rows_cols
 
+if not hasattr(BaseTuner, "_replace_module"):
+    import peft
+
+    raise ImportError(f"MaskedLoraConfig needs peft >= 0.18, this is {peft.__version__}: pip install -U peft")
+
 #: PEFT's name of the adapter: what a KeyError says where fastunlearn was not imported.
 PEFT_TYPE = "FASTUNLEARN_MASKED_LORA"
 VARIANTS = ("per_weight", "per_module", "dense")
