@@ -28,7 +28,7 @@ from fastunlearn import _backend
 
 IGNORED = -100
 #: bytes of the logits in memory at once
-BUDGET = {"cpu": 128 * 2**20, "cuda": 512 * 2**20}
+BUDGET = {"cpu": 256 * 2**20, "cuda": 512 * 2**20}
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 

@@ -37,7 +37,7 @@ def linear_nll(
 
     The loss that every language-model objective is made of: NPO (Zhang et al. 2024, eq. 3), SimNPO (Fan et al. 2024, eq. 6) and
     their kin weigh each sequence by a factor of its own, so any upstream gradient is right here, also one a token. Memory beyond
-    inputs and gradients is one buffer of fixed size (128 MiB on a CPU, 512 MiB on a GPU), whatever vocabulary and tokens. With a
+    inputs and gradients is one buffer of fixed size (256 MiB on a CPU, 512 MiB on a GPU), whatever vocabulary and tokens. With a
     frozen head the two matrix products of torch's own forward and backward pass are all there is; a head that trains makes its
     logits twice unless they fit the buffer. Tokens that are ignored are not computed.
 
