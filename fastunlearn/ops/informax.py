@@ -1,0 +1,115 @@
+"""ScaPre's informax decoupler: how much each output row of the projections tells of the concepts (arXiv 2601.06162, eqs. 6, 7)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from fastunlearn import _backend
+from fastunlearn.ops.spectral import matrices
+from fastunlearn.reference import informax as reference
+
+_OP = _backend.register("informax", triton=("cuda",))
+_ENTROPY = _backend.register("row_entropy")
+
+Estimator = Literal["binary", "gaussian"]
+Reduce = Literal["max", "mean", "none"]
+#: A row's samples of one concept are compared with one another in registers.
+MAX_SAMPLES = 64
+
+
+def _stacked(weights: Any) -> Tensor:
+    """[rows, d] of all weights: float32, or float64 if one is."""
+    listed, _ = matrices(weights)
+    if not listed:
+        raise ValueError("weights: want at least one")
+    wide = any(w.dtype == torch.float64 for w in listed)
+    return torch.cat([w.detach().to(torch.float64 if wide else torch.float32) for w in listed])
+
+
+def _samples(name: str, value: Any, like: Tensor) -> Tensor:
+    if not isinstance(value, Tensor) or not value.is_floating_point() or value.dim() not in (2, 3):
+        got = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(f"{name}: want a floating tensor [concepts, samples, d] or [samples, d], got {got}")
+    if value.shape[-1] != like.shape[1] or value.device != like.device:
+        raise ValueError(
+            f"{name}: want width {like.shape[1]} on {like.device}, got {list(value.shape)} on {value.device}"
+        )
+    value = value.detach().to(like.dtype)
+    value = value if value.dim() == 3 else value[None]
+    if 0 in value.shape[:2]:
+        raise ValueError(f"{name}: want at least one sample, got {list(value.shape)}")
+    return value
+
+
+def informax(
+    weights: Tensor | Sequence[Tensor],
+    positives: Tensor,
+    negatives: Tensor,
+    *,
+    estimator: Estimator = "binary",
+    reduce: Reduce = "max",
+) -> Tensor:
+    """Mutual information of a row's activation and "this is the concept's text", for every row of every projection.
+
+    binary     z = [activation above the row's median over all samples of the concept], plug-in estimate from the counts of z
+               among positives and negatives; with 5 + 5 samples and no ties it takes three values, 0.0201, 0.1927 and log 2
+    gaussian   1/2 log(1 + p (1 - p) (m1 - m0)^2 / variance within): does not saturate
+
+    Args:
+        weights: [rows, d] each, of any floating dtype; one or a list.
+        positives: [m, n1, d]: samples of each concept; [n1, d] is one concept.
+        negatives: [m, n0, d]: samples of something else, for each concept; [n0, d] or [1, n0, d]: the same for all.
+        estimator, reduce: over the concepts: the largest (eq. 7), the mean, or none.
+
+    Returns:
+        [rows] of all weights together, nats, at least 0; [rows, m] with reduce "none". float32, float64 for float64 weights.
+
+    Raises:
+        TypeError, ValueError: other kinds, shapes, devices, no samples, unknown words.
+    """
+    stacked = _stacked(weights)
+    positives, negatives = _samples("positives", positives, stacked), _samples("negatives", negatives, stacked)
+    if negatives.shape[0] not in (1, positives.shape[0]):
+        raise ValueError(
+            f"negatives: want samples for all concepts together, or for each of the {positives.shape[0]}; got {list(negatives.shape)}"
+        )
+    for name, value, words in (("estimator", estimator, get_args(Estimator)), ("reduce", reduce, get_args(Reduce))):
+        if value not in words:
+            raise ValueError(f"{name}: want one of {', '.join(words)}; got {value!r}")
+    unsupported = {}
+    if stacked.dtype != torch.float32:
+        unsupported["triton"] = f"weights are {stacked.dtype}; the kernel takes up to float32"
+    elif positives.shape[1] + negatives.shape[1] > MAX_SAMPLES:
+        unsupported["triton"] = f"more than {MAX_SAMPLES} samples a concept"
+    backend = _backend.resolve(_OP, stacked.device, unsupported)
+    if backend == "triton":
+        from fastunlearn.kernels import informax as kernels
+
+        return kernels.informax(stacked, positives, negatives, estimator, reduce)
+    return reference.informax(stacked, positives, negatives, estimator, reduce)
+
+
+def row_entropy(weights: Tensor | Sequence[Tensor], samples: Tensor, *, bins: int = 20) -> Tensor:
+    """Entropy of every row's activations on the samples, as a share of the largest possible (ScaPre's code: H_i).
+
+    Activations of a row are scaled to its own smallest and largest and counted in `bins` equal bins.
+
+    Args:
+        weights: [rows, d] each, one or a list. samples: [n, d] or [m, n, d], all taken together. bins: at least 2.
+
+    Returns:
+        [rows] in [0, 1]; 0 for a row whose activations are all equal.
+
+    Raises:
+        TypeError, ValueError: other kinds, shapes, devices, no samples, fewer than two bins.
+    """
+    stacked = _stacked(weights)
+    flat = _samples("samples", samples, stacked).flatten(0, 1)
+    if not isinstance(bins, int) or bins < 2:
+        raise ValueError(f"bins: want a whole number of at least 2, got {bins!r}")
+    _backend.resolve(_ENTROPY, stacked.device)
+    return reference.row_entropy(stacked, flat, bins)

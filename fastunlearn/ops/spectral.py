@@ -1,0 +1,359 @@
+"""ScaPre's closed-form edit of all projections at once, and its spectral trace as a loss (arXiv 2601.06162, eqs. 3, 8 - 10)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+from fastunlearn import _backend
+from fastunlearn.reference import spectral as reference
+
+_SOLVE = _backend.register("spectral_solve", triton=("cuda",))
+_TRACE = _backend.register("spectral_trace")
+
+Mode = Literal["robust", "official", "paper", "gate"]
+MODES: tuple[str, ...] = get_args(Mode)
+
+
+class SpectralTraces(NamedTuple):
+    """What the edit D = W_new - W of each weight is worth, float64 [num]: sums that the solve's epilogue takes."""
+
+    decrease: Tensor  #: of the objective, from W to W_new: sum of D (lam / relevance I + H) D^T
+    spectral: Tensor  #: tr(D H D^T), H = S + gamma R
+    energy: Tensor  #: ||D||_F^2
+
+
+# Checks.
+
+
+def matrices(weights: Any) -> tuple[list[Tensor], bool]:
+    """The list of matrices of one width and device, and whether it was given as one tensor."""
+    single = isinstance(weights, Tensor)
+    listed: list[Any] = [weights] if single else list(weights)
+    for i, w in enumerate(listed):
+        if not isinstance(w, Tensor) or not w.is_floating_point() or w.dim() != 2 or w.layout != torch.strided:
+            got = f"{w.dtype} {tuple(w.shape)}" if isinstance(w, Tensor) else type(w).__name__
+            raise TypeError(f"weights[{i}]: want a dense floating matrix [rows, d], got {got}")
+        if hasattr(w, "to_local"):
+            raise TypeError(f"weights[{i}]: a DTensor; gather it first (full_tensor())")
+        first = listed[0]
+        if w.shape[1] != first.shape[1] or w.device != first.device:
+            raise ValueError(
+                f"weights[{i}]: {tuple(w.shape)} on {w.device}, the first is {tuple(first.shape)} on {first.device}; "
+                "want one width and one device (call once for each)"
+            )
+    return listed, single
+
+
+def _square(name: str, value: Any, num: int, d: int, device: torch.device) -> Tensor:
+    """float64 [d, d] or [num, d, d]."""
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        raise TypeError(f"{name}: want a floating tensor, got {type(value).__name__}")
+    if value.shape not in ((d, d), (num, d, d)):
+        raise ValueError(f"{name}: want [{d}, {d}], or one for each weight [{num}, {d}, {d}]; got {list(value.shape)}")
+    if value.device != device:
+        raise ValueError(f"{name}: on {value.device}, the weights are on {device}")
+    value = value.detach().double()
+    if not bool(value.isfinite().all()):
+        raise ValueError(f"{name}: want finite numbers, got NaN or infinite ones")
+    return value
+
+
+def _symmetric(name: str, value: Tensor) -> Tensor:
+    gap = (value - value.mT).abs().max() if value.numel() else 0.0
+    if float(gap) > 1e-5 * float(value.abs().max() if value.numel() else 0.0):
+        raise ValueError(f"{name}: want a symmetric matrix, got entries that differ by up to {float(gap):.3g}")
+    return (value + value.mT) / 2
+
+
+def _numbers(name: str, value: Any, num: int, *, above: bool) -> list[float]:
+    """One number for each weight: `value` itself, or a list of them."""
+    each = [value] * num if isinstance(value, int | float) and not isinstance(value, bool) else value
+    if isinstance(each, Tensor):
+        each = each.tolist()
+    if not isinstance(each, list | tuple) or len(each) != num:
+        raise ValueError(f"{name}: want a number, or one for each of the {num} weights; got {value!r}")
+    for x in each:
+        if not math.isfinite(x) or x < 0 or (above and x == 0):
+            raise ValueError(f"{name}: want finite numbers {'above 0' if above else 'of at least 0'}, got {x}")
+    return [float(x) for x in each]
+
+
+def _rows(relevance: Any, heights: Sequence[int], like: Tensor) -> Tensor | None:
+    """[rows] of all weights together, or None where all are 1."""
+    if relevance is None:
+        return None
+    if isinstance(relevance, int | float) and not isinstance(relevance, bool):
+        out = torch.full((sum(heights),), float(relevance))
+    elif isinstance(relevance, Tensor):
+        out = relevance.detach().flatten()
+    elif isinstance(relevance, list | tuple) and all(isinstance(r, Tensor) for r in relevance):
+        for i, (r, height) in enumerate(zip(relevance, heights)):
+            if r.numel() != height:
+                raise ValueError(f"relevance[{i}]: want one number a row, {height}; got {r.numel()}")
+        out = torch.cat([r.detach().flatten() for r in relevance]) if relevance else torch.zeros(0)
+    else:
+        raise TypeError(f"relevance: want a number, a tensor or a list of tensors, got {type(relevance).__name__}")
+    if out.numel() != sum(heights):
+        raise ValueError(f"relevance: want one number for each of the {sum(heights)} rows, got {out.numel()}")
+    out = out.to(like)
+    if not bool((out >= 0).all()) or not bool(out.isfinite().all()):
+        raise ValueError("relevance: want finite numbers of at least 0")
+    return out
+
+
+def _masked(per_concept: Any, rows: int, d: int) -> tuple[Tensor, ...]:
+    try:
+        mask, anchors, features = per_concept
+    except (TypeError, ValueError):
+        raise TypeError("per_concept: want (mask [rows, m], anchors [m, T, d], features [m, T, d])") from None
+    m = mask.shape[-1]
+    if mask.shape != (rows, m) or anchors.dim() != 3 or anchors.shape != features.shape or anchors.shape[::2] != (m, d):
+        raise ValueError(
+            f"per_concept: want mask [{rows}, m], anchors and features [m, T, {d}]; got {list(mask.shape)}, "
+            f"{list(anchors.shape)}, {list(features.shape)}"
+        )
+    return mask.detach(), anchors.detach(), features.detach()
+
+
+def spectral_solve(
+    weights: Tensor | Sequence[Tensor],
+    S: Tensor,
+    S_star: Tensor | None,
+    *,
+    lam: float | Sequence[float],
+    relevance: float | Tensor | Sequence[Tensor] | None = None,
+    R: Tensor | None = None,
+    gamma: float | Sequence[float] = 0.0,
+    eta: float = 1.0,
+    projector: Tensor | None = None,
+    mode: Mode = "robust",
+    per_concept: tuple[Tensor, Tensor, Tensor] | None = None,
+    traces: bool = False,
+) -> Any:
+    """New projections that send the text of erased concepts elsewhere: ScaPre's closed form for any number of concepts.
+
+    With target tokens c, what they shall become c*, S = sum c c^T, S* = sum c* c^T (`token_moments`), H = S + gamma R and the
+    relevance a_i of row i, each row w of W solves
+
+        robust    w (lam / a_i I + H) = w0 (lam / a_i I + S* + gamma eta R)      rows of no relevance stay what they are
+        gate      the same without a_i, then w0 + a_i (w - w0)
+        official  w (lam I + H + a_i P) = w0 (lam I + S* + gamma eta R)          P: projector on the span of `projector`
+        paper     w (a_i I + lam I + H) = w0 S*                                  eq. 9, B W + W A = V* C^T with V* = W0 C*
+
+    `robust` is this library's well-posed form of the paper's objective (a reconstruction: eq. 8 shrinks W to zero, not to W0);
+    `official` is the system of the authors' code. `robust`, `gate` and `official` compute W - W0 and so change nothing, to the
+    bit, where there is nothing to change; with R = None or eta = 1 the edit of `robust` is zero off the span of the tokens c.
+
+    One eigendecomposition serves all rows (one Cholesky factor where no relevance is given); matrices d x d in float64, products
+    over the rows in float32, or float64 for float64 weights. Not differentiable.
+
+    Args:
+        weights: [rows, d] each, of any floating dtype; one, or a list of one width and device.
+        S: symmetric, positive semidefinite [d, d], or one for each weight [num, d, d].
+        S_star: [d, d] or [num, d, d]; None in mode "official" with `per_concept`.
+        lam: weight of the old projection, above 0; or one for each weight.
+        relevance: at least 0 (robust, gate: 1 is a fully relevant row); one number, or one for each row (a tensor of all rows, or a
+            list of one for each weight). None: 1.
+        R: symmetric, positive semidefinite, as S: directions to hold on to. gamma: its weight, at least 0, or one for each weight.
+        eta: what R holds on to: eta W0; 1 the old projection, 0 nothing, as always in mode "paper".
+        projector: [d, m], columns that span what P projects on; mode "official" only.
+        mode: see above.
+        per_concept: mode "official" only: (mask [rows, m], anchors [m, T, d], features [m, T, d]); in place of w0 S* row i has
+            sum_k mask_ik sum_t (w0_i . anchor_kt) feature_kt.
+        traces: also return `SpectralTraces`; modes "robust" only.
+
+    Returns:
+        New weights in the old dtype, a tensor or a list; with `traces` (weights, SpectralTraces).
+
+    Raises:
+        TypeError, ValueError: arguments of another kind, shape, device or range; mode "paper" with S* = 0, whose only solution is
+        W = 0 ("complete forgetting" that forgets everything); S or R not symmetric or (lam I + H) not positive definite.
+
+    Example:
+        >>> S, S_star = ops.token_moments(c), ops.token_moments(c, anchors=c_star)
+        >>> new = ops.spectral_solve(projections, S, S_star, lam=0.5, relevance=ops.informax(projections, pos, neg))
+    """
+    listed, single = matrices(weights)
+    if mode not in MODES:
+        raise ValueError(f"mode: want one of {', '.join(MODES)}; got {mode!r}")
+    if traces and mode != "robust":
+        raise ValueError(f"traces: only mode 'robust' has them, mode is {mode!r}")
+    if mode != "official" and (projector is not None or per_concept is not None):
+        raise ValueError(f"projector, per_concept: only mode 'official' takes them, mode is {mode!r}")
+    if not math.isfinite(eta):
+        raise ValueError(f"eta: want a finite number, got {eta}")
+    if not listed:
+        empty = torch.zeros(0, dtype=torch.float64)
+        return ([], SpectralTraces(empty, empty, empty)) if traces else []
+    num, d, device = len(listed), listed[0].shape[1], listed[0].device
+    heights = [w.shape[0] for w in listed]
+    lams = _numbers("lam", lam, num, above=True)
+    gammas = _numbers("gamma", gamma, num, above=False)
+    S = _symmetric("S", _square("S", S, num, d, device))
+    if S_star is None:
+        if per_concept is None:
+            raise TypeError("S_star: want a tensor; None goes with per_concept")
+        S_star = torch.zeros(d, d, dtype=torch.float64, device=device)
+    elif per_concept is not None:
+        raise ValueError("S_star: want None where per_concept says what the tokens become")
+    else:
+        S_star = _square("S_star", S_star, num, d, device)
+    if R is not None:
+        R = _symmetric("R", _square("R", R, num, d, device))
+    if mode == "paper":
+        eta = 0.0
+    if mode == "paper" and not bool(S_star.any()):
+        raise ValueError(
+            "S_star: 0 makes eq. 9, B W + W A = 0, whose only solution is W = 0: every concept would be erased. Give anchors, or use "
+            "mode 'robust', which holds on to the old projections"
+        )
+    wide = any(w.dtype == torch.float64 for w in listed)
+    dtype = torch.float64 if wide else torch.float32
+    like = torch.empty(0, dtype=dtype, device=device)
+    alpha = _rows(relevance, heights, like)
+    concepts = None
+    if projector is not None:
+        if projector.dim() != 2 or projector.shape[0] != d or projector.device != device:
+            raise ValueError(f"projector: want [{d}, m] on {device}, got {list(projector.shape)} on {projector.device}")
+        concepts = reference.span(projector.detach())
+    masked = None if per_concept is None else _masked(per_concept, sum(heights), d)
+    # Mode official is products alone, whatever the backend.
+    beyond = {"triton": "weights are float64; the kernel takes up to float32"} if wide and mode != "official" else None
+    backend = _backend.resolve(_SOLVE, device, beyond)
+    outs: list[Tensor] = []
+    found: list[Tensor] = []
+    for low, high in _groups(num, lams, gammas if R is not None else [0.0] * num, S, S_star, R, mode):
+        at, to = sum(heights[:low]), sum(heights[:high])
+        H, star = (t if t.dim() == 2 else t[low] for t in (S, S_star))
+        if R is not None and gammas[low]:
+            held = R if R.dim() == 2 else R[low]
+            H, star = H + gammas[low] * held, star + gammas[low] * eta * held
+        part = alpha[at:to] if alpha is not None else None
+        rows = heights[low:high]
+        stacked = torch.cat([w.detach().to(dtype) for w in listed[low:high]])
+        try:
+            if mode == "official":
+                ones = part if part is not None else torch.ones(to - at, dtype=dtype, device=device)
+                basis = concepts if concepts is not None else H.new_zeros(d, 0)
+                mine = None if masked is None else (masked[0][at:to], *masked[1:])
+                target = star if masked is None or bool(star.any()) else None
+                new = reference.projected(stacked, H, lams[low], basis, ones, target, mine)
+            else:
+                new, sums = _rotated(backend, stacked, H, star, lams[low:high], rows, part, mode, traces)
+                if sums is not None:
+                    found += [s.sum(0) for s in sums.split(rows)]
+        except torch.linalg.LinAlgError as error:
+            raise ValueError(f"S, R: lam I + S + gamma R is not positive definite ({error})") from None
+        outs += [n.to(w.dtype) for n, w in zip(new.split(rows), listed[low:high])]
+    result: Any = outs[0] if single else outs
+    if not traces:
+        return result
+    table = torch.stack(found)
+    return result, SpectralTraces(table[:, 2], table[:, 1], table[:, 0])
+
+
+def _groups(
+    num: int, lams: list[float], gammas: list[float], S: Tensor, S_star: Tensor, R: Tensor | None, mode: str
+) -> list[tuple[int, int]]:
+    """Runs of weights that share their matrices: all of them, unless something is given for each weight."""
+    if any(t is not None and t.dim() == 3 for t in (S, S_star, R)):
+        return [(i, i + 1) for i in range(num)]
+    # A lam of its own is a column of the division; the Cholesky factor of `official` and `gate` has one lam.
+    key: list[Any] = list(zip(gammas, lams)) if mode in ("official", "gate") else list(gammas)
+    starts = [i for i in range(num) if i == 0 or key[i] != key[i - 1]]
+    return list(zip(starts, [*starts[1:], num]))
+
+
+def _rotated(
+    backend: str, stacked: Tensor, H: Tensor, star: Tensor, lams: list[float], rows: list[int], alpha: Tensor | None,
+    mode: str, traces: bool,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """Modes robust, gate and paper; all that is as large as the model is a call of `maths`."""
+    maths: Any = reference
+    if backend == "triton":
+        from fastunlearn.kernels import spectral as kernels
+
+        maths = kernels
+    dtype = stacked.dtype
+    if mode == "gate" or (mode == "robust" and alpha is None and not traces and len(set(lams)) == 1):
+        D = reference.shared_factor(H, H - star, lams[0])
+        return maths.subtract_product(stacked, D.to(dtype), alpha), None
+    values, Q = torch.linalg.eigh(H)
+    values = values.clamp_min(0).to(dtype)
+    each = torch.tensor(lams, dtype=dtype).repeat_interleave(torch.tensor(rows)).to(stacked.device)
+    ones = torch.ones_like(each)
+    alpha = ones if alpha is None else alpha
+    if mode == "paper":
+        E, _ = maths.rotate(stacked, (star @ Q).to(dtype), values, each + alpha, ones, False)
+        return maths.rotate_back(None, E, Q.to(dtype)), None
+    E, sums = maths.rotate(stacked, ((H - star) @ Q).to(dtype), values, each, alpha, traces)
+    return maths.rotate_back(stacked, E, Q.to(dtype)), sums
+
+
+# The trace as a loss. What torch.compile sees is this op, too: W A is kept for the backward, which is then no product.
+@torch.library.custom_op("fastunlearn::spectral_trace", mutates_args=())
+def _trace_op(weights: Sequence[Tensor], A: Tensor) -> tuple[Tensor, list[Tensor]]:
+    _backend.resolve(_TRACE, A.device)
+    return reference.spectral_trace(list(weights), A)
+
+
+@_trace_op.register_fake
+def _(weights: Sequence[Tensor], A: Tensor) -> tuple[Tensor, list[Tensor]]:
+    return A.new_empty(len(weights)), [torch.empty_like(w, memory_format=torch.contiguous_format) for w in weights]
+
+
+def _keep(ctx: Any, inputs: Any, output: Any) -> None:
+    ctx.save_for_backward(*output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, grad: Tensor | None, _: Any) -> Any:
+    if grad is None:
+        return [None] * len(ctx.saved_tensors), None
+    return [2 * g * product for g, product in zip(grad, ctx.saved_tensors)], None
+
+
+_trace_op.register_autograd(_backward, setup_context=_keep)
+
+
+def spectral_trace(weights: Tensor | Sequence[Tensor], A: Tensor) -> Tensor:
+    """ScaPre's spectral trace tr(W A W^T) of each weight (arXiv 2601.06162, eq. 3): a loss; its gradient is 2 W A.
+
+    With A = S, the second moment of text features, it is the squared output of the projections on that text: a regulariser for any
+    training loop.
+
+    Args:
+        weights: [rows, d] each, one or a list.
+        A: [d, d], or one for each weight [num, d, d]; of it the symmetric part counts. A constant: it gets no gradient.
+
+    Returns:
+        [num] in the widest of the dtypes; differentiable once.
+
+    Raises:
+        TypeError, ValueError: no matrices, shapes or devices that differ, an A that wants a gradient.
+
+    Example:
+        >>> loss = loss + 1e-3 * ops.spectral_trace([layer.to_k.weight for layer in attention], S).sum()
+    """
+    listed, _ = matrices(weights)
+    if not isinstance(A, Tensor) or not A.is_floating_point():
+        raise TypeError(f"A: want a floating tensor, got {type(A).__name__}")
+    if A.requires_grad:
+        raise ValueError("A: wants a gradient, but is a constant here; detach it")
+    if not listed:
+        return A.new_zeros(0)
+    num, d = len(listed), listed[0].shape[1]
+    if A.shape not in ((d, d), (num, d, d)):
+        raise ValueError(f"A: want [{d}, {d}], or one for each weight [{num}, {d}, {d}]; got {list(A.shape)}")
+    if A.device != listed[0].device:
+        raise ValueError(f"A: on {A.device}, the weights are on {listed[0].device}")
+    dtype = A.dtype
+    for w in listed:
+        dtype = torch.promote_types(dtype, w.dtype)
+    A = ((A + A.mT) / 2).to(dtype)
+    return _trace_op([w.to(dtype) for w in listed], A)[0]

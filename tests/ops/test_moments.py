@@ -1,0 +1,87 @@
+"""Token moments: sums by hand, streaming, weights, what is no token."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fastunlearn import ops
+from fastunlearn.reference import moments as reference
+from tests.proof import OpProof
+
+
+def _case(shape, weighted=False, anchored=False, dtype=torch.float32):
+    def make(device):
+        g = torch.Generator().manual_seed(0)
+        return {
+            "features": torch.randn(shape, generator=g).to(device, dtype),
+            "weights": torch.rand(shape[:-1], generator=g).to(device) if weighted else None,
+            "anchors": torch.randn(shape, generator=g).to(device, dtype) if anchored else None,
+        }
+
+    return make
+
+
+class TestTokenMoments(OpProof):
+    op = "token_moments"
+    exact = False
+    compiled = False
+    eps = 1e-13
+    cases = {
+        "tokens": _case((9, 5)),
+        "prompts": _case((3, 7, 5), weighted=True),
+        "anchors": _case((3, 7, 5), weighted=True, anchored=True),
+        "half": _case((30, 6), anchored=True, dtype=torch.float16),
+        "none": _case((0, 4)),
+    }
+
+    def run(self, args):
+        return ops.token_moments(args["features"], args["weights"], anchors=args["anchors"])
+
+    def oracle(self, args):
+        c = args["features"].double().flatten(0, -2)
+        a = c if args["anchors"] is None else args["anchors"].double().flatten(0, -2)
+        out = torch.zeros(c.shape[1], c.shape[1], dtype=torch.float64)
+        for t in range(len(c)):
+            w = 1.0 if args["weights"] is None else float(args["weights"].flatten()[t])
+            out += w * torch.outer(a[t], c[t])
+        return out
+
+
+def test_streamed_and_in_parts(monkeypatch):
+    c, a, w = torch.randn(50, 6), torch.randn(50, 6), torch.rand(50)
+    want = ops.token_moments(c, w, anchors=a)
+    out = torch.zeros(6, 6, dtype=torch.float64)
+    for part in range(0, 50, 13):
+        at = slice(part, part + 13)
+        assert ops.token_moments(c[at], w[at], out, anchors=a[at]) is out
+    torch.testing.assert_close(out, want)
+    monkeypatch.setattr(reference, "CHUNK", 7)
+    torch.testing.assert_close(ops.token_moments(c, w, anchors=a), want)
+
+
+def test_padding_of_no_weight_does_not_count():
+    c = torch.randn(4, 10, 6)
+    w = torch.ones(4, 10)
+    w[:, 3:] = 0
+    torch.testing.assert_close(ops.token_moments(c, w), ops.token_moments(c[:, :3]))
+
+
+C = torch.randn(3, 4)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "words"),
+    [
+        (lambda: ops.token_moments(C.int()), TypeError, "features: want a floating tensor"),
+        (lambda: ops.token_moments(C[0]), TypeError, "at least two dimensions"),
+        (lambda: ops.token_moments(C * float("inf")), ValueError, "want finite numbers"),
+        (lambda: ops.token_moments(C, torch.ones(4)), ValueError, r"weights: want one for each token, \[3\]"),
+        (lambda: ops.token_moments(C, -torch.ones(3)), ValueError, "weights: want finite numbers of at least 0"),
+        (lambda: ops.token_moments(C, anchors=C[:2]), ValueError, "anchors: want one for each token"),
+        (lambda: ops.token_moments(C, out=torch.zeros(4, 4)), ValueError, "out: want float64"),
+    ],
+)
+def test_bad_input(call, error, words):
+    with pytest.raises(error, match=words):
+        call()
