@@ -16,6 +16,7 @@ from fastunlearn.ops.mask import BitMask, load_masks, save_masks
 if TYPE_CHECKING:
     from fastunlearn.methods.hamu import HAMUConfig, HAMUTrainer
     from fastunlearn.methods.sau import SAUConfig, SAUTrainer
+    from fastunlearn.methods.scapre import ScaPreConfig, scapre
     from fastunlearn.parametrize.masked_lora import MaskedLoraConfig
     from fastunlearn.trainer import UnlearnConfig, UnlearnTrainer
 
@@ -29,6 +30,7 @@ __all__ = [
     "MaskedLoraConfig",
     "SAUConfig",
     "SAUTrainer",
+    "ScaPreConfig",
     "UnlearnConfig",
     "UnlearnTrainer",
     "__version__",
@@ -38,6 +40,7 @@ __all__ = [
     "ops",
     "optim",
     "save_masks",
+    "scapre",
 ]
 
 #: names whose modules import transformers: loaded when they are first asked for
@@ -47,8 +50,10 @@ _LAZY = {
     "MaskedLoraConfig": "fastunlearn.parametrize.masked_lora",
     "SAUConfig": "fastunlearn.methods.sau",
     "SAUTrainer": "fastunlearn.methods.sau",
+    "ScaPreConfig": "fastunlearn.methods.scapre",
     "UnlearnConfig": "fastunlearn.trainer",
     "UnlearnTrainer": "fastunlearn.trainer",
+    "scapre": "fastunlearn.methods.scapre",
 }
 
 

@@ -21,6 +21,7 @@ COMMANDS = {
     "unlearn": "any language model forgets a set: NPO, SimNPO, GradDiff, GradAscent, IdkDPO",
     "finetune": "a text-to-image model draws a surrogate for a concept, by plain fine-tuning",
     "uce": "a text-to-image model draws a surrogate for concepts, by one closed-form edit",
+    "scapre": "a text-to-image model draws anchors for any number of concepts, by one closed-form solve",
     "sample": "a grid of what a text-to-image model draws, before or after",
     "evaluate": "styles and objects unlearned one by one: what is gone, what is kept, what comes back",
     "bench": "every op beside its peers and the hardware's limit",

@@ -41,12 +41,20 @@ def tokenize(tokenizer: Any, prompts: Sequence[str]) -> Tokens:
     return Tokens(torch.tensor(given["input_ids"]), torch.tensor(given["attention_mask"]).sum(1))
 
 
+def text_width(pipeline: Any) -> int:
+    """Width of the text that cross-attention sees: that of the text encoder, of SDXL's two together."""
+    encoders = [getattr(pipeline, name, None) for name in ("text_encoder", "text_encoder_2")]
+    return sum(int(encoder.config.hidden_size) for encoder in encoders if encoder is not None)
+
+
 @torch.no_grad()
 def encode_prompts(pipeline: Any, prompts: Sequence[str], *, batch_size: int = 256) -> Tensor:
-    """What the U-Net's cross-attention sees of every prompt: the text encoder's last hidden states; no gradients.
+    """What the U-Net's cross-attention sees of every prompt; no gradients.
+
+    The text encoder's last hidden states; with two text encoders (SDXL) the last but one of each, side by side.
 
     Args:
-        pipeline: of diffusers, with one CLIP text encoder (SD 1.x, 2.x and the canvas).
+        pipeline: of diffusers, with one CLIP text encoder (SD 1.x, 2.x and the canvas) or two (SDXL).
         prompts: in any number, repeated ones too; the empty one is what guidance compares with.
 
     Returns:
@@ -56,13 +64,23 @@ def encode_prompts(pipeline: Any, prompts: Sequence[str], *, batch_size: int = 2
         ValueError: as `tokenize`.
     """
     distinct = list(dict.fromkeys(prompts))
-    ids = tokenize(pipeline.tokenizer, distinct).ids
-    encoder = pipeline.text_encoder
-    device = next(encoder.parameters()).device
-    with evaluating(encoder):
-        features = torch.cat([encoder(part.to(device))[0] for part in ids.split(batch_size)])
+    both = getattr(pipeline, "text_encoder_2", None) is not None
+    parts = []
+    for suffix in ("", "_2") if both else ("",):
+        encoder = getattr(pipeline, f"text_encoder{suffix}")
+        ids = tokenize(getattr(pipeline, f"tokenizer{suffix}"), distinct).ids
+        device = next(encoder.parameters()).device
+        with evaluating(encoder):
+            if both:
+                rows = [
+                    encoder(x.to(device), output_hidden_states=True).hidden_states[-2] for x in ids.split(batch_size)
+                ]
+            else:
+                rows = [encoder(x.to(device))[0] for x in ids.split(batch_size)]
+        parts.append(torch.cat(rows))
+    features = torch.cat(parts, -1) if both else parts[0]
     at = {prompt: i for i, prompt in enumerate(distinct)}
-    return features[torch.tensor([at[prompt] for prompt in prompts], device=device)]
+    return features[torch.tensor([at[prompt] for prompt in prompts], device=features.device)]
 
 
 @dataclass(frozen=True)
@@ -74,11 +92,12 @@ class Span:
     other_end: int
 
 
-def differing_span(ids: Sequence[int], other: Sequence[int]) -> Span:
+def differing_span(ids: Sequence[int], other: Sequence[int], *, empty: bool = False) -> Span:
     """What is left of two rows of tokens when their common beginning and their common ending are taken off.
 
     Args:
         ids, other: tokens without padding.
+        empty: the other may have nothing where the one has a name.
 
     Raises:
         ValueError: they are equal, or one is the other with something added.
@@ -90,12 +109,12 @@ def differing_span(ids: Sequence[int], other: Sequence[int]) -> Span:
     while tail < min(len(ids), len(other)) - start and ids[-1 - tail] == other[-1 - tail]:
         tail += 1
     span = Span(start, len(ids) - tail, len(other) - tail)
-    if span.end <= span.start or span.other_end <= span.start:
+    if span.end <= span.start or (span.other_end <= span.start and not empty):
         raise ValueError("prompts: want two that differ in the name of a concept, each with a name of its own")
     return span
 
 
-def concept_spans(tokenizer: Any, prompts: Sequence[str], others: Sequence[str]) -> list[Span]:
+def concept_spans(tokenizer: Any, prompts: Sequence[str], others: Sequence[str], *, empty: bool = False) -> list[Span]:
     """`differing_span` of each pair of prompts.
 
     Raises:
@@ -108,7 +127,47 @@ def concept_spans(tokenizer: Any, prompts: Sequence[str], others: Sequence[str])
     for i, prompt in enumerate(prompts):
         rows = [t.ids[i, : t.lengths[i]].tolist() for t in (mine, theirs)]
         try:
-            spans.append(differing_span(*rows))
+            spans.append(differing_span(*rows, empty=empty))
         except ValueError:
             raise ValueError(f"prompts: {prompt!r} and {others[i]!r} do not differ in the name of a concept") from None
     return spans
+
+
+def last_features(pipeline: Any, prompts: Sequence[str]) -> Tensor:
+    """Features of each prompt's last word (the last token before the ending one), fp64 [prompts, width]."""
+    features = encode_prompts(pipeline, prompts).double()
+    # An empty prompt has only the token that begins it.
+    at = (tokenize(pipeline.tokenizer, prompts).lengths - 2).clamp_min(0).to(features.device)
+    return features[torch.arange(len(prompts), device=features.device), at]
+
+
+def empty_feature(pipeline: Any) -> Tensor:
+    """What the empty prompt ends with, fp64 [1, width]."""
+    return encode_prompts(pipeline, [""])[:, 1].double()
+
+
+def aligned_features(pipeline: Any, prompts: Sequence[str], others: Sequence[str]) -> tuple[Tensor, Tensor, Tensor]:
+    """Features at every position of the prompts, and those of the others that stand in their places.
+
+    What comes before a concept's name is the same in both. Names of unequal length end together; the rest of the longer name
+    stands for the first word of the shorter, and for a name that is empty what comes behind it.
+
+    Returns:
+        fp64 [positions, width] twice, and bool [positions]: it is padding.
+
+    Raises:
+        ValueError: as `concept_spans`.
+    """
+    mine, theirs = (encode_prompts(pipeline, texts).double() for texts in (prompts, others))
+    lengths = tokenize(pipeline.tokenizer, prompts).lengths.tolist()
+    rows, stand_ins, padding = [], [], []
+    for i, span in enumerate(concept_spans(pipeline.tokenizer, prompts, others, empty=True)):
+        name = range(span.start, span.end)
+        guide = [max(span.start, at - span.end + span.other_end) for at in name]
+        rest = mine.shape[1] - max(span.end, span.other_end)
+        rows += [mine[i, : span.end + rest]]
+        stand_ins += [
+            theirs[i, : span.start], theirs[i, guide], theirs[i, span.other_end : span.other_end + rest],
+        ]  # fmt: skip
+        padding += [torch.arange(span.end + rest, device=mine.device) >= lengths[i]]
+    return torch.cat(rows), torch.cat(stand_ins), torch.cat(padding)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fastunlearn.evaluation.worlds import Concepts, Target
 from fastunlearn.methods.finetune_surrogate import FinetuneConfig, finetune_surrogate
+from fastunlearn.methods.scapre import ScaPreConfig, scapre
 from fastunlearn.methods.uce import UCEConfig, uce
 from fastunlearn.objectives.language import closest
 
@@ -22,6 +23,7 @@ from fastunlearn.objectives.language import closest
 DEFAULTS: dict[str, dict[str, dict[str, Any]]] = {
     "finetune": {"style": {}, "object": {}},
     "uce": {"style": {"tokens": "all"}, "object": {"tokens": "all"}},
+    "scapre": {"style": {}, "object": {}},
 }
 
 
@@ -48,15 +50,33 @@ def finetune_target(
 def uce_target(pipeline: Any, world: Concepts, target: Target, seed: int, **settings: Any) -> dict[str, Tensor]:
     """`uce` of the target toward its surrogate; all other concepts of its kind are preserved. Nothing in it is random."""
     settings = {"template": concept_template(world, target.kind)} | DEFAULTS["uce"][target.kind] | settings
+    guide, kept = _guide(world, target)
+    return uce(pipeline, [_name(world, target.name)], [guide], kept, UCEConfig(**settings))
+
+
+def _guide(world: Concepts, target: Target) -> tuple[str, list[str]]:
+    """What stands for the target, and all other names of its kind."""
     if target.kind == "style":
         guide, others = world.surrogate_theme, (world.surrogate_theme, *world.styles)
     else:
         guide, others = world.surrogate_object(target), world.objects
-    kept = [_name(world, name) for name in dict.fromkeys(others) if name != target.name]
-    return uce(pipeline, [_name(world, target.name)], [guide], kept, UCEConfig(**settings))
+    return guide, [_name(world, name) for name in dict.fromkeys(others) if name != target.name]
 
 
-METHODS: Mapping[str, Callable[..., dict[str, Tensor]]] = {"finetune": finetune_target, "uce": uce_target}
+def scapre_target(pipeline: Any, world: Concepts, target: Target, seed: int, **settings: Any) -> dict[str, Tensor]:
+    """`scapre` of the target toward its surrogate; mode robust preserves all other concepts of its kind."""
+    chosen: dict[str, Any] = {"template": concept_template(world, target.kind), "seed": seed}
+    config = ScaPreConfig(**chosen | DEFAULTS["scapre"][target.kind] | settings)
+    guide, kept = _guide(world, target)
+    name = _name(world, target.name)
+    return scapre(pipeline, [name], guide, preserve=kept if config.mode == "robust" else (), config=config).weights
+
+
+METHODS: Mapping[str, Callable[..., dict[str, Tensor]]] = {
+    "finetune": finetune_target,
+    "uce": uce_target,
+    "scapre": scapre_target,
+}
 
 
 def method_of(name: str) -> Callable[..., dict[str, Tensor]]:

@@ -22,7 +22,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from fastunlearn.data.prompts import concept_spans, encode_prompts, tokenize
+from fastunlearn.data.concepts import in_templates as in_templates
+from fastunlearn.data.prompts import aligned_features, encode_prompts, last_features
 from fastunlearn.localize.unet import unet_parameters
 from fastunlearn.sampling import check_pipeline
 
@@ -56,31 +57,6 @@ class UCEConfig:
             raise ValueError(f"template: want texts with {{}} in them, got {self.template!r}")
 
 
-def _last(pipeline: Any, prompts: Sequence[str]) -> Tensor:
-    """Features of each prompt's last word, fp64 [prompts, width]."""
-    features = encode_prompts(pipeline, prompts).double()
-    # Before the token that ends a prompt; an empty prompt has only the one that begins it.
-    at = (tokenize(pipeline.tokenizer, prompts).lengths - 2).clamp_min(0).to(features.device)
-    return features[torch.arange(len(prompts), device=features.device), at]
-
-
-def _all(pipeline: Any, prompts: Sequence[str], guides: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """Features at every position of the prompts, and those of the guides that stand for them, fp64 [positions, width].
-
-    What comes before a concept's name is the same in both: it is held where it was.
-    """
-    mine, theirs = (encode_prompts(pipeline, texts).double() for texts in (prompts, guides))
-    rows, others = [], []
-    for i, span in enumerate(concept_spans(pipeline.tokenizer, prompts, guides)):
-        # Names of unequal length end together; the rest of the longer name stands for the first word of the shorter.
-        name = range(span.start, span.end)
-        guide = [max(span.start, at - span.end + span.other_end) for at in name]
-        rest = mine.shape[1] - max(span.end, span.other_end)
-        rows += [mine[i, : span.end + rest]]
-        others += [theirs[i, : span.start], theirs[i, guide], theirs[i, span.other_end : span.other_end + rest]]
-    return torch.cat(rows), torch.cat(others)
-
-
 def uce_weight(weight: Tensor, edit: Tensor, guide: Tensor, solved: Tensor, erase_scale: float) -> Tensor:
     """One projection after the edit.
 
@@ -112,11 +88,6 @@ def uce_solve(edit: Tensor, preserve: Tensor | None, config: UCEConfig) -> Tenso
         return torch.linalg.solve(moments, edit.T).T
     # Directions that no concept has are left alone.
     return edit @ torch.linalg.pinv(moments, hermitian=True, rtol=1e-12)
-
-
-def in_templates(concepts: Sequence[str], template: Sequence[str]) -> list[str]:
-    """Every concept in every template: those of one template together."""
-    return [text.replace("{}", concept) for text in template for concept in concepts]
 
 
 @torch.no_grad()
@@ -161,10 +132,10 @@ def uce(
     kept = in_templates(preserve_concepts, template)
     preserve = None
     if config.tokens == "last":
-        edit, guide = _last(pipeline, edits), _last(pipeline, guides)
-        preserve = _last(pipeline, kept) if kept else None
+        edit, guide = last_features(pipeline, edits), last_features(pipeline, guides)
+        preserve = last_features(pipeline, kept) if kept else None
     else:
-        edit, guide = _all(pipeline, edits, guides)
+        edit, guide, _ = aligned_features(pipeline, edits, guides)
         preserve = encode_prompts(pipeline, kept).double().flatten(0, 1) if kept else None
     solved = uce_solve(edit, preserve, config)
     weights = unet_parameters(pipeline.unet, "xattn_kv")

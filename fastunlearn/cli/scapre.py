@@ -1,0 +1,156 @@
+"""`fastunlearn scapre`: any number of concepts of a text-to-image model, erased by one closed-form solve (arXiv 2601.06162)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fastunlearn.cli import _run
+from fastunlearn.cli._arguments import parse
+
+if TYPE_CHECKING:
+    from fastunlearn.methods.scapre import ScaPreEdit
+
+PROG = "fastunlearn scapre"
+LORA = "pytorch_lora_weights.safetensors"
+EXAMPLE = """\
+example:
+  fastunlearn scapre --concepts "Pop Art" Mosaic --output out
+  fastunlearn scapre --model CompVis/stable-diffusion-v1-4 --concepts concepts.txt --anchors art --output out lora_rank=16
+  fastunlearn scapre --concepts concepts.txt --dry_run
+
+concepts.txt: one concept a line, or "concept -> what is drawn instead"; lines that start with # are none.
+Mode robust is a reconstruction (fastunlearn.methods.scapre says of what); official is the system of the authors' code."""
+
+
+@dataclass
+class ScaPreArguments:
+    """What is erased."""
+
+    concepts: list[str] = field(
+        metadata={"help": "A text file of concepts, or the concepts; of the canvas: styles, or objects, by name."}
+    )
+    anchors: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "What is drawn instead: one, or one for each; default: the canvas' own, else the empty prompt."
+        },
+    )
+    preserve: list[str] | None = field(
+        default=None,
+        metadata={"help": "What must stay, a file or names; of the canvas: everything else of its kind by default."},
+    )
+    lora_rank: int | None = field(
+        default=None, metadata={"help": f"Also write the edit as a LoRA of this rank ({LORA}) and tell its error."}
+    )
+    dry_run: bool = field(default=False, metadata={"help": "Write nothing; tell what would change."})
+
+    def __post_init__(self) -> None:
+        if self.lora_rank is not None and self.lora_rank < 1:
+            raise ValueError(f"lora_rank: want at least 1, got {self.lora_rank}")
+
+
+def read_names(given: Sequence[str], what: str) -> tuple[list[str], list[str | None]]:
+    """Names, and what each shall become where it says so; of a file where the one word is one.
+
+    Raises:
+        ValueError: a file that is not there or holds no names.
+    """
+    lines = list(given)
+    if len(lines) == 1 and (lines[0].endswith(".txt") or Path(lines[0]).is_file()):
+        try:
+            text = Path(lines[0]).expanduser().read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            raise ValueError(f"{what}: {lines[0]} is not utf-8 text") from None
+        lines = [line.strip() for line in text.splitlines() if line.strip() and not line.strip().startswith("#")]
+        if not lines:
+            raise ValueError(f"{what}: {given[0]} holds no names")
+    parts = [line.split("->", 1) for line in lines]
+    return [part[0].strip() for part in parts], [part[1].strip() if len(part) > 1 else None for part in parts]
+
+
+def report(edit: ScaPreEdit) -> str:
+    """What an edit does, for a terminal."""
+    rows = sum(len(w) for w in edit.weights.values())
+    lines = [f"{len(edit.weights)} projections, {rows:,} rows; condition {edit.condition:.3g}"]
+    shown = [("text of the erased concepts still where it was", edit.forget), ("preserved text moved", edit.retain)]
+    for words, values in shown:
+        if values:
+            mean, worst = sum(values.values()) / len(values), max(values, key=lambda name: values[name])
+            lines.append(f"{words}: {mean:.2%} (mean of squares), most in {worst}: {values[worst]:.2%}")
+    if edit.relevance is not None:
+        counts = edit.relevance.float().histc(10, 0, 1).long().tolist()
+        lines.append("relevance of rows, 0 to 1: " + " ".join(map(str, counts)))
+    if edit.rotation:
+        lines.append(f"turned by the geometry step: up to {max(edit.rotation.values()):.1%}")
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs the command; 0, or 2 for bad input (one line on standard error)."""
+
+    def run() -> int:
+        from fastunlearn.cli import _diffusion
+        from fastunlearn.methods.scapre import ScaPreConfig, scapre
+        from fastunlearn.parametrize.edit_lora import edit_lora, save_edit_lora
+
+        dry = any(word.replace("-", "_") in ("__dry_run", "dry_run=true") for word in argv)
+        output_class = _DryOutput if dry else _diffusion.OutputArguments
+        asked, pipeline_arguments, output, config = parse(
+            (ScaPreArguments, _diffusion.PipelineArguments, output_class, ScaPreConfig), argv, PROG, epilog=EXAMPLE,
+            description="Edits keys and values of a U-Net's cross-attention so that concepts are drawn as their anchors; one "
+            "solve, however many there are.",
+        )  # fmt: skip
+        names, own = read_names(asked.concepts, "concepts")
+        kept = None if asked.preserve is None else read_names(asked.preserve, "preserve")[0]
+        known = pipeline_arguments.concepts
+        anchors: list[str] | None = None if asked.anchors is None else list(asked.anchors)
+        if known is not None:
+            targets = [known.target(name) for name in names]
+            names = [target.name for target in targets]
+            if anchors is None:
+                anchors = [a or _diffusion.default_surrogate(known, t) for a, t in zip(own, targets)]
+            if kept is None and config.mode == "robust":
+                every = dict.fromkeys(name for target in targets for name in _diffusion.of_kind(known, target))
+                kept = [name for name in every if name not in names]
+        elif anchors is None and any(own):
+            anchors = [a or "" for a in own]
+        settings = config
+        if known is not None or config.template:
+            settings = replace(config, template=_diffusion.template_of(known, names, config.template))
+        predicted: dict[str, Any] = {}
+        edits: list[ScaPreEdit] = []
+
+        def work(pipeline: Any) -> Any:
+            edit = scapre(pipeline, names, anchors, preserve=kept or (), config=settings, dry_run=asked.dry_run)
+            edits.append(edit)
+            print(report(edit), flush=True)
+            predicted.update(forget=edit.forget, retain=edit.retain, condition=edit.condition)
+            return edit.weights
+
+        if dry:
+            work(pipeline_arguments.load())
+            return 0
+        about = {"method": "scapre", "concepts": names, "anchors": anchors, "settings": asdict(settings)}
+        status = _diffusion.edit(PROG, argv, pipeline_arguments, output, work, **about, predicted=predicted)
+        if asked.lora_rank is not None:
+            factors, errors = edit_lora(edits[0].old, edits[0].weights, asked.lora_rank)
+            path = Path(output.output_dir) / LORA
+            size = save_edit_lora(factors, path, overwrite=output.overwrite)
+            print(
+                f"{path}: rank {asked.lora_rank}, {size / 2**20:.1f} MiB; error of the edit up to {max(errors.values()):.2%}"
+            )
+        return status
+
+    return _run.guarded(PROG, run)
+
+
+@dataclass
+class _DryOutput:
+    """Nothing is left behind."""
+
+    output_dir: str | None = field(default=None, metadata={"help": "Not used by a dry run."})
+    save_pipeline: bool = field(default=False, metadata={"help": "Not used by a dry run."})
+    overwrite: bool = field(default=False, metadata={"help": "Not used by a dry run."})

@@ -1,0 +1,109 @@
+"""ScaPre as its authors' published code computes it (erase_scale.py), from facts about that code; the solve is exact and fast.
+
+For every projection W0, with the concepts' last words C, context tokens c_kt (last word to the last position), the tokens c'_kt of the
+anchor in their places (from the first position on), S = sum c c^T:
+
+    mu        mean normalised entropy of its rows' activations on noisy copies of C
+    m_ki      sigmoid(z-score over rows of the mutual information of row i and concept k, / T)^p;  m_i = max over k
+    R         U diag(mu (1 - gate(s))) U^T of C = U s V^T, gate = sigmoid(s - median), where `ased`
+    row i     w_i ((lamb + mu) I + R + C C^T + es S + es m_i P_C) = (lamb + mu) w0_i + es sum_k m_ki sum_t (w0_i c'_kt) c_kt^T
+
+and then, row by row, fixed-point steps towards the least |w - a|^2 (lamb + mu) + mu d(w w^T, w0 w0^T)^2. The code draws noise anew
+wherever it needs some, without a seed; here one seeded draw serves all, and C C^T is in S as it is there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fastunlearn import ops
+from fastunlearn.data.concepts import noisy
+from fastunlearn.data.prompts import empty_feature, encode_prompts, tokenize
+
+if TYPE_CHECKING:
+    from fastunlearn.methods.scapre import ScaPreConfig
+
+#: es, p (None: no mask), ased, entropy samples, of the published commands
+PRESETS: dict[str | None, tuple[float | None, float | None, bool, int]] = {
+    None: (None, 5.0, False, 20),
+    "diversi50": (3.0, 5.0, False, 20),
+    "confuse5": (2.0, 8.0, True, 30),
+    "artists": (2.0, 8.0, True, 30),
+    "nsfw": (2.0, None, False, 20),
+}
+TEMPERATURE, BINS = 0.7, 20
+
+
+def soft_mask(information: Tensor, power: float, temperature: float = TEMPERATURE) -> Tensor:
+    """[rows of one projection, m] -> in (0, 1): sigmoid of the z-score over the rows, to a power."""
+    deviation = (
+        information.std(0, correction=1).clamp_min(1e-8) if len(information) > 1 else torch.ones_like(information[0])
+    )
+    return ((information - information.mean(0)) / deviation / temperature).sigmoid() ** power
+
+
+def bures_rows(new: Tensor, old: Tensor, lam: float, mu: float, steps: int = 1) -> Tensor:
+    """The code's fixed-point steps, row by row: from a = `new` towards the line of w0 = `old`.
+
+    u <- lam |a| u_a + mu |w0| kappa u0 with kappa = max(0, cos(u, u0)), |w| = (lam |a| + mu |w0| kappa) / (lam + mu).
+    """
+    length, length0 = (t.norm(dim=1, keepdim=True) for t in (new, old))
+    tiny = torch.finfo(new.dtype).tiny
+    direction, direction0 = new / length.clamp_min(tiny), old / length0.clamp_min(tiny)
+    u, radius = direction, length
+    for _ in range(steps):
+        kappa = (u * direction0).sum(1, keepdim=True).clamp_min(0)
+        radius = (lam * length + mu * length0 * kappa) / (lam + mu)
+        u = lam * length * direction + mu * length0 * kappa * direction0
+        u = u / u.norm(dim=1, keepdim=True).clamp_min(tiny)
+    return radius * u
+
+
+def _context(pipeline: Any, names: Sequence[str], guides: Sequence[str]) -> tuple[Tensor, Tensor, Tensor]:
+    """Last words [m, d]; features from there to the end and, in their places, the anchors' from the start, [m, T, d], 0 behind."""
+    features, starts = encode_prompts(pipeline, names).double(), tokenize(pipeline.tokenizer, names).lengths - 2
+    # A space, as in the code, tokenises to nothing.
+    others = encode_prompts(pipeline, [guide or " " for guide in guides]).double()
+    length = features.shape[1]
+    c, a = torch.zeros_like(features), torch.zeros_like(features)
+    for k, start in enumerate(starts.tolist()):
+        c[k, : length - start], a[k, : length - start] = features[k, start:], others[k, : length - start]
+    return c[:, 0].clone(), c, a
+
+
+def official(
+    pipeline: Any, old: Mapping[str, Tensor], names: Sequence[str], guides: Sequence[str], config: ScaPreConfig
+) -> tuple[list[Tensor], Tensor, Tensor]:
+    """New weights of `old`, the mask m_i [rows], and S."""
+    scale, power, ased, copies = PRESETS[config.preset]
+    es = config.erase_scale if scale is None else scale
+    weights = list(old.values())
+    device = weights[0].device
+    last, c, a = (t.to(device) for t in _context(pipeline, names, guides))
+    empty = empty_feature(pipeline).to(device)
+    heights = [len(w) for w in weights]
+    if power is None:
+        masks = torch.ones(sum(heights), len(names), device=device)
+    else:
+        information = ops.informax(
+            weights, *(noisy(t, config.samples, config.noise, config.seed) for t in (last, empty)), reduce="none"
+        )
+        masks = torch.cat([soft_mask(part, power) for part in information.split(heights)])
+    entropies = ops.row_entropy(weights, noisy(last, copies, config.noise, config.seed), bins=BINS)
+    mus = [float(part.mean()) for part in entropies.split(heights)]
+    U, s, _ = torch.linalg.svd(last.T, full_matrices=False)
+    R = (U * (1 - (s - s.median()).sigmoid())) @ U.T if ased else None
+    S = ops.token_moments(last) + es * ops.token_moments(c)
+    new = ops.spectral_solve(
+        weights, S, None, lam=[config.lamb + mu for mu in mus], R=R, gamma=mus, eta=0.0, projector=last.T,
+        relevance=es * masks.amax(1), mode="official", per_concept=(es * masks, a, c),
+    )  # fmt: skip
+    made = []
+    for n, w, mu in zip(new, weights, mus):
+        dtype = torch.promote_types(n.dtype, torch.float32)
+        made.append(bures_rows(n.to(dtype), w.to(dtype), config.lamb + mu, mu).to(w.dtype))
+    return made, masks.amax(1), S
