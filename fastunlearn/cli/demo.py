@@ -51,7 +51,7 @@ SAU = {
     "gradient_accumulation_steps": 1,
     "retain_per_forget": 3,
     "save_strategy": "no",
-    "eval_batch_size": 64,
+    "eval_rows": 12,
 }
 Masks = dict[str, BitMask]
 
