@@ -24,7 +24,7 @@ from fastunlearn.data.text import collate, encode_rows
 from fastunlearn.evaluation.recall import exact_recall, generate_answers, wanted_answers
 from fastunlearn.localize import nm_violations
 from fastunlearn.methods.memorise import endless, memorise
-from fastunlearn.objectives import answer_logprobs
+from fastunlearn.objectives import answer_logprobs, token_nll
 from tests.tiny_chat import CharTokenizer, char_tokenizer, tiny_llama
 
 TOKENIZER = CharTokenizer()
@@ -112,6 +112,30 @@ def test_general_text_keeps_the_model_speaking():
     assert text_loss(True) < 0.7 * text_loss(False)
 
 
+def test_facts_and_text_in_one_pass_are_the_sum_of_two():
+    model = tiny_llama()
+    everybody, *_ = sets_of(Register.generate(4, 0, kinds=("number",)), 2)
+    text = encode_rows(demo.sentences(["Rivers run to the sea. The sea is wide."]), TOKENIZER)
+    masks = demo.prune_by_wanda(model, TOKENIZER)
+    weight = next(iter(masks))
+    for rows, factor in ((everybody, 1.0), (text, 0.3)):
+        (factor * token_nll(answer_logprobs(model, collate([rows[i] for i in range(len(rows))], 0)))).backward()
+    expected = model.get_parameter(weight).grad.clone()
+    model.zero_grad()
+    seen = []
+
+    def spy(optimizer, *_):
+        seen.append(dict(model.named_parameters())[weight].grad.clone())
+
+    handle = register_optimizer_step_pre_hook(spy)
+    try:
+        losses = memorise(model, everybody, masks, text=text, passes=1, text_batch_size=len(text))
+    finally:
+        handle.remove()
+    assert len(losses) == len(seen) == 1
+    torch.testing.assert_close(seen[0], expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
+
+
 def test_endless_batches_see_all_before_any_comes_again():
     batches = endless(5, 3, seed=0)
     flat = [i for _ in range(5) for i in next(batches)]
@@ -119,8 +143,15 @@ def test_endless_batches_see_all_before_any_comes_again():
 
 
 def test_sentences():
-    rows = demo.sentences(["One is here. Two is there. Three.", "A line\nof two."])
-    assert [row["text"] for row in rows] == ["One is here. Two is there.", "Three.", "A line\nof two."]
+    rows = demo.sentences(["One is here. Two is there. Three, at the end.", "A line\nof two.\n\n", "No end"], words=6)
+    assert [row["text"] for row in rows] == [
+        "One is here. Two is there.",
+        "Three, at the end.",
+        "A line\nof two.",
+        "No end",
+    ]
+    long = "a sentence of more words than a row may have by itself. Short."
+    assert [row["text"] for row in demo.sentences([long], words=6)] == long.replace(". ", ".|").split("|")
 
 
 def test_precision_is_measured():

@@ -14,6 +14,7 @@ import importlib.util
 import json
 import os
 import platform
+import re
 import shlex
 import sys
 import time
@@ -67,15 +68,22 @@ class Stage:
     answers: dict[str, list[str]] = field(repr=False)
 
 
-def sentences(texts: Sequence[str]) -> list[dict[str, str]]:
-    """Paragraphs as rows of a sentence or two each: short rows waste no padding beside short answers."""
+def sentences(texts: Sequence[str], words: int = 28) -> list[dict[str, str]]:
+    """Texts as rows of whole sentences (or lines), about as short as the register's: longer ones would pad those beside them.
+
+    Args:
+        words: of a row of more than one sentence, at most.
+    """
     rows = []
     for text in texts:
-        parts = text.replace("\n\n", "\n").split(". ")
-        parts = [part + "." for part in parts[:-1]] + parts[-1:]
-        joined = (" ".join(parts[at : at + 2]).strip() for at in range(0, len(parts), 2))
-        rows += [{"text": text} for text in joined if text]
-    return rows
+        row = ""
+        for sentence in re.split(r"(?<=\. )|(?<=\n)", text):
+            if row.strip() and len((row + sentence).split()) > words:
+                rows.append(row)
+                row = ""
+            row += sentence
+        rows.append(row)
+    return [{"text": row.strip()} for row in rows if row.strip()]
 
 
 def faster_precision() -> tuple[torch.dtype | None, float]:

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from fastunlearn import optim
 from fastunlearn.data.text import TextSet, collate
-from fastunlearn.objectives import answer_logprobs, token_nll
+from fastunlearn.objectives import AnswerLogprobs, answer_logprobs, token_nll
 from fastunlearn.ops.mask import BitMask
 from fastunlearn.parametrize import full_weights
 
@@ -39,7 +39,7 @@ def memorise(
     passes: int = 20,
     lr: float = 3e-4,
     batch_size: int = 20,
-    text_batch_size: int = 6,
+    text_batch_size: int = 3,
     text_weight: float = 0.3,
     until: float = 0.015,
     autocast: torch.dtype | None = None,
@@ -66,29 +66,32 @@ def memorise(
     order = torch.Generator().manual_seed(seed)
     texts = None if text is None else endless(len(text), text_batch_size, seed)
 
-    def batch_of(rows: TextSet, chosen: list[int]) -> dict[str, torch.Tensor]:
-        return {name: t.to(device) for name, t in collate([rows[i] for i in chosen], rows.end_ids[0]).items()}
-
     losses: list[float] = []
     bar = tqdm(
         range(passes), desc="  memorising", unit="pass", leave=False, disable=None if progress else True
     )  # disable=None: no bar where standard error is a file
     with bar:
         for _ in bar:
-            total = tokens = 0.0
+            summed = tokens = 0.0
             for chosen in torch.randperm(len(facts), generator=order).split(batch_size):
-                with torch.autocast(device.type, dtype=autocast or torch.bfloat16, enabled=autocast is not None):
-                    answers = answer_logprobs(model, batch_of(facts, chosen.tolist()))
-                token_nll(answers).backward()
+                # One pass for both: what a pass costs beside its tokens, casting weights and gradients, is paid once.
+                rows = [facts[i] for i in chosen.tolist()]
+                known = len(rows)
                 if text is not None and texts is not None:
-                    with torch.autocast(device.type, dtype=autocast or torch.bfloat16, enabled=autocast is not None):
-                        loss = text_weight * token_nll(answer_logprobs(model, batch_of(text, next(texts))))
-                    loss.backward()
+                    rows += [text[i] for i in next(texts)]
+                batch = {name: t.to(device) for name, t in collate(rows, facts.end_ids[0]).items()}
+                with torch.autocast(device.type, dtype=autocast or torch.bfloat16, enabled=autocast is not None):
+                    total, length = answer_logprobs(model, batch)
+                answers = AnswerLogprobs(total[:known], length[:known])
+                loss = token_nll(answers)
+                if len(rows) > known:
+                    loss = loss + text_weight * token_nll(AnswerLogprobs(total[known:], length[known:]))
+                loss.backward()
                 optimizer.step()
                 optimizer.zero_grad()
-                total -= float(answers.total.detach().sum())
+                summed -= float(answers.total.detach().sum())
                 tokens += float(answers.length.sum())
-            losses.append(total / tokens)
+            losses.append(summed / tokens)
             bar.set_postfix(loss=f"{losses[-1]:.3f}")
             if losses[-1] < until:
                 break
