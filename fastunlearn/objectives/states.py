@@ -91,7 +91,7 @@ def _attention(model: Any, batch: Mapping[str, Tensor]) -> AbstractContextManage
     ids = batch["input_ids"]
     if ids.device.type != "cpu" or not torch.is_grad_enabled() or ids.shape[-1] > _SHORT:
         return nullcontext()
-    if getattr(unwrapped(model), "is_gradient_checkpointing", False):
+    if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
         return nullcontext()  # the second forward pass would not know of this one's choice
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else next(model.parameters()).dtype
     return sdpa_kernel(SDPBackend.MATH) if dtype == torch.bfloat16 else nullcontext()
