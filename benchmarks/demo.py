@@ -46,7 +46,7 @@ def run(seeds: Sequence[int]) -> dict[str, Any]:
     Raises:
         RuntimeError: a run failed or missed its targets.
     """
-    rows, violations = [], 0
+    rows, violations, seconds = [], 0, []
     for seed in seeds:
         with tempfile.TemporaryDirectory() as folder:
             out = Path(folder) / "demo.json"
@@ -57,6 +57,7 @@ def run(seeds: Sequence[int]) -> dict[str, Any]:
                 raise RuntimeError(f"fastunlearn demo --seed {seed} ended with {done.returncode}")
             result = json.loads(out.read_text())
         violations += len(result["violations"])
+        seconds.append(round(sum(result["seconds"].values())))
         rows += rows_of(seed, result)
     facts = machine.meta(torch.device("cpu"))
     meta = {
@@ -64,6 +65,7 @@ def run(seeds: Sequence[int]) -> dict[str, Any]:
         "machine": facts["device"],
         "torch": facts["torch"],
         "weights outside the 2:4 pattern": violations,
+        "seconds in all": ", ".join(map(str, seconds)),
         "commit": facts["commit"],
         "date": facts["date"],
     }
