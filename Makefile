@@ -1,6 +1,6 @@
 # The manual. `make demo` and `make test` need python3.11 and a C++ compiler, nothing else.
 #
-#   make demo         a real language model memorises sixty people and forgets six, three to five minutes on two cores
+#   make demo         a real language model memorises sixty people and forgets six, in about four minutes on two cores
 #   make test         the whole test suite
 #   make lint         ruff, clang-format, mypy
 #   make fuzz         the property tests with 10,000 cases an op
