@@ -52,6 +52,14 @@ GRID: dict[str, list[dict[str, Any]]] = {
         {"tokens": "all", "lamb": 0.1, "preserve_scale": 0.1},
         {"tokens": "all", "lamb": 0.1, "preserve_scale": 0.0},
     ],
+    "scapre": [
+        {"lamb": 0.1},
+        {"lamb": 0.1, "gamma": 0.1},
+        {"lamb": 0.1, "gamma": 1.0},
+        {"lamb": 0.1, "geometry": 0.3},
+        {"lamb": 0.1, "relevance": "gaussian"},
+        {"lamb": 0.1, "padding_weight": 0.1},
+    ],
 }
 TUNING_SETTINGS = AnswerSettings(seeds=(11, 12), thin=4, bf16=True)
 TUNING_TARGETS = {"styles": 1, "objects": 1}

@@ -13,6 +13,7 @@ from benchmarks import canvas, tables
 from fastunlearn.evaluation.canvas import AnswerSettings
 from fastunlearn.methods.finetune_surrogate import FinetuneConfig
 from fastunlearn.methods.recipes import DEFAULTS, METHODS, concept_template, method_of
+from fastunlearn.methods.scapre import ScaPreConfig
 from fastunlearn.methods.uce import UCEConfig
 
 
@@ -25,7 +26,7 @@ def tiny(monkeypatch):
 def test_every_method_has_as_many_trials():
     assert set(canvas.GRID) == set(METHODS)
     assert len({len(trials) for trials in canvas.GRID.values()}) == 1
-    for name, kind in (("finetune", FinetuneConfig), ("uce", UCEConfig)):
+    for name, kind in (("finetune", FinetuneConfig), ("uce", UCEConfig), ("scapre", ScaPreConfig)):
         for settings in (*canvas.GRID[name], *DEFAULTS[name].values()):
             kind(**settings)
         assert len({json.dumps(trial, sort_keys=True) for trial in canvas.GRID[name]}) == len(canvas.GRID[name])

@@ -2,8 +2,8 @@
 
     METHODS["uce"](pipeline, world, target, seed, **settings) -> weights to keep
 
-changes the pipeline in place, as `fastunlearn.evaluation.canvas.evaluate` wants it. The settings in `DEFAULTS` were chosen on the
-canvas, on targets that no published table holds (benchmarks/results/quality/canvas_tuning.json has every trial).
+changes the pipeline in place, as `fastunlearn.evaluation.canvas.evaluate` wants it. The settings in `DEFAULTS` are to be those
+that `python -m benchmarks.canvas tune` finds best on targets that no table holds; until that has run they are the methods' own.
 """
 
 from __future__ import annotations
