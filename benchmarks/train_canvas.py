@@ -4,7 +4,7 @@
 
 Five parts, each saved in the work folder and skipped when it is there: pictures, tokenizer, classifiers, autoencoder, denoiser (which
 goes on from its last checkpoint). At the end the pipeline (bf16) and the classifiers (fp16) go to fastunlearn/assets; then
-`python -m benchmarks quality canvas_pipeline` measures them. Two cores need a bit more than an hour, a GPU minutes.
+`python -m benchmarks quality canvas_pipeline` measures them. Two cores need more than an hour.
 """
 
 from __future__ import annotations
