@@ -18,7 +18,8 @@ PACKAGE = ROOT / "fastunlearn"
 LAYERS = [
     {"cli"},
     {"methods"},
-    {"trainer"},
+    {"trainer", "diffusion_trainer"},
+    {"two_terms"},
     {"checkpoint", "localize", "objectives", "updates", "parametrize", "optim", "data", "evaluation", "report"},
     {"ops"},
     {"reference", "kernels", "_C", "_native", "_backend", "_version"},

@@ -1,0 +1,853 @@
+"""A trainer whose loss has two terms, one for what is forgotten and one for what is kept; it knows nothing of what the data are.
+
+A step runs forward and backward on the forget part of a batch, then on its retain part: only one of the two graphs is ever in memory.
+How the two gradients become one step is the update's (`fastunlearn.updates`), which weights may move is the masks' (`fastunlearn.localize`).
+Logging, accumulation, resuming, mixed precision and distribution are those of transformers' Trainer.
+
+`fastunlearn.trainer` makes of it the trainer of language models, `fastunlearn.diffusion_trainer` that of text-to-image models.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import shutil
+import sys
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import Trainer, TrainingArguments
+from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerCallback
+
+from fastunlearn import ops, optim
+from fastunlearn._modes import evaluating
+from fastunlearn.checkpoint import claim_output, disk_full
+from fastunlearn.data.pairs import PairedSampler, PairedSet
+from fastunlearn.localize.choose import saliency_masks
+from fastunlearn.objectives.language import closest
+from fastunlearn.ops.mask import BitMask, load_masks, save_masks
+from fastunlearn.updates import Update, make_update
+from fastunlearn.updates.hamu import CertificateLog, Hamu
+
+#: masks of what the optimiser moves, in a checkpoint to resume from
+MOVABLE = "movable.safetensors"
+#: hashes of the data of a run, in a checkpoint to resume from
+DATA_FILE = "data.json"
+STATE_FILE = "trainer_state.json"
+#: what an update keeps from step to step, in a checkpoint to resume from
+UPDATE_FILE = "update.safetensors"
+LOCALIZE = ("all", "saliency")
+_ADAMW = {"adamw_torch", "adamw_torch_fused"}
+
+
+class DivergenceError(ArithmeticError):
+    """The loss, a gradient or a weight is no longer finite; the message names the step and the rows."""
+
+
+@dataclass
+class TwoTermConfig(TrainingArguments):
+    """Arguments of `TwoTermTrainer`: transformers' TrainingArguments and what no kind of data changes.
+
+    An epoch is one pass over the forget set; per_device_train_batch_size counts forget rows.
+    """
+
+    learning_rate: float = field(default=1e-5, metadata={"help": "Peak learning rate."})
+    weight_decay: float = field(default=0.01, metadata={"help": "Decoupled weight decay (not on biases and norms)."})
+    num_train_epochs: float = field(default=10.0, metadata={"help": "Passes over the forget set."})
+    per_device_train_batch_size: int = field(default=8, metadata={"help": "Forget rows of one forward pass."})
+    gradient_accumulation_steps: int = field(default=4, metadata={"help": "Forward passes of one step."})
+    logging_steps: float = field(default=1, metadata={"help": "Steps between two lines of the log."})
+    save_strategy: str = field(default="epoch", metadata={"help": "When to save a checkpoint: no, steps, epoch."})
+    save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints that are kept."})
+    warmup_epochs: float = field(
+        default=1.0, metadata={"help": "Epochs of linear warm-up, unless warmup_steps is given."}
+    )
+    update: str = field(
+        default="sum", metadata={"help": "How the two gradients become one: sum, hamu-q, hamu-u, pcgrad or gru."}
+    )
+    hamu_share: float | None = field(
+        default=None,
+        metadata={
+            "help": "Q (hamu-u: U) of a step as a share of the most its trust ball holds (0.5 unless ratio or q is given)."
+        },
+    )
+    hamu_ratio: float | None = field(
+        default=None, metadata={"help": "Q (U) / learning_rate, of clipped gradients, as in the paper (0.5 there)."}
+    )
+    hamu_q: float | None = field(default=None, metadata={"help": "Q (U) of a step."})
+    hamu_scope: str = field(
+        default="tensor", metadata={"help": "A trust ball for every tensor, or one: tensor, global."}
+    )
+    hamu_allocation: str | None = field(
+        default=None, metadata={"help": "Of Q to tensors: norms (the paper's), joint (the best); joint for groups."}
+    )
+    hamu_rule: str = field(default="exact", metadata={"help": "When a step is flagged: exact, or paper (sufficient)."})
+    hamu_base: str = field(
+        default="sgd", metadata={"help": "What takes the step: sgd; adamw passes it on, and the guarantee is void."}
+    )
+    on_flag: str = field(
+        default="log",
+        metadata={"help": "Where retain damage cannot be avoided: log, stop, or backtrack (halve steps)."},
+    )
+    on_infeasible: str = field(
+        default="stop",
+        metadata={"help": "Where a trust ball does not hold Q: stop, error, or largest (as much as it holds)."},
+    )
+    retain_groups: str | None = field(
+        default=None, metadata={"help": "Column of the retain rows that names their group: HAMU keeps each by itself."}
+    )
+    retain_budgets: list[float] | None = field(
+        default=None, metadata={"help": "By how much the loss of each retain group may grow in a step."}
+    )
+    certificate_every: int = field(
+        default=10, metadata={"help": "Steps between two checks of a certificate against the losses; 0: none."}
+    )
+    gru_ema: float = field(default=0.8, metadata={"help": "Share of the new gradient in update=gru's retain mean."})
+    localize: str = field(
+        default="all",
+        metadata={"help": "Which weights may move: all (that the masks of a pruned model leave), or saliency."},
+    )
+    saliency_density: float = field(
+        default=0.05, metadata={"help": "Share of weights that localize=saliency lets move."}
+    )
+    trainable_params_regex: list[str] | None = field(
+        default=None, metadata={"help": "Only parameters whose whole name one of these matches may move."}
+    )
+    retain_per_forget: int = field(default=1, metadata={"help": "Retain rows for each forget row of a batch."})
+    stochastic_rounding: bool = field(
+        default=True, metadata={"help": "Round bf16 weights at random: steps below a bf16 place are not lost."}
+    )
+    master_weights: bool = field(default=False, metadata={"help": "Keep fp32 copies of 16-bit weights that may move."})
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Write into a folder that holds something already."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            update = make_update(self.update, self)
+        self._check_update(update)
+        if self.localize not in LOCALIZE:
+            raise ValueError(f"localize: {self.localize!r} is unknown; {closest(str(self.localize), list(LOCALIZE))}")
+        if not 0 < self.saliency_density <= 1:
+            raise ValueError(f"saliency_density: want a number in (0, 1], got {self.saliency_density}")
+        if self.retain_per_forget < 1:
+            raise ValueError(f"retain_per_forget: want at least 1, got {self.retain_per_forget}")
+        if self.warmup_epochs < 0:
+            raise ValueError(f"warmup_epochs: want a number >= 0, got {self.warmup_epochs}")
+        # The Trainer would drop the columns it does not know: all of ours.
+        self.remove_unused_columns = False
+
+    def missing_retain_term(self) -> str | None:
+        """None where the loss has a retain term; else what has none and how it gets one, for an error."""
+        raise NotImplementedError
+
+    def _check_update(self, update: Update) -> None:
+        if self.certificate_every < 0:
+            raise ValueError(f"certificate_every: want a number >= 0, got {self.certificate_every}")
+        missing = self.missing_retain_term()
+        if update.separate and missing is not None:
+            raise ValueError(f"update: {self.update} needs a retain term; {missing}")
+        hamu = self.update.startswith("hamu")
+        for name in ("retain_groups", "retain_budgets"):
+            if getattr(self, name) is not None and not hamu:
+                raise ValueError(f"{name}: is for update=hamu-q and hamu-u, not {self.update}")
+        if hamu and self.fp16:
+            raise ValueError(f"fp16: update={self.update} computes with gradients that no scaler has touched; use bf16")
+        if update.takes_step and self.master_weights:
+            raise ValueError(f"master_weights: update={self.update} rounds bf16 weights at random instead")
+
+
+class TwoTermTrainer(Trainer):
+    """Minimises forget_factor * forget_term + retain_factor * retain_term, or what an update makes of their gradients.
+
+    Args:
+        model: what trains; parameters that may not move are frozen already.
+        args: a `TwoTermConfig`.
+        pair: the forget set, the retain set (or None) and what belongs to them.
+        collator: items of `pair` -> {"forget": batch, "retain": batch, ...}, every batch with its rows' numbers in "index".
+        masks: parameter name -> BitMask of the entries that may move.
+        processing_class, callbacks, optimizers: as in Trainer.
+
+    A subclass says what the terms are (`forget_term`, `retain_term`, their factors), what a run's data are by hash
+    (`data_digests`) and how the model is written (`save_model`).
+    """
+
+    args: TwoTermConfig
+    model: Any
+    train_dataset: Any
+    processing_class: Any
+    optimizer: Any
+    #: whether parameters without a mask train too, where there are masks
+    train_unmasked = False
+    #: of the retain rows, where they are kept group by group (HAMU)
+    group_names: Sequence[str] = ()
+    _group_of: list[int] | None = None
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: TwoTermConfig,
+        pair: PairedSet,
+        collator: Any,
+        *,
+        masks: Mapping[str, BitMask] | None = None,
+        processing_class: Any = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+    ):
+        check_processes(args)
+        self.update: Update = make_update(args.update, args)
+        self.masks: dict[str, BitMask] | None = dict(masks) if masks is not None else None
+        #: what the optimiser moves: the masks, or with localize="saliency" a part of them
+        self.movable = self.masks
+        self._chosen = False
+        self._sums: dict[str, Tensor] = {}
+        self._terms = 0
+        self._step_batches: list[dict[str, Any]] = []
+        self._before: list[float] | None = None
+        self._rows: dict[str, list[int]] = {}
+        self._grad_norm = torch.zeros(())
+        self._max_grad_norm = args.max_grad_norm if args.max_grad_norm and args.max_grad_norm > 0 else None
+        self._sampler: PairedSampler | None = None
+        super().__init__(
+            model=cast(Any, model), args=args, data_collator=collator, train_dataset=pair, processing_class=processing_class,
+            callbacks=callbacks, optimizers=optimizers,
+        )  # fmt: skip
+        # Our losses are means over a batch; the Trainer must not expect a sum over the tokens of a whole step.
+        self.model_accepts_loss_kwargs = False
+        self.add_callback(_EpochOrder(self))
+        self.certificates = CertificateLog(self.output, write=self.is_world_process_zero())
+        if isinstance(self.update, Hamu):
+            self.add_callback(_StopOnFlag(self.update))
+        # transformers' bar does not ask whether it writes to a terminal, and prints every line of the log as a dict.
+        self.remove_callback(ProgressCallback)
+        self.remove_callback(PrinterCallback)
+        if not args.disable_tqdm:
+            self.add_callback(_Progress())
+
+    # ---- what a subclass says ----------------------------------------------------------------------------------------
+
+    @property
+    def forget_factor(self) -> float:
+        """Of the forget term."""
+        raise NotImplementedError
+
+    @property
+    def retain_factor(self) -> float:
+        """Of the retain term."""
+        raise NotImplementedError
+
+    def forget_term(self, model: Any, inputs: Mapping[str, Mapping[str, Tensor]]) -> Tensor:
+        """The forget term of one batch, without its factor."""
+        raise NotImplementedError
+
+    def retain_term(self, model: Any, inputs: Mapping[str, Mapping[str, Tensor]]) -> Tensor:
+        """The retain term of one batch, without its factor."""
+        raise NotImplementedError
+
+    def data_digests(self) -> dict[str, str]:
+        """Hashes of the data of this run, by name."""
+        raise NotImplementedError
+
+    def saliency_loss(self, rows: range) -> Tensor:
+        """The loss of some forget rows whose gradient localize=saliency looks at."""
+        raise NotImplementedError
+
+    def retain_batch(self, rows: Sequence[int]) -> dict[str, Any]:
+        """{"retain": those rows of the retain set}, as a batch has them."""
+        raise NotImplementedError
+
+    def before_training(self, checkpoint: str | None) -> None:
+        """When the output folder is ours, before anything of a checkpoint is read; for methods to override."""
+
+    def set_mode(self, model: Any) -> None:
+        """Before a step: what drops out and what does not."""
+        model.train()
+
+    # ---- data -------------------------------------------------------------------------------------------------------
+
+    @property
+    def output(self) -> Path:
+        """The output folder."""
+        return Path(str(self.args.output_dir))
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> PairedSampler:
+        pair = self.train_dataset if train_dataset is None else train_dataset
+        retain = 0 if pair.retain is None else len(pair.retain)
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        self._sampler = PairedSampler(len(pair), retain, self.args.retain_per_forget, seed, self._group_of)
+        return self._sampler
+
+    # ---- which weights move -----------------------------------------------------------------------------------------
+
+    def _localize(self) -> None:
+        """Before the first step of a run that is not resumed: masks that need a pass over the forget set."""
+        if self._chosen or self.args.localize != "saliency":
+            return
+        self._chosen = True
+        forget = self.train_dataset.forget
+        size = self.args.per_device_train_batch_size
+        batches = [range(i, min(i + size, len(forget))) for i in range(0, len(forget), size)]
+        with evaluating(self.model):
+            self.movable = saliency_masks(
+                self.model, map(self.saliency_loss, batches), self.args.saliency_density, within=self.masks, total=len(batches)
+            )  # fmt: skip
+
+    def lr_scale(self) -> dict[str, Tensor] | None:
+        """Factors on the learning rate of single entries, by parameter name; None: none. For methods to override."""
+        return None
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        """MaskedAdamW or MaskedSGD over what may move; another `optim` only where nothing is masked."""
+        if self.optimizer is not None:
+            self._check_optimizer(self._masked_optimizer())
+            return self.optimizer
+        args, model = self.args, self.model if model is None else model
+        name = str(getattr(args.optim, "value", args.optim))
+        if not self._own_optimizer():
+            if self.movable:
+                raise ValueError(
+                    f"optim: {name} would move weights that the masks freeze; want adamw_torch or sgd (both masked here)"
+                )
+            return super().create_optimizer(model)
+        scales = self.lr_scale() or {}
+        if isinstance(self.update, Hamu) and self.update.takes_step:
+            if scales:
+                raise ValueError(
+                    f"update: {self.args.update} cannot take factors on single entries: they void its guarantee"
+                )
+            trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+            self.optimizer = self.update.make_optimizer(trained, self._masks_of(model), args)
+            self.optimizer.register_step_pre_hook(self._before_step)
+            self.optimizer.register_step_post_hook(self._after_step)
+            return self.optimizer
+        decay = set(self.get_decay_parameter_names(model))
+        groups: list[dict[str, Any]] = []
+        for weight_decay, inside in ((args.weight_decay, True), (0.0, False)):
+            named = [(n, p) for n, p in model.named_parameters() if p.requires_grad and (n in decay) == inside]
+            if not named:
+                continue
+            group: dict[str, Any] = {"params": named, "weight_decay": weight_decay}
+            if self.movable:
+                group["masks"] = [self._mask_of(n, p) for n, p in named]
+            if scales:
+                group["lr_scale"] = [scales.get(_plain(n)) for n, _ in named]
+            groups.append(group)
+        common: dict[str, Any] = {
+            "lr": args.learning_rate,
+            "max_grad_norm": self._max_grad_norm,
+            "stochastic_rounding": args.stochastic_rounding,
+            "master_weights": args.master_weights,
+            "seed": args.seed,
+        }
+        if name == "sgd":
+            self.optimizer = optim.MaskedSGD(groups, **common)
+        else:
+            betas = (args.adam_beta1, args.adam_beta2)
+            self.optimizer = optim.MaskedAdamW(groups, betas=betas, eps=args.adam_epsilon, **common)
+        self.optimizer.register_step_post_hook(self._note_grad_norm)
+        return self.optimizer
+
+    def _masks_of(self, model: Any) -> list[BitMask | None]:
+        """For each parameter that trains the entries that may move."""
+        named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+        return [self._mask_of(n, p) if self.movable else None for n, p in named]
+
+    def _mask_of(self, name: str, parameter: Tensor) -> BitMask | None:
+        """A parameter's mask beside it; None: it has none and may move as a whole."""
+        assert self.movable is not None
+        mask = self.movable.get(_plain(name))
+        if mask is None and not self.train_unmasked and self.masks is not None:
+            raise ValueError(
+                f"masks: none is of {name}, and what has no mask is frozen; names of a wrapped model differ?"
+            )
+        return None if mask is None else mask.to(parameter.device)
+
+    def _check_optimizer(self, own: Any) -> None:
+        """A user's optimiser must freeze what the masks freeze."""
+        if not self.movable:
+            return
+        named = {_plain(n): p for n, p in self.model.named_parameters()}
+        wrong = own is None or any(
+            p in own._entries and own._entries[p].slot.count != int(self.movable[n].count())
+            for n, p in named.items()
+            if n in self.movable
+        )
+        if wrong:
+            raise ValueError(
+                "optimizers: would move weights that the masks freeze; want optim.MaskedAdamW or MaskedSGD with these masks, or "
+                "leave the optimiser to the trainer"
+            )
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        if self.lr_scheduler is None and not self.args.warmup_steps and self.args.warmup_epochs:
+            rows = len(self.train_dataset) / max(1, self.args.train_batch_size * self.args.world_size)
+            batches = math.floor(rows) if self.args.dataloader_drop_last else math.ceil(rows)
+            per_epoch = math.ceil(batches / max(1, self.args.gradient_accumulation_steps))
+            steps = min(math.ceil(self.args.warmup_epochs * per_epoch), num_training_steps)
+            with _replaced(self.args, warmup_steps=steps):
+                return super().create_scheduler(num_training_steps, optimizer)
+        return super().create_scheduler(num_training_steps, optimizer)
+
+    # ---- clipping is the optimiser's: the norm of what moves, not of what is frozen ----------------------------------
+
+    def _masked_optimizer(self) -> optim.MaskedAdamW | optim.MaskedSGD | None:
+        inner = getattr(self.optimizer, "optimizer", self.optimizer)
+        return inner if isinstance(inner, (optim.MaskedAdamW, optim.MaskedSGD)) else None
+
+    def _clips_itself(self) -> bool:
+        return self.update.takes_step or self._masked_optimizer() is not None
+
+    def _note_grad_norm(self, optimizer: Any, *_: Any) -> None:
+        if optimizer.grad_norm is not None:
+            self._grad_norm = optimizer.grad_norm.detach()
+
+    def _clip_grad_norm(self, model: Any) -> Any:
+        return None if self._clips_itself() else super()._clip_grad_norm(model)
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        return None if self._clips_itself() else super()._get_grad_norm(model, grad_norm)
+
+    # ---- the step ---------------------------------------------------------------------------------------------------
+
+    def _on_device(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: tensor.to(self.args.device) for name, tensor in batch.items()}
+
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        self.set_mode(model)
+        inputs = self._prepare_inputs(inputs)
+        params = [p for p in model.parameters() if p.requires_grad]
+        first = all(p.grad is None for p in params) and not self.update.lists()
+        share = 1 / self.current_gradient_accumulation_steps
+        total = torch.zeros((), device=self.args.device)
+        if self._due():
+            self._step_batches.append(inputs)
+        for name, number, factor, term, part in self._parts(inputs):
+            with self.compute_loss_context_manager():
+                loss = term(model, part)
+            self._check_finite(loss, name, part[name]["index"])
+            with self.update.term(params, number):
+                self.accelerator.backward(loss * (factor * share))
+                if name == "forget" and first:
+                    self.after_forget(model)
+            groups = len(self.group_names) or 1
+            shown = loss.detach() / (groups if name == "retain" else 1)
+            total += shown * (factor * share)
+            self._note(f"{name}_loss", shown)
+            self._rows.setdefault(name, []).extend(part[name]["index"].tolist())
+        self._terms += 1
+        if self.accelerator.sync_gradients:
+            self.update.combine(params, self._masks_of(model))
+            self._check_gradients(params)
+            self._rows.clear()
+        return total
+
+    def _parts(self, inputs: Mapping[str, Any]) -> Iterator[tuple[str, int, float, Any, Mapping[str, Any]]]:
+        """(name, number of the term, its factor, what computes it, its part of the batch): forget, then each retain group."""
+        yield "forget", 0, self.forget_factor, self.forget_term, inputs
+        if "retain" not in inputs:
+            return
+        if self._group_of is None:
+            yield "retain", 1, self.retain_factor, self.retain_term, inputs
+            return
+        batch = inputs["retain"]
+        groups = torch.tensor([self._group_of[i] for i in batch["index"].tolist()])
+        for group in range(len(self.group_names)):
+            rows = (groups == group).nonzero().squeeze(1).to(batch["index"].device)
+            if len(rows):
+                own = {name: tensor[rows] for name, tensor in batch.items()}
+                yield "retain", 1 + group, self.retain_factor, self.retain_term, {**inputs, "retain": own}
+
+    def _check_gradients(self, params: Sequence[Tensor]) -> None:
+        # With a scaler gradients may overflow: the scaler sees it and leaves the step out.
+        if getattr(self.accelerator, "scaler", None) is not None:
+            return
+        by_device: dict[Any, list[Tensor]] = {}
+        kept = (grad for grads in self.update.lists() for grad in grads)
+        for grad in (*(p.grad for p in params), *kept):
+            if grad is not None:
+                by_device.setdefault(grad.device, []).append(_local(grad))
+        # A gradient of a frozen entry does no harm by itself, but it comes from the same broken pass.
+        norms = [ops.masked_grad_norm(grads, [None] * len(grads)) for grads in by_device.values()]
+        if all(bool(torch.isfinite(norm)) for norm in norms):
+            return
+        rows = "; ".join(f"{name} rows {', '.join(map(str, index[:16]))}" for name, index in self._rows.items())
+        raise DivergenceError(
+            f"a gradient is not finite in step {self.state.global_step + 1}, in the batch of {rows}. Training stopped before "
+            f"that step. {self._last_good()} A lower learning rate, max_grad_norm or a larger alpha help."
+        )
+
+    # ---- certificates -----------------------------------------------------------------------------------------------
+
+    def _due(self) -> bool:
+        """Whether the certificate of this step will be checked."""
+        every = self.args.certificate_every
+        return bool(self.update.takes_step and every and self.state.global_step % every == 0)
+
+    @torch.no_grad()
+    def _losses(self) -> list[float]:
+        """Terms of the step's own batches without dropout, with their factors: forget, the retain groups; then rows held out."""
+        sums: dict[int, Tensor] = {}
+        share = 1 / len(self._step_batches)
+        with evaluating(self.model), self.compute_loss_context_manager():
+            for inputs in self._step_batches:
+                for _, number, factor, term, part in self._parts(inputs):
+                    value = term(self.model, part).detach().double() * (factor * share)
+                    sums[number] = sums[number] + value if number in sums else value
+            held_out = self._held_out()
+            if held_out is not None:
+                sums[len(self.group_names) + 2] = self.retain_term(self.model, held_out).detach().double()
+        values = torch.stack([sums[number] for number in sorted(sums)])
+        return self.accelerator.reduce(values, reduction="mean").tolist()
+
+    def _held_out(self) -> dict[str, Any] | None:
+        """A retain batch that is not of this step; None where there are no other rows."""
+        retain = self.train_dataset.retain
+        used = {i for inputs in self._step_batches for i in inputs["retain"]["index"].tolist()}
+        others = [i for i in range(len(retain)) if i not in used]
+        if not others:
+            return None
+        generator = torch.Generator().manual_seed(self.args.seed + self.state.global_step)
+        size = max(1, self.args.per_device_train_batch_size)
+        chosen = [others[i] for i in torch.randperm(len(others), generator=generator)[:size].tolist()]
+        return self.retain_batch(chosen)
+
+    def _before_step(self, *_: Any) -> None:
+        self._before = self._losses() if self._step_batches else None
+
+    def _after_step(self, *_: Any) -> None:
+        assert isinstance(self.update, Hamu)
+        before, batches, step = self._before, self._step_batches, self.state.global_step + 1
+        names = self._names_present()
+        certificate = self.update.after_step(step, names)
+        if certificate is None:
+            self._before, self._step_batches = None, []
+            return
+        record: dict[str, Any] = {"step": step, **certificate.to_dict(), "groups": names}
+        record["binding"] = [names[k] for k in certificate.binding]
+        if before is not None and batches and certificate.taken:
+            count = len(self.update.present)
+            changes = [b - a for a, b in zip(before, self._losses())]
+            # A loss of descent on the forget term falls where it is forgotten.
+            record["forget_change"], record["retain_change"] = -changes[0], changes[1 : 1 + count]
+            record["holds"] = certificate.holds(record["forget_change"], record["retain_change"])
+            record |= {"held_out_change": changes[-1]} if len(changes) > 1 + count else {}
+            if not (record["holds"] or certificate.flagged) and self.update.on_flag == "backtrack":
+                self.update.optimizer.shrink()  # type: ignore[union-attr]
+        self._before, self._step_batches = None, []
+        self.certificates.add(record)
+
+    def _names_present(self) -> list[str]:
+        return [self.group_names[k] for k in self.update.present] if self.group_names else ["retain"]  # type: ignore[attr-defined]
+
+    def after_forget(self, model: Any) -> None:
+        """When `.grad` holds the gradient of the forget term alone; for methods to override."""
+
+    def _note(self, name: str, value: Tensor) -> None:
+        value = value.float()
+        self._sums[name] = self._sums[name] + value if name in self._sums else value.clone()
+
+    def _check_finite(self, loss: Tensor, name: str, index: Tensor) -> None:
+        if bool(torch.isfinite(loss.detach())):
+            return
+        rows = ", ".join(map(str, index.tolist()[:16]))
+        raise DivergenceError(
+            f"the {name} loss is {float(loss.detach())} in step {self.state.global_step + 1}, in the batch of {name} rows {rows}. "
+            f"Training stopped before that step. {self._last_good()} A lower learning rate, max_grad_norm or a larger alpha help."
+        )
+
+    def _last_good(self) -> str:
+        good = last_checkpoint(self.output)
+        return f"The last good checkpoint is {good}." if good else "No checkpoint was saved before (save_strategy)."
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs and self._terms:
+            for name, value in self._sums.items():
+                logs[name] = float(value) / self._terms
+            self._sums, self._terms = {}, 0
+            if self._masked_optimizer() is not None and self._max_grad_norm:
+                logs["grad_norm"] = float(self._grad_norm)
+            logs |= self.certificates.means() | self.extra_logs()
+        super().log(logs, start_time)
+
+    def extra_logs(self) -> dict[str, float]:
+        """More numbers for a line of the log; for methods to override."""
+        return {}
+
+    # ---- the run ----------------------------------------------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **options: Any) -> Any:
+        """As Trainer.train. The output folder is locked meanwhile, and refused where it holds something (overwrite_output_dir).
+
+        resume_from_checkpoint=True takes the last complete checkpoint; one that a kill left half written is removed.
+        """
+        resuming = bool(resume_from_checkpoint)
+        with claim_output(
+            self.output,
+            overwrite=self.args.overwrite_output_dir,
+            resume=resumes_in(self.output, resume_from_checkpoint),
+        ):
+            if resume_from_checkpoint is True:
+                resume_from_checkpoint = last_checkpoint(self.output, remove_incomplete=True)
+                if resume_from_checkpoint is None:
+                    raise ValueError(
+                        f"resume_from_checkpoint: {self.args.output_dir} holds no complete checkpoint; run without it"
+                    )
+            if resuming:
+                self._check_resumable(str(resume_from_checkpoint))
+            self._place_masks()
+            self.before_training(str(resume_from_checkpoint) if resuming else None)
+            if resuming:
+                self.load_extra(Path(str(resume_from_checkpoint)))
+                self.certificates.start(_step_of(Path(str(resume_from_checkpoint))))
+            else:
+                self.certificates.start(0)
+                self._localize()
+                self.prepare_weights()
+            # In early versions of transformers 5 clipping stands in the loop itself, where it cannot be overridden.
+            inline = not hasattr(Trainer, "_clip_grad_norm") and self._own_optimizer()
+            with _replaced(self.args, max_grad_norm=0.0) if inline else nullcontext():
+                return super().train(resume_from_checkpoint or None, *args, **options)
+
+    def _own_optimizer(self) -> bool:
+        """Whether the optimiser will be one of ours, that clips by itself."""
+        return self.update.takes_step or str(getattr(self.args.optim, "value", self.args.optim)) in _ADAMW | {"sgd"}
+
+    def _place_masks(self) -> None:
+        """Masks beside their parameters: the Trainer has moved the model since they were read."""
+        devices = {_plain(name): parameter.device for name, parameter in self.model.named_parameters()}
+        if self.masks is not None:
+            same = self.movable is self.masks
+            self.masks = {name: mask.to(devices.get(name, mask.device)) for name, mask in self.masks.items()}
+            self.movable = self.masks if same else self.movable
+
+    def prepare_weights(self) -> None:
+        """Before the first step of a run that is not resumed; for methods to override."""
+
+    def _check_resumable(self, checkpoint: str) -> None:
+        if not complete_checkpoint(checkpoint):
+            raise ValueError(
+                f"resume_from_checkpoint: {checkpoint} is no complete checkpoint ({STATE_FILE} is missing)"
+            )
+        absent = [name for name in ("optimizer.pt", "scheduler.pt") if not (Path(checkpoint) / name).exists()]
+        if absent and not self.is_deepspeed_enabled:
+            raise ValueError(
+                f"resume_from_checkpoint: {checkpoint} has no {' and no '.join(absent)} (save_only_model?); going on without would "
+                "not give the weights of a run that was not interrupted"
+            )
+        record = Path(checkpoint) / DATA_FILE
+        if record.exists() and json.loads(record.read_text()) != self._digests():
+            raise ValueError(
+                f"resume_from_checkpoint: {checkpoint} is of other rows (or another localize) than this run's"
+            )
+        path = Path(checkpoint) / MOVABLE
+        saved = load_masks(path, device=self.args.device) if path.exists() else None
+        if self.args.localize == "saliency":
+            if saved is None:
+                raise ValueError(f"resume_from_checkpoint: {checkpoint} is of a run without localize=saliency")
+            self.movable, self._chosen = saved, True
+            return
+        mine = self.masks or {}
+        if set(saved or {}) != set(mine) or any(
+            not mask.equal(mine[name].to(mask.device)) for name, mask in (saved or {}).items()
+        ):
+            raise ValueError(f"resume_from_checkpoint: {path} holds other masks than this run's")
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        self.assert_sound()
+        folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+        try:
+            super()._save_checkpoint(model, trial)
+        except BaseException as error:
+            # What is half written must not be taken for a checkpoint, nor fill a disk that is full.
+            if not complete_checkpoint(folder):
+                shutil.rmtree(folder, ignore_errors=True)
+            if disk_full(error):
+                free = shutil.disk_usage(folder.parent).free
+                raise OSError(
+                    errno.ENOSPC,
+                    f"no room for {folder.name}: {free:,} bytes free. {self._last_good()} Free some, then go on with "
+                    "resume_from_checkpoint=true (save_total_limit=1 keeps one checkpoint only)",
+                    str(folder),
+                ) from error
+            raise
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            self.save_extra(Path(output_dir or self.output))
+
+    def save_extra(self, folder: Path) -> None:
+        """Files that a resumed run needs beside the Trainer's; for methods to extend."""
+        state = self.update.state_dict()
+        if state:
+            save_file({name: tensor.contiguous().clone() for name, tensor in state.items()}, folder / UPDATE_FILE)
+        if self.movable is not None:
+            save_masks(self.movable, folder / MOVABLE)
+        (folder / DATA_FILE).write_text(json.dumps(self._digests()), encoding="utf-8")
+
+    def _digests(self) -> dict[str, str]:
+        """Hashes of the rows this run sees, and of where its movable weights come from."""
+        return {**self.data_digests(), "localize": self.args.localize}
+
+    def load_extra(self, checkpoint: Path) -> None:
+        """Reads what `save_extra` wrote, before training goes on from `checkpoint`; for methods to extend."""
+        if (checkpoint / UPDATE_FILE).exists():
+            self.update.load_state_dict(load_file(checkpoint / UPDATE_FILE))
+
+    def create_model_card(self, *args: Any, **options: Any) -> None:
+        """As in Trainer, where there is no card yet: the commands write one with what was measured."""
+        if not (self.output / "README.md").exists():
+            super().create_model_card(*args, **options)
+
+    @torch.no_grad()
+    def assert_sound(self) -> None:
+        """
+        Raises:
+            DivergenceError: a weight that trains is not finite.
+        """
+        for name, parameter in self.accelerator.unwrap_model(self.model).named_parameters():
+            if parameter.requires_grad and not bool(torch.isfinite(_local(parameter)).all()):
+                raise DivergenceError(
+                    f"{name} holds NaN or infinity after step {self.state.global_step}. {self._last_good()}"
+                )
+
+
+class _EpochOrder(TrainerCallback):
+    """Tells the sampler its epoch, also after a resume in the middle of one."""
+
+    def __init__(self, trainer: TwoTermTrainer):
+        self.trainer = trainer
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.trainer._sampler is not None:
+            self.trainer._sampler.set_epoch(int(state.epoch or 0))
+
+
+class _StopOnFlag(TrainerCallback):
+    """Ends training where HAMU says so; the model stays as the last step left it."""
+
+    def __init__(self, update: Hamu):
+        self.update = update
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.update.stop is not None:
+            warnings.warn(f"training ends: {self.update.stop}", stacklevel=2)
+            control.should_training_stop = True
+
+
+class _Progress(TrainerCallback):
+    """One bar with the two losses; where standard error is no terminal, a short line for each line of the log."""
+
+    bar: Any = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.is_world_process_zero:
+            self.bar = tqdm(
+                total=state.max_steps, initial=state.global_step, desc="  unlearning", unit="step", disable=None
+            )
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.bar is not None:
+            self.bar.update(state.global_step - self.bar.n)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        names = {"forget_loss": "forget", "retain_loss": "retain", "capacity": "capacity"}
+        shown = {short: f"{logs[name]:.3g}" for name, short in names.items() if name in (logs or {})}
+        if self.bar is None or not shown:
+            return
+        if not self.bar.disable:
+            self.bar.set_postfix(shown)
+            return
+        numbers = ", ".join(f"{name} {value}" for name, value in shown.items())
+        print(f"  step {state.global_step} of {state.max_steps}: {numbers}", file=sys.stderr, flush=True)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+
+
+def check_processes(args: TrainingArguments) -> None:
+    """
+    Raises:
+        ValueError: one process for several GPUs, or FSDP.
+    """
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"this process sees {args.n_gpu} GPUs: start one process a GPU (torchrun --nproc_per_node {args.n_gpu} ...), "
+            "or show it one (CUDA_VISIBLE_DEVICES=0)"
+        )
+    if args.fsdp:
+        raise ValueError("fsdp: not supported by this trainer yet")
+
+
+def _plain(name: str) -> str:
+    """A parameter's name without what DDP and torch.compile put before it."""
+    for prefix in ("module.", "_orig_mod."):
+        name = name.removeprefix(prefix)
+    return name
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+@contextmanager
+def _replaced(target: Any, **values: Any) -> Iterator[None]:
+    before = {name: getattr(target, name) for name in values}
+    for name, value in values.items():
+        object.__setattr__(target, name, value)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            object.__setattr__(target, name, value)
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))["global_step"])
+
+
+def resumes_in(output: str | os.PathLike[str], checkpoint: str | bool | None) -> bool:
+    """Whether a run that resumes from `checkpoint` goes on in its own output folder: another's content is not its to overwrite."""
+    return bool(checkpoint) and (checkpoint is True or Path(str(checkpoint)).resolve().parent == Path(output).resolve())
+
+
+def complete_checkpoint(folder: str | os.PathLike[str]) -> bool:
+    """Whether a checkpoint was written to its end: its last file is there and whole."""
+    try:
+        return isinstance(json.loads((Path(folder) / STATE_FILE).read_text(encoding="utf-8")), dict)
+    except (OSError, ValueError):
+        return False
+
+
+def last_checkpoint(folder: str | os.PathLike[str], *, remove_incomplete: bool = False) -> str | None:
+    """The complete checkpoint of the highest step in `folder`, None where there is none.
+
+    Args:
+        remove_incomplete: deletes checkpoints that a kill left half written, with a warning.
+    """
+    found = []
+    for path in Path(folder).glob("checkpoint-*"):
+        step = path.name.removeprefix("checkpoint-")
+        if not (path.is_dir() and step.isdigit()):
+            continue
+        if complete_checkpoint(path):
+            found.append((int(step), str(path)))
+        elif remove_incomplete:
+            warnings.warn(f"{path} was not written to its end and is removed", RuntimeWarning, stacklevel=3)
+            shutil.rmtree(path)
+    return max(found)[1] if found else None
