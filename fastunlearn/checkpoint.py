@@ -33,6 +33,7 @@ from torch import Tensor, nn
 
 from fastunlearn.localize.patterns import nm_violations
 from fastunlearn.ops.mask import BitMask, load_masks, save_masks
+from fastunlearn.parametrize.compressed_nm import compressed_layers, dense_state_dict
 from fastunlearn.report.files import dump_json
 
 try:
@@ -306,11 +307,16 @@ def check_masks(model: nn.Module, masks: Mapping[str, BitMask]) -> None:
     """
     if not masks:
         raise ValueError("masks: empty; a dense model has None")
-    weights = named_weights(model)
+    weights, layers = named_weights(model), compressed_layers(model)
     strangers, stray = [], []
     for name, mask in masks.items():
         weight = weights.get(name)
-        if weight is None:
+        if name in layers:
+            # Nothing is stored off its own mask; it must be this one.
+            own = layers[name].mask
+            if own.shape != mask.shape or not own.equal(mask.to(own.device)):
+                strangers.append(f"{name} (compressed by another mask)")
+        elif weight is None:
             strangers.append(f"{name} (no such parameter)")
         elif weight.shape != mask.shape:
             strangers.append(f"{name} (mask {tuple(mask.shape)}, weight {tuple(weight.shape)})")
@@ -353,8 +359,10 @@ def check_pattern(model: nn.Module, masks: Mapping[str, BitMask], pruning: Mappi
     pattern = pattern_of(pruning)
     if pattern is None:
         return
-    view = _Parameters(named_weights(model))
-    broken = nm_violations(view, masks, *pattern)  # type: ignore[arg-type]
+    view, layers = _Parameters(named_weights(model)), compressed_layers(model)
+    dense = {name: mask for name, mask in masks.items() if name not in layers}
+    broken = nm_violations(view, dense, *pattern)  # type: ignore[arg-type]
+    broken += [f"{name}: stored {w.n}:{w.m}" for name, w in layers.items() if (w.n, w.m) != pattern]
     if broken:
         raise ValueError(f"model: the {pattern[0]}:{pattern[1]} pattern is broken, so it is not saved: {_some(broken)}")
 
@@ -469,8 +477,10 @@ def _existing(path: Path) -> Path:
 def _write(
     folder: Path, model: Any, tokenizer: Any, masks: Mapping[str, BitMask] | None, contents: Mapping[str, bytes]
 ) -> None:
+    # Compressed weights are written dense, with their zeros: an ordinary model.
+    options = {"state_dict": dense_state_dict(model)} if compressed_layers(model) else {}
     with _quiet_save():
-        _plain_copy(model).save_pretrained(folder)
+        _plain_copy(model).save_pretrained(folder, **options)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
     if masks is not None:
@@ -497,7 +507,7 @@ def _plain_copy(model: Any) -> Any:
     kept = {key: value for key, value in model.config.to_dict().items() if key != "quantization_config"}
     with torch.device("meta"):
         plain = type(model)(type(model.config).from_dict(kept))
-    plain.load_state_dict(model.state_dict(), assign=True)
+    plain.load_state_dict(dense_state_dict(model) if compressed_layers(model) else model.state_dict(), assign=True)
     plain.tie_weights()
     if getattr(model, "generation_config", None) is not None:
         plain.generation_config = model.generation_config
@@ -535,6 +545,9 @@ def _move_into(temporary: Path, folder: Path) -> None:
 def _bytes_needed(model: nn.Module, masks: Mapping[str, BitMask] | None) -> int:
     # Tied weights are stored once.
     sizes = {id(p): p.numel() * p.element_size() for p in (*model.parameters(), *model.buffers())}
+    for layer in compressed_layers(model).values():
+        sizes[id(layer.weight)] = layer.shape.numel() * layer.weight.element_size()
+        sizes.pop(id(layer.bits))
     return sum(sizes.values()) + sum(mask.bits.numel() for mask in (masks or {}).values())
 
 

@@ -1,4 +1,4 @@
-"""What a step writes to: the full weights, or a low-rank adapter beside them."""
+"""What a step writes to: the full weights, the survivors of pruned ones alone, or a low-rank adapter beside them."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from typing import Any
 from torch import nn
 
 from fastunlearn.ops.mask import BitMask
+from fastunlearn.parametrize.compressed_nm import CompressedNM as CompressedNM
+from fastunlearn.parametrize.compressed_nm import NMLinear as NMLinear
 
 
 def full_weights(
@@ -35,7 +37,8 @@ def full_weights(
         compiled = None if patterns is None else [re.compile(pattern) for pattern in patterns]
     except re.error as error:
         raise ValueError(f"trainable_params_regex: {error.pattern!r} is no regular expression: {error}") from None
-    names = [name for name, _ in model.named_parameters()]
+    # Of what is no floating number (bits of compressed weights) nothing can train.
+    names = [name for name, parameter in model.named_parameters() if parameter.is_floating_point()]
     unknown = sorted(set(masks or ()) - set(names))
     if unknown:
         raise ValueError(f"masks: {len(unknown)} belong to no parameter of the model, the first is {unknown[0]!r}")
@@ -51,7 +54,8 @@ def full_weights(
         )
     chosen = set(movable)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name in chosen)
+        if parameter.is_floating_point():
+            parameter.requires_grad_(name in chosen)
     return movable
 
 
