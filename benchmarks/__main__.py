@@ -125,6 +125,26 @@ def quality(args: argparse.Namespace) -> int:
     return 0
 
 
+def large(args: argparse.Namespace) -> int:
+    import torch
+
+    from benchmarks import large as study
+    from benchmarks import machine
+
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    cases = [
+        study.Case(
+            model, arm, device, args.dtype, args.batch, args.sequence, args.checkpointing, args.steps, args.layers
+        )
+        for model in args.model
+        for arm in args.arms
+    ]
+    out = Path(args.out) if args.out else RESULTS / "large" / f"{machine.slug(torch.device(device))}.json"
+    result = study.run(cases, out)
+    print(f"{len(result['rows'])} rows -> {out}")
+    return 0
+
+
 def compare(args: argparse.Namespace) -> int:
     from benchmarks import tables
 
@@ -167,6 +187,18 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("study", choices=("demo", "prune", "canvas_pipeline"))
     p.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of the demo")
     p.set_defaults(do=quality)
+    p = commands.add_parser("large", help="unlearning of whole models: tokens/s, peak memory, time by part; resumable")
+    p.add_argument("--model", nargs="+", default=["smollm2-135m"], help="names of published configurations")
+    p.add_argument("--arms", nargs="+", choices=("a", "b", "c", "d"), default=["a", "b", "c", "d"])
+    p.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+    p.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    p.add_argument("--batch", type=int, default=8, help="forget rows; as many retain rows")
+    p.add_argument("--sequence", type=int, default=512)
+    p.add_argument("--checkpointing", action="store_true", help="activation checkpointing")
+    p.add_argument("--steps", type=int, default=5)
+    p.add_argument("--layers", type=int, help="fewer layers than the configuration has")
+    p.add_argument("--out", help="default: benchmarks/results/large/<device>.json; rows it holds are kept")
+    p.set_defaults(do=large)
     p = commands.add_parser("compare", help="two results of one device: what became slower")
     p.add_argument("old")
     p.add_argument("new")

@@ -24,6 +24,7 @@ COMMANDS = {
     "scapre": "a text-to-image model draws anchors for any number of concepts, by one closed-form solve",
     "sample": "a grid of what a text-to-image model draws, before or after",
     "evaluate": "styles and objects unlearned one by one: what is gone, what is kept, what comes back",
+    "plan": "memory and time of a run, on any number of GPUs, before anything is loaded",
     "bench": "every op beside its peers and the hardware's limit",
     "doctor": "which backend serves which op and why, versions, GPU; a block to paste into a bug report",
 }

@@ -1,0 +1,138 @@
+"""What a computation would allocate and how long it would take, from a run on tensors that have shapes and no memory.
+
+Every operation passes a `Recorder` (a TorchDispatchMode over fake tensors): new memory is counted until it is freed; the time of an
+operation is what a roofline gives: the largest of its floating-point operations by the rate of matrix products, its bytes by the
+bandwidth of a copy, and one launch.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What a device can do.
+
+    Attributes:
+        flops: of matrix products, 1/s, by the bytes of an entry (2, 4). copy: bytes/s read and written. launch: seconds of an
+            operation that does nothing.
+    """
+
+    flops: dict[int, float]
+    copy: float
+    launch: float
+
+
+class Recorder(TorchDispatchMode):
+    """Counts what passes.
+
+    Attributes:
+        live: bytes that are allocated now; peak: the most since `start_phase`; seconds: of all operations; flops: of all.
+    """
+
+    def __init__(self, rates: Rates, known: Sequence[Tensor], workspace: Callable[[str, Sequence[Any]], int]):
+        """
+        Args:
+            known: tensors that are there before and are not counted (parameters).
+            workspace: bytes that an operation of this name and arguments has for itself while it runs.
+        """
+        super().__init__()
+        self.rates, self.workspace = rates, workspace
+        self.live = self.peak = 0
+        self.seconds = self.flops = 0.0
+        self._known: dict[int, int] = {}
+        self._held = list(known)
+        for tensor in known:
+            self._known[tensor.untyped_storage()._cdata] = 0
+
+    def start_phase(self) -> None:
+        self.peak = self.live
+
+    def forget(self, tensor: Tensor) -> int:
+        """Takes a tensor's memory out of the count; its bytes."""
+        key = tensor.untyped_storage()._cdata
+        size = self._known.get(key, 0)
+        self._known[key] = 0
+        self.live -= size
+        return size
+
+    def _add(self, tensor: Tensor) -> bool:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._known:
+            return False
+        self._known[key] = size = storage.nbytes()
+        self.live += size
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self._drop, key)
+        return True
+
+    def _drop(self, key: int) -> None:
+        self.live -= self._known.pop(key, 0)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        outputs = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
+        new = [self._add(t) for t in outputs]
+        inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        name = str(func)
+        extra = self.workspace(name, inputs)
+        self.peak = max(self.peak, self.live + extra)
+        if any(new) or getattr(func, "_schema", None) is None or func._schema.is_mutable:
+            self._time(func, name, args, kwargs, out, inputs, outputs)
+        return out
+
+    def _time(
+        self,
+        func: Any,
+        name: str,
+        args: Any,
+        kwargs: Any,
+        out: Any,
+        inputs: Sequence[Tensor],
+        outputs: Sequence[Tensor],
+    ) -> None:
+        packet = getattr(func, "_overloadpacket", None)
+        size = min((t.element_size() for t in outputs if t.is_floating_point()), default=4)
+        if name.startswith("fastunlearn.nm_linear"):
+            work = _nm_flops(name, inputs, outputs)
+        elif name.startswith("fastunlearn.linear_loss"):
+            work = _loss_flops(inputs)
+        elif packet in flop_registry:
+            work = float(flop_registry[packet](*args, **kwargs, out_val=out))
+        else:
+            work = 0.0
+        moved = sum(t.numel() * t.element_size() for t in (*inputs, *outputs))
+        rate = self.rates.flops.get(size, min(self.rates.flops.values()))
+        self.flops += work
+        self.seconds += max(work / rate, moved / self.rates.copy, self.rates.launch)
+
+
+def _nm_flops(name: str, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> float:
+    """Forward: x [t, cols] -> [t, rows]. Backward: grad [t, rows] (and x) -> dx, dvalues: one product each."""
+    if "backward" not in name:
+        return 2.0 * prod(outputs[0].shape) * inputs[0].shape[1]
+    tokens, rows = inputs[0].shape
+    bits = next(t for t in inputs if t.dtype == torch.uint8)
+    made = sum(t.numel() > 0 for t in outputs)
+    return 2.0 * tokens * rows * bits.shape[1] * 8 * made
+
+
+def _loss_flops(inputs: Sequence[Tensor]) -> float:
+    """Logits [n, V] from hidden [n, d], and their product with the head."""
+    floating = [t for t in inputs if t.is_floating_point() and t.dim() == 2]
+    if len(floating) < 2:
+        return 0.0
+    return 4.0 * floating[0].shape[0] * floating[1].numel()
