@@ -7,12 +7,16 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <array>
+#include <cstring>
+#include <new>
 #include <stdexcept>
 #include <string>
 #include <tuple>
 #include <vector>
 
 #include "adamw.h"
+#include "block_weight_grad.h"
 #include "common.h"
 #include "gram.h"
 #include "hamu.h"
@@ -189,6 +193,22 @@ void bind_masked_lora(py::module_& m) {
       "masked_lora_keep_cpu",
       [](Address x, int dtype, Address bits, int64_t rows, int64_t cols) {
         FU_CALL(masked_lora_keep, at<void>(x), dtype, at<const uint8_t>(bits), rows, cols);
+      },
+      no_gil);
+}
+
+// `layer`: the numbers of fu::block_grad::Layer; `tiles` int64 [count, 3].
+void bind_block_weight_grad(py::module_& m) {
+  m.def(
+      "block_weight_grad_cpu",
+      [](Address grad, Address x, int dtype, const std::array<int64_t, 16>& layer, Address tiles,
+         int64_t count, int64_t block, Address out, bool packed) {
+        fu::block_grad::Layer l;
+        static_assert(sizeof l == sizeof layer);
+        std::memcpy(&l, layer.data(), sizeof l);
+        if (!FU_CALL(block_weight_grad, at<const void>(grad), at<const void>(x), dtype, l,
+                     at<const fu::block_grad::Tile>(tiles), count, block, at<void>(out), packed))
+          throw std::bad_alloc();
       },
       no_gil);
 }
@@ -435,6 +455,7 @@ PYBIND11_MODULE(FU_MODULE, m) {
   m.def("set_isa_level", &fu::set_isa_level);
   bind_mask(m);
   bind_adamw(m);
+  bind_block_weight_grad(m);
   bind_gram(m);
   bind_masked_lora(m);
   bind_nm(m);

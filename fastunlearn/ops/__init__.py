@@ -2,6 +2,7 @@
 
 from fastunlearn.ops._dense_buffer import release_buffers
 from fastunlearn.ops.adamw import masked_adamw_, masked_grad_norm, masked_sgd_
+from fastunlearn.ops.block_weight_grad import block_weight_grad, conv2d_block_weight_grad
 from fastunlearn.ops.gram import gram
 from fastunlearn.ops.hamu import Certificate, InfeasibleError, hamu_step_
 from fastunlearn.ops.informax import informax, row_entropy
@@ -16,6 +17,7 @@ from fastunlearn.ops.nm_tensor import NMTensor, nm_compress
 from fastunlearn.ops.polar import Geodesic, bures_distance, bures_geodesic, polar
 from fastunlearn.ops.redistribute import redistribution
 from fastunlearn.ops.saliency import saliency_accumulate_
+from fastunlearn.ops.sid import sid_loss
 from fastunlearn.ops.spectral import SpectralTraces, spectral_solve, spectral_trace
 from fastunlearn.ops.topk import topk_mask
 
@@ -26,8 +28,10 @@ __all__ = [
     "InfeasibleError",
     "NMTensor",
     "SpectralTraces",
+    "block_weight_grad",
     "bures_distance",
     "bures_geodesic",
+    "conv2d_block_weight_grad",
     "gram",
     "hamu_step_",
     "informax",
@@ -49,6 +53,7 @@ __all__ = [
     "row_entropy",
     "saliency_accumulate_",
     "save_masks",
+    "sid_loss",
     "spectral_solve",
     "spectral_trace",
     "token_moments",
