@@ -1,5 +1,6 @@
 """Which parameters may move: saliency, masks, pruning patterns."""
 
+from fastunlearn.localize.granularity import structured_masks, unit_mask, unit_scores
 from fastunlearn.localize.magnitude import magnitude_scores
 from fastunlearn.localize.patterns import Pattern, nm_violations, parse_pattern
 from fastunlearn.localize.prune import check_options, check_prunable, find_blocks, prune
@@ -21,5 +22,8 @@ __all__ = [
     "parse_pattern",
     "prune",
     "sparsegpt_sweep",
+    "structured_masks",
+    "unit_mask",
+    "unit_scores",
     "wanda_scores",
 ]

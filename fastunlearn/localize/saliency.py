@@ -11,7 +11,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, cast, overload
 
 import torch
 import torch.distributed as dist
@@ -20,6 +20,7 @@ from torch.nn import Module, Parameter
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from fastunlearn.localize.granularity import Granularity, check_granularity, structured_masks
 from fastunlearn.ops.mask import BitMask
 from fastunlearn.ops.saliency import DTYPES, KINDS, Kind, local, saliency_accumulate_
 from fastunlearn.ops.topk import Key, Scope, topk_mask
@@ -288,6 +289,8 @@ class SaliencyCollector:
         *,
         scope: Scope = "global",
         process_group: ProcessGroup | None = None,
+        granularity: Granularity = "weight",
+        block: int = 128,
     ) -> dict[str, BitMask]: ...
 
     @overload
@@ -298,6 +301,8 @@ class SaliencyCollector:
         *,
         scope: Scope = "global",
         process_group: ProcessGroup | None = None,
+        granularity: Granularity = "weight",
+        block: int = 128,
     ) -> list[dict[str, BitMask]]: ...
 
     def masks(
@@ -307,6 +312,8 @@ class SaliencyCollector:
         *,
         scope: Scope = "global",
         process_group: ProcessGroup | None = None,
+        granularity: Granularity = "weight",
+        block: int = 128,
     ) -> dict[str, BitMask] | list[dict[str, BitMask]]:
         """The masks of the highest scores; of kind "signed", of the highest |sum of g|.
 
@@ -314,6 +321,8 @@ class SaliencyCollector:
             density, k, scope: as `fastunlearn.ops.topk_mask`.
             process_group: the ranks that hold the shards of one model, rank r the r-th rows of every parameter (FSDP2). Not
                 for replicas: after `all_reduce()` every rank has all scores and takes None.
+            granularity, block: what stays or goes as a whole, by its summed saliency: single weights, tiles of `block` x `block`,
+                rows, or whole tensors (`fastunlearn.localize.structured_masks`); density and k then count these.
 
         Returns:
             name -> BitMask; for a list of densities a list of such dicts. There is a mask for every parameter that is scored:
@@ -326,8 +335,18 @@ class SaliencyCollector:
             raise ValueError("process_group: after all_reduce() every rank holds the whole scores; leave it out")
         if not any(self.counts.values()):
             raise ValueError("masks: no backward pass has been counted; every score is 0")
+        check_granularity(granularity, block)
         scores = list(self._scores.values())
         key: Key = "abs" if self.kind == "signed" else "value"
+        if granularity != "weight":
+            if process_group is not None:
+                raise ValueError(
+                    f"process_group: with shards granularity={granularity!r} would cut units in two; choose single weights"
+                )
+            return cast(
+                "dict[str, BitMask] | list[dict[str, BitMask]]",
+                structured_masks(self._scores, density, k, granularity=granularity, block=block, scope=scope, key=key),
+            )
         select: Any = topk_mask
         chosen = select(scores, density, k, scope=scope, key=key, process_group=process_group)
         if isinstance(density, list | tuple):

@@ -1,4 +1,4 @@
-"""What a step writes to: the full weights, the survivors of pruned ones alone, or a low-rank adapter beside them."""
+"""What a step writes to: the full weights, layers whose gradient is made in part, the survivors of pruned ones alone, or a low-rank adapter."""
 
 from __future__ import annotations
 
@@ -11,6 +11,10 @@ from torch import nn
 from fastunlearn.ops.mask import BitMask
 from fastunlearn.parametrize.compressed_nm import CompressedNM as CompressedNM
 from fastunlearn.parametrize.compressed_nm import NMLinear as NMLinear
+from fastunlearn.parametrize.masked_layers import MaskedConv2d as MaskedConv2d
+from fastunlearn.parametrize.masked_layers import MaskedLinear as MaskedLinear
+from fastunlearn.parametrize.masked_layers import MaskedModel as MaskedModel
+from fastunlearn.parametrize.masked_layers import mask_model as mask_model
 
 
 def full_weights(
