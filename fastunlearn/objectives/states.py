@@ -98,8 +98,10 @@ def _attention(model: Any, batch: Mapping[str, Tensor]) -> AbstractContextManage
 
 
 def forward(model: Any, batch: Mapping[str, Tensor]) -> Any:
+    """A pass without a cache; position_ids only where the batch has some."""
+    given = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids") if name in batch}
     with _attention(model, batch):
-        return model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+        return model(**given, use_cache=False)
 
 
 def _unusable(head: nn.Module) -> str | None:
