@@ -1,0 +1,81 @@
+"""The MUSE suite on a tiny model: numbers against transformers' own, files, bad input."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from fastunlearn.evaluation import membership, muse
+from fastunlearn.evaluation.rouge import rouge
+from tests.tiny_chat import char_tokenizer, tiny_llama
+
+SETTINGS = muse.MuseSettings(knowmem_tokens=6, verbmem_tokens=8, examples=1, max_length=20)
+
+
+def parts() -> dict:
+    qa = {p: [{"question": f"{p} {i}", "answer": f"ab {i}"} for i in range(3)] for p in muse.FILES if "qa" in p}
+    return qa | {
+        "verbmem": [{"prompt": f"the start {i}", "gt": f"and the end {i}"} for i in range(3)],
+        "forget": [{"text": f"forget passage number {i}, rather long"} for i in range(4)],
+        "holdout": [{"text": f"holdout {i * i} passage"} for i in range(3)],
+    }
+
+
+def generated(model, tokenizer, text, most):
+    ids = torch.tensor([tokenizer(text, add_special_tokens=False)["input_ids"]])
+    out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=most, do_sample=False)
+    return tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True).strip()
+
+
+def test_numbers(tmp_path):
+    model, tokenizer = tiny_llama(4), char_tokenizer(chat=False)
+    with pytest.warns(UserWarning, match="no retain_logs"):
+        found = muse.evaluate_muse(model, tokenizer, parts(), settings=SETTINGS, output=tmp_path, progress=False)
+    assert set(found) == {
+        "forget_knowmem_ROUGE", "retain_knowmem_ROUGE", "forget_verbmem_ROUGE", "extraction_strength", "mia_min_k",
+    }  # fmt: skip
+    logs = json.loads((tmp_path / "MUSE_EVAL.json").read_text())
+    before = "Question: forget_qa_icl 0\nAnswer: ab 0\n\n"
+    for i in range(3):
+        said = generated(model, tokenizer, f"{before}Question: forget_qa {i}\nAnswer:", 6)
+        row = logs["forget_knowmem_ROUGE"]["value_by_index"][str(i)]
+        assert row["generation"] == muse._cut(said)
+        assert row["rougeL_f1"] == rouge(muse._cut(said), f"ab {i}").rougeL_f1
+        assert logs["forget_verbmem_ROUGE"]["value_by_index"][str(i)]["generation"] == generated(
+            model, tokenizer, f"the start {i}", 8
+        )
+    # Passages are cut at 20 tokens; the first has nothing before it, and the end does not count.
+    ids = tokenizer("forget passage number 0, rather long", add_special_tokens=False)["input_ids"][:20]
+    with torch.no_grad():
+        logp = model(input_ids=torch.tensor([ids])).logits[0].double().log_softmax(-1)[range(19), ids[1:]]
+    score = logs["mia_min_k"]["forget"]["value_by_index"]["0"]["score"]
+    assert score == pytest.approx(membership.min_k_score(logp.tolist()), abs=1e-4)
+
+
+def test_privleak_and_bad_input(tmp_path):
+    model, tokenizer = tiny_llama(4), char_tokenizer(chat=False)
+    with pytest.warns(UserWarning, match="no retain_logs"):
+        muse.evaluate_muse(tiny_llama(5), tokenizer, parts(), settings=SETTINGS, output=tmp_path, progress=False)
+    theirs = json.loads((tmp_path / "MUSE_SUMMARY.json").read_text())["mia_min_k"]
+    assert theirs < 1
+    found = muse.evaluate_muse(model, tokenizer, parts(), settings=SETTINGS, retain_logs=tmp_path, progress=False)
+    assert found["privleak"] == pytest.approx(100 * (theirs - found["mia_min_k"]) / (1 - theirs))
+    with pytest.raises(ValueError, match="are of the split News"):
+        muse.evaluate_muse(model, tokenizer, parts(), split="Books", settings=SETTINGS, retain_logs=tmp_path)
+    with pytest.raises(ValueError, match="parts: verbmem is missing"):
+        muse.evaluate_muse(model, tokenizer, parts() | {"verbmem": []}, settings=SETTINGS)
+    with pytest.raises(ValueError, match=r"forget: row 2 \(counted from 1\) has no text"):
+        muse.evaluate_muse(model, tokenizer, parts() | {"forget": [{"text": "a"}, {"texts": "b"}]}, settings=SETTINGS)
+    with pytest.raises(FileNotFoundError, match=r"forget_qa\.json"):
+        muse.load_parts(tmp_path)
+    for part, (place, name, _) in muse.FILES.items():
+        (tmp_path / place).mkdir(exist_ok=True)
+        (tmp_path / place / f"{name}.json").write_text(json.dumps(parts()[part]))
+    assert muse.load_parts(tmp_path) == parts()
+
+
+def test_answers_end_at_the_next_question():
+    assert muse._cut(" Paris\n\nQuestion: x") == "Paris"
+    assert muse._cut("Paris\nQuestion") == "Paris"
