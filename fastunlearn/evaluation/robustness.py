@@ -1,0 +1,208 @@
+"""Does what was forgotten come back? A language model is trained on a few forgotten rows, rounded to fewer bits, or pruned, and asked
+again.
+
+    relearn    a few steps of AdamW on ten rows of the forget set; the other rows are asked (Łucki et al. 2024; Hu et al. 2024)
+    int8       rows of linear layers rounded to 255 steps of their largest entry: the weights of LLM.int8 (Dettmers et al. 2022)
+    nf4        blocks of 64 rounded to the 16 quantiles of a normal distribution (Dettmers et al. 2023): bitsandbytes' 4-bit format
+    int4       blocks of 64 rounded to 15 steps
+    pruning    any method and pattern of `localize.prune`
+
+Quantisation is simulated: weights are rounded and kept in their type, activations are not rounded. For 4 bits that is what
+bitsandbytes computes too; its int8 kernels also round activations.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from fastunlearn.data.text import TextSet, collate
+from fastunlearn.evaluation import memorisation as memo
+from fastunlearn.evaluation.journal import Journal
+from fastunlearn.evaluation.rouge import rouge
+from fastunlearn.evaluation.runner import Runner
+from fastunlearn.evaluation.scoring import Question
+from fastunlearn.objectives.language import closest, token_nll
+from fastunlearn.objectives.logprobs import answer_logprobs
+from fastunlearn.objectives.states import head_of
+
+FORMATS = ("int8", "nf4", "int4")
+#: entries that share a scale in nf4 and int4
+BLOCK = 64
+#: quantiles of a normal distribution scaled to [-1, 1], with a zero; Dettmers et al. 2023, appendix E
+NF4 = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
+
+
+def _stepped(blocks: Tensor, steps: int) -> Tensor:
+    """Rows [n, width] rounded to `steps` steps of their largest entry on each side."""
+    scale = blocks.abs().amax(1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny) / steps
+    return (blocks / scale).round_().clamp_(-steps, steps) * scale
+
+
+def _normal_float(blocks: Tensor) -> Tensor:
+    levels = torch.tensor(NF4, device=blocks.device)
+    scale = blocks.abs().amax(1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+    between = (levels[1:] + levels[:-1]) / 2
+    return levels[torch.bucketize(blocks / scale, between)] * scale
+
+
+@torch.no_grad()
+def rounded(weight: Tensor, form: str) -> Tensor:
+    """A matrix as it comes back from a format, in its own type.
+
+    Args:
+        weight: [out, in]. form: one of `FORMATS`.
+
+    Raises:
+        ValueError: an unknown format.
+    """
+    if form == "int8":
+        return _stepped(weight.float(), 127).to(weight.dtype)
+    if form not in FORMATS:
+        raise ValueError(f"form: {form!r} is unknown; {closest(str(form), list(FORMATS))}")
+    flat = weight.float().reshape(-1)
+    padded = torch.nn.functional.pad(flat, (0, -flat.numel() % BLOCK)).view(-1, BLOCK)
+    out = _normal_float(padded) if form == "nf4" else _stepped(padded, 7)
+    return out.reshape(-1)[: flat.numel()].view(weight.shape).to(weight.dtype)
+
+
+@torch.no_grad()
+def quantise_(model: nn.Module, form: str) -> int:
+    """Rounds the weights of all linear layers but the output layer, in place; how many weights.
+
+    Raises:
+        ValueError: an unknown format, or a model without linear layers.
+    """
+    head, count = head_of(model), 0
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and module is not head:
+            module.weight.copy_(rounded(module.weight, form))
+            count += module.weight.numel()
+    if not count:
+        raise ValueError("model: has no linear layers to round")
+    return count
+
+
+@contextmanager
+def restored(model: nn.Module) -> Iterator[None]:
+    """After it the weights are what they were before."""
+    kept = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for name, tensor in model.state_dict().items():
+                tensor.copy_(kept[name])
+
+
+def relearn_(
+    model: nn.Module,
+    rows: TextSet,
+    *,
+    count: int = 10,
+    epochs: int = 5,
+    learning_rate: float = 1e-5,
+    batch_size: int = 10,
+    seed: int = 0,
+    masks: Mapping[str, Any] | None = None,
+    autocast: torch.dtype | None = None,
+    progress: bool = True,
+) -> list[int]:
+    """Trains all weights on a few forgotten rows, in place, with AdamW at a constant learning rate.
+
+    Args:
+        rows: the forget set. count: rows that are trained on. epochs: passes over them.
+        seed: of the choice and the order.
+        masks: parameter name -> BitMask: a pruned model stays pruned.
+
+    Returns:
+        Numbers of the rows that were trained on.
+
+    Raises:
+        ValueError: as many rows asked for as there are (none would be left to ask), or numbers below 1.
+    """
+    from fastunlearn.optim import MaskedAdamW
+
+    if not 1 <= count < len(rows) or epochs < 1 or batch_size < 1:
+        raise ValueError(
+            f"count, epochs, batch_size: want at least 1, and fewer rows than the {len(rows)} there are, got {count}, {epochs}, {batch_size}"
+        )
+    generator = torch.Generator().manual_seed(seed)
+    chosen = sorted(torch.randperm(len(rows), generator=generator)[:count].tolist())
+    named = dict(model.named_parameters())
+    device = next(model.parameters()).device
+    was = {name: parameter.requires_grad for name, parameter in named.items()}
+    model.requires_grad_(True)
+    training = model.training
+    model.train()
+    optimiser = MaskedAdamW(list(named.values()), [(masks or {}).get(name) for name in named], lr=learning_rate, weight_decay=0.0)  # fmt: skip
+    try:
+        with torch.enable_grad():
+            for _ in tqdm(
+                range(epochs), desc="  relearning", unit="epoch", leave=False, disable=None if progress else True
+            ):
+                order = torch.randperm(count, generator=generator).tolist()
+                for at in range(0, count, batch_size):
+                    batch = collate([rows[chosen[i]] for i in order[at : at + batch_size]], rows.end_ids[0])
+                    with torch.autocast(device.type, dtype=autocast or torch.bfloat16, enabled=autocast is not None):
+                        loss = token_nll(answer_logprobs(model, {k: v.to(device) for k, v in batch.items()}))
+                    loss.backward()
+                    optimiser.step()
+                    optimiser.zero_grad(set_to_none=True)
+    finally:
+        model.train(training)
+        for name, parameter in named.items():
+            parameter.requires_grad_(was[name])
+    return chosen
+
+
+def forget_numbers(
+    model: Any, tokenizer: Any, rows: TextSet, *, max_new_tokens: int = 200, budget: int = 8192,
+    autocast: torch.dtype | None = None, progress: bool = True,
+) -> dict[str, float]:  # fmt: skip
+    """What a model still says of a set: probability, rougeL_recall, extraction_strength, exact_memorization, means over rows."""
+    items = [rows[i] for i in range(len(rows))]
+    cuts = [item["labels"].count(-100) for item in items]
+    questions = [
+        Question(item["input_ids"][:cut], [item["input_ids"][cut:]], 1) for item, cut in zip(items, cuts, strict=True)
+    ]
+    stops = {*rows.end_ids, int(tokenizer.eos_token_id)}
+    runner = Runner(model, tokenizer, Journal(None, "", {}), stops=sorted(stops), budget=budget, autocast=autocast, progress=progress)  # fmt: skip
+    scores = [row[0] for row in runner.score("asking", questions)]
+    known = [(question.answers[0], score) for question, score in zip(questions, scores, strict=True)]
+    said = runner.answer("answers", [question.prompt for question in questions], max_new_tokens, known)
+    right = [score.right(question.answers[0]) for question, score in zip(questions, scores, strict=True)]
+    return {
+        "probability": memo.mean_of([math.exp(-score.avg_loss) for score in scores]),
+        "rougeL_recall": memo.mean_of(
+            [rouge(s, runner.text(q.answers[0])).rougeL_recall for s, q in zip(said, questions)]
+        ),
+        "extraction_strength": memo.mean_of([memo.extraction_strength(r) for r in right]),
+        "exact_memorization": memo.mean_of([memo.exact_memorisation(r) for r in right]),
+    }
+
+
+def recovered(
+    before: Mapping[str, float], after: Mapping[str, float], original: Mapping[str, float]
+) -> dict[str, float]:
+    """Share of what unlearning took that came back: (after - before) / (original - before); NaN where it took nothing."""
+    out = {}
+    for name, value in after.items():
+        taken = original[name] - before[name]
+        out[name] = (value - before[name]) / taken if taken > 0 else math.nan
+    return out
+
+
+def others(rows: TextSet, chosen: Sequence[int]) -> TextSet:
+    """The rows that were not trained on."""
+    return rows.select([i for i in range(len(rows)) if i not in set(chosen)])
