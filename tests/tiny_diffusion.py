@@ -77,6 +77,102 @@ def tiny_pipeline(seed: int = 0, length: int = 16, prediction_type: str = "v_pre
     return pipeline
 
 
+def _clip(base: Any, seed: int, **changes: Any) -> Any:
+    """A CLIP text encoder with a projection, for the base pipeline's tokenizer."""
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+
+    torch.manual_seed(seed)
+    settings = base.text_encoder.config.to_dict() | {"num_hidden_layers": 2, "projection_dim": 8} | changes
+    return CLIPTextModelWithProjection(CLIPTextConfig(**settings)).eval()
+
+
+def tiny_xl() -> Any:
+    """StableDiffusionXLPipeline: text encoders of widths 16 and 24, and a U-Net that attends to both."""
+    from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    base = tiny_pipeline()
+    torch.manual_seed(1)
+    first = CLIPTextModel(CLIPTextConfig(**base.text_encoder.config.to_dict() | {"num_hidden_layers": 2})).eval()
+    unet = UNet2DConditionModel(
+        sample_size=8, in_channels=2, out_channels=2, layers_per_block=1, block_out_channels=(8, 16), norm_num_groups=4,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=40, attention_head_dim=8, addition_embed_type="text_time", addition_time_embed_dim=4,
+        projection_class_embeddings_input_dim=8 + 6 * 4,
+    ).eval()  # fmt: skip
+    return StableDiffusionXLPipeline(
+        vae=base.vae, text_encoder=first, text_encoder_2=_clip(base, 2, hidden_size=24, num_hidden_layers=3),
+        tokenizer=base.tokenizer, tokenizer_2=base.tokenizer, unet=unet, scheduler=base.scheduler,
+    )  # fmt: skip
+
+
+def _t5(width: int) -> tuple[Any, Any]:
+    """A T5 tokenizer whose every word is one token, and an encoder."""
+    from transformers import T5Config, T5EncoderModel, T5Tokenizer
+
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -10.0), *((f"\u2581{w}", -1.0) for w in _cased_words())]
+    tokenizer = T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=512)
+    torch.manual_seed(3)
+    config = T5Config(
+        vocab_size=len(tokenizer), d_model=width, d_kv=4, d_ff=16, num_layers=2, num_heads=2, pad_token_id=0,
+        decoder_start_token_id=0,
+    )  # fmt: skip
+    return tokenizer, T5EncoderModel(config).eval()
+
+
+def _cased_words() -> list[str]:
+    names = " ".join((*THEMES, *OBJECTS)).split()
+    return list(dict.fromkeys([*WORDS, *names, "A"]))
+
+
+def tiny_sd3(*, t5: bool = True) -> Any:
+    """StableDiffusion3Pipeline: CLIP encoders of widths 16 and 8, their pooled vectors of width 16, T5 of width 32."""
+    from diffusers import (
+        AutoencoderKL,
+        FlowMatchEulerDiscreteScheduler,
+        SD3Transformer2DModel,
+        StableDiffusion3Pipeline,
+    )
+
+    base = tiny_pipeline()
+    tokenizer, encoder = _t5(32) if t5 else (None, None)
+    torch.manual_seed(4)
+    transformer = SD3Transformer2DModel(
+        sample_size=8, patch_size=1, in_channels=4, num_layers=1, attention_head_dim=8, num_attention_heads=4,
+        joint_attention_dim=32, caption_projection_dim=32, pooled_projection_dim=16, out_channels=4, pos_embed_max_size=16,
+    ).eval()  # fmt: skip
+    vae = AutoencoderKL(
+        block_out_channels=(4,), layers_per_block=1, latent_channels=4, norm_num_groups=1, use_quant_conv=False,
+        use_post_quant_conv=False, shift_factor=0.06, scaling_factor=1.5,
+    ).eval()  # fmt: skip
+    return StableDiffusion3Pipeline(
+        transformer=transformer, scheduler=FlowMatchEulerDiscreteScheduler(), vae=vae, text_encoder=_clip(base, 5),
+        tokenizer=base.tokenizer, text_encoder_2=_clip(base, 6, hidden_size=8), tokenizer_2=base.tokenizer,
+        text_encoder_3=encoder, tokenizer_3=tokenizer,
+    )  # fmt: skip
+
+
+def tiny_flux() -> Any:
+    """FluxPipeline: T5 of width 32 for the sequence, CLIP's pooled vector of width 16."""
+    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+
+    base = tiny_pipeline()
+    tokenizer, encoder = _t5(32)
+    torch.manual_seed(7)
+    transformer = FluxTransformer2DModel(
+        patch_size=1, in_channels=4, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=32, pooled_projection_dim=16, axes_dims_rope=[4, 4, 8],
+    ).eval()  # fmt: skip
+    vae = AutoencoderKL(
+        block_out_channels=(4,), layers_per_block=1, latent_channels=1, norm_num_groups=1, use_quant_conv=False,
+        use_post_quant_conv=False, shift_factor=0.06, scaling_factor=1.5,
+    ).eval()  # fmt: skip
+    return FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(), vae=vae, text_encoder=base.text_encoder, tokenizer=base.tokenizer,
+        text_encoder_2=encoder, tokenizer_2=tokenizer, transformer=transformer,
+    )  # fmt: skip
+
+
 class TinyClassifier(nn.Module):
     """Random features of an image and one linear layer: a stand-in for `fastunlearn.evaluation.classifiers.Classifier`."""
 

@@ -153,7 +153,7 @@ def _rank(kind: Any) -> int:
     return 1 + order.index(origin) if origin in order else 9 if origin is str else 8
 
 
-def _items(value: Any) -> list[Any]:
+def _items(value: Any, kind: Any) -> list[Any]:
     if isinstance(value, list):
         return value
     if isinstance(value, str):
@@ -161,7 +161,8 @@ def _items(value: Any) -> list[Any]:
             found = _compose(value)
             if isinstance(found, list):
                 return found
-        elif not value.startswith("{"):
+        # A mapping is no list; "{}" in a text is where a name goes.
+        elif not value.startswith("{") or (kind is str and value.startswith("{}")):
             return [value]
     raise _Mismatch
 
@@ -180,7 +181,7 @@ def _one(kind: Any, value: Any) -> Any:
         return _anything(value)
     if origin in (list, tuple):
         inner = typing.get_args(kind) or (Any,)
-        items = _items(value)
+        items = _items(value, inner[0])
         if origin is tuple and inner[-1] is not Ellipsis:
             if len(items) != len(inner):
                 raise _Mismatch

@@ -15,6 +15,7 @@ from fastunlearn.checkpoint import claim_output
 from fastunlearn.cli._run import shown_command, versions
 from fastunlearn.data.images import latents_of_folder
 from fastunlearn.evaluation.worlds import Concepts, Target, canvas_concepts
+from fastunlearn.localize.text_paths import denoiser_of, text_paths
 from fastunlearn.methods.recipes import concept_template
 from fastunlearn.parametrize.partial_unet import load_partial_unet, save_partial_unet
 from fastunlearn.pipelines import CANVAS, load_pipeline
@@ -22,7 +23,8 @@ from fastunlearn.report.cost import MIB, measured
 from fastunlearn.report.files import write_json
 from fastunlearn.sampling import check_pipeline
 
-WEIGHTS = "unet.safetensors"
+#: by the part of the pipeline that changes
+WEIGHTS = {"unet": "unet.safetensors", "transformer": "transformer.safetensors"}
 _GENERAL = "an image of {}"
 
 
@@ -36,7 +38,9 @@ class PipelineArguments:
     )
     weights: str | None = field(
         default=None,
-        metadata={"help": "unet.safetensors of an earlier run (or of ESD's and UCE's code), loaded over it."},
+        metadata={
+            "help": "unet.safetensors (transformer.safetensors) of an earlier run (or of ESD's and UCE's code), loaded over it."
+        },
     )
     device: str | None = field(default=None, metadata={"help": "cpu, cuda, ...; default: cuda where there is one."})
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
@@ -46,11 +50,12 @@ class PipelineArguments:
         },
     )
 
-    def load(self, *, trained: bool = False) -> Any:
+    def load(self, *, trained: bool = False, drawn: bool = True) -> Any:
         """The pipeline, checked.
 
         Args:
             trained: its weights will take steps: auto is float32 then.
+            drawn: images are drawn from it here: it has a U-Net and one text encoder. Else any that a closed form can edit.
 
         Raises:
             ValueError: it lacks parts, or `weights` do not fit. OSError: it is not there.
@@ -58,9 +63,12 @@ class PipelineArguments:
         own = torch.float32 if trained else None
         dtype = own if self.dtype == "auto" else getattr(torch, self.dtype)
         pipeline = load_pipeline(self.model_name_or_path, device=self.device, dtype=dtype)
-        check_pipeline(pipeline)
+        if drawn:
+            check_pipeline(pipeline)
+        else:
+            text_paths(pipeline)
         if self.weights is not None:
-            load_partial_unet(pipeline.unet, self.weights)
+            load_partial_unet(denoiser_of(pipeline)[0], self.weights)
         return pipeline
 
     @property
@@ -73,7 +81,9 @@ class PipelineArguments:
 class OutputArguments:
     """What is left behind."""
 
-    output_dir: str = field(metadata={"help": "Folder for unet.safetensors (what changed) and metrics.json."})
+    output_dir: str = field(
+        metadata={"help": "Folder for unet.safetensors or transformer.safetensors (what changed) and metrics.json."}
+    )
     save_pipeline: bool = field(
         default=False, metadata={"help": "Also write the whole pipeline, as diffusers loads it."}
     )
@@ -162,21 +172,26 @@ def edit(
     pipeline_arguments: PipelineArguments,
     output_arguments: OutputArguments,
     work: Callable[[Any], Mapping[str, Tensor]],
+    *,
+    closed_form: bool = False,
     **about: Any,
 ) -> int:
     """Runs a method on a pipeline and writes what changed.
 
     Args:
         work: changes the pipeline in place -> the weights that changed.
+        closed_form: the method asks for what the denoiser reads of the text alone: SDXL, SD 3 and FLUX will do.
         about: into metrics.json and the file's metadata.
     """
     with claim_output(output_arguments.output_dir, overwrite=output_arguments.overwrite) as output:
         print(f"loading {pipeline_arguments.model_name_or_path} ...", flush=True)
-        pipeline = pipeline_arguments.load(trained=True)
+        pipeline = pipeline_arguments.load(trained=True, drawn=not closed_form)
         start = time.perf_counter()
-        device = next(pipeline.unet.parameters()).device
+        denoiser, part = denoiser_of(pipeline)
+        device = next(denoiser.parameters()).device
         weights, cost = measured(lambda: work(pipeline), device)
-        size = save_partial_unet(weights, output.path / WEIGHTS, overwrite=output_arguments.overwrite, **about)
+        path = output.path / WEIGHTS[part]
+        size = save_partial_unet(weights, path, overwrite=output_arguments.overwrite, **about)
         write_json(
             output.path / "metrics.json",
             {
@@ -187,10 +202,11 @@ def edit(
         )  # fmt: skip
         if output_arguments.save_pipeline:
             _save_pipeline(pipeline, output.path / "pipeline", output_arguments.overwrite)
-    print(f"{cost.seconds:.1f} s; {size / MIB:.1f} MiB in {output.path / WEIGHTS}")
-    print(
-        f"look at it: fastunlearn sample --model {pipeline_arguments.model_name_or_path} --weights {output.path / WEIGHTS} ..."
-    )
+    print(f"{cost.seconds:.1f} s; {size / MIB:.1f} MiB in {path}")
+    if part == "unet" and getattr(pipeline, "text_encoder_2", None) is None:
+        print(f"look at it: fastunlearn sample --model {pipeline_arguments.model_name_or_path} --weights {path} ...")
+    else:
+        print(f"look at it with diffusers: pipe.{part}.load_state_dict(load_file({str(path)!r}), strict=False)")
     return 0
 
 

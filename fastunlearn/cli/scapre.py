@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,36 +45,29 @@ class ScaPreArguments:
     lora_rank: int | None = field(
         default=None, metadata={"help": f"Also write the edit as a LoRA of this rank ({LORA}) and tell its error."}
     )
-    dry_run: bool = field(default=False, metadata={"help": "Write nothing; tell what would change."})
+    dry_run: bool = field(
+        default=False,
+        metadata={"help": "Write nothing; tell what would change: layers, relevance of rows, predicted residuals."},
+    )
 
     def __post_init__(self) -> None:
         if self.lora_rank is not None and self.lora_rank < 1:
             raise ValueError(f"lora_rank: want at least 1, got {self.lora_rank}")
 
 
-def read_names(given: Sequence[str], what: str) -> tuple[list[str], list[str | None]]:
-    """Names, and what each shall become where it says so; of a file where the one word is one.
-
-    Raises:
-        ValueError: a file that is not there or holds no names.
-    """
-    lines = list(given)
-    if len(lines) == 1 and (lines[0].endswith(".txt") or Path(lines[0]).is_file()):
-        try:
-            text = Path(lines[0]).expanduser().read_text(encoding="utf-8")
-        except UnicodeDecodeError:
-            raise ValueError(f"{what}: {lines[0]} is not utf-8 text") from None
-        lines = [line.strip() for line in text.splitlines() if line.strip() and not line.strip().startswith("#")]
-        if not lines:
-            raise ValueError(f"{what}: {given[0]} holds no names")
-    parts = [line.split("->", 1) for line in lines]
-    return [part[0].strip() for part in parts], [part[1].strip() if len(part) > 1 else None for part in parts]
-
-
-def report(edit: ScaPreEdit) -> str:
-    """What an edit does, for a terminal."""
+def report(edit: ScaPreEdit, *, layers: bool = False) -> str:
+    """What an edit does, for a terminal; with a line for each layer where asked for."""
     rows = sum(len(w) for w in edit.weights.values())
     lines = [f"{len(edit.weights)} projections, {rows:,} rows; condition {edit.condition:.3g}"]
+    if layers:
+        retain: Mapping[str, float] = edit.retain or {}
+        lines.append(f"{'rows':>6} {'forget':>8} {'retain':>8}  layer")
+        lines += [
+            f"{len(weight):6} {edit.forget[name]:8.2%} {retain[name]:8.2%}  {name}"
+            if name in retain
+            else f"{len(weight):6} {edit.forget[name]:8.2%} {'-':>8}  {name}"
+            for name, weight in edit.weights.items()
+        ]
     shown = [("text of the erased concepts still where it was", edit.forget), ("preserved text moved", edit.retain)]
     for words, values in shown:
         if values:
@@ -93,6 +86,8 @@ def main(argv: Sequence[str]) -> int:
 
     def run() -> int:
         from fastunlearn.cli import _diffusion
+        from fastunlearn.cli._closed_form import read_names
+        from fastunlearn.localize.text_paths import denoiser_of
         from fastunlearn.methods.scapre import ScaPreConfig, scapre
         from fastunlearn.parametrize.edit_lora import edit_lora, save_edit_lora
 
@@ -100,8 +95,8 @@ def main(argv: Sequence[str]) -> int:
         output_class = _DryOutput if dry else _diffusion.OutputArguments
         asked, pipeline_arguments, output, config = parse(
             (ScaPreArguments, _diffusion.PipelineArguments, output_class, ScaPreConfig), argv, PROG, epilog=EXAMPLE,
-            description="Edits keys and values of a U-Net's cross-attention so that concepts are drawn as their anchors; one "
-            "solve, however many there are.",
+            description="Edits what a denoiser reads of the text (keys and values of a U-Net's cross-attention; the text "
+            "embedders of SD 3 and FLUX) so that concepts are drawn as their anchors; one solve, however many there are.",
         )  # fmt: skip
         names, own = read_names(asked.concepts, "concepts")
         kept = None if asked.preserve is None else read_names(asked.preserve, "preserve")[0]
@@ -122,21 +117,25 @@ def main(argv: Sequence[str]) -> int:
             settings = replace(config, template=_diffusion.template_of(known, names, config.template))
         predicted: dict[str, Any] = {}
         edits: list[ScaPreEdit] = []
+        part: list[str] = []
 
         def work(pipeline: Any) -> Any:
             edit = scapre(pipeline, names, anchors, preserve=kept or (), config=settings, dry_run=asked.dry_run)
             edits.append(edit)
-            print(report(edit), flush=True)
+            part.append(denoiser_of(pipeline)[1])
+            print(report(edit, layers=asked.dry_run), flush=True)
+            if asked.dry_run and config.mode == "robust" and config.relevance == "none":
+                print("(the gaussian estimate; relevance=none solves without it)")
             predicted.update(forget=edit.forget, retain=edit.retain, condition=edit.condition)
             return edit.weights
 
         if dry:
-            work(pipeline_arguments.load())
+            work(pipeline_arguments.load(trained=True, drawn=False))
             return 0
         about = {"method": "scapre", "concepts": names, "anchors": anchors, "settings": asdict(settings)}
-        status = _diffusion.edit(PROG, argv, pipeline_arguments, output, work, **about, predicted=predicted)
+        status = _diffusion.edit(PROG, argv, pipeline_arguments, output, work, closed_form=True, **about, predicted=predicted)  # fmt: skip
         if asked.lora_rank is not None:
-            factors, errors = edit_lora(edits[0].old, edits[0].weights, asked.lora_rank)
+            factors, errors = edit_lora(edits[0].old, edits[0].weights, asked.lora_rank, prefix=part[0])
             path = Path(output.output_dir) / LORA
             size = save_edit_lora(factors, path, overwrite=output.overwrite)
             print(

@@ -4,15 +4,29 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastunlearn.data.prompts import aligned_features, encode_prompts, last_features, tokenize
+from fastunlearn import ops
+from fastunlearn.data.prompts import TextStream, aligned_features, encode_prompts, last_features, stream_of
 
-#: concepts whose text is encoded at once: there may be more than fit memory
-BATCH = 64
+#: concepts whose text is encoded at once, at most, and bytes of their features: there may be more than fit memory
+BATCH, BATCH_BYTES = 64, 2**28
+
+
+def _batch(stream: TextStream, template: Sequence[str] | None) -> int:
+    """Concepts whose text in every template is encoded at once."""
+    each = 8 * stream.length * stream.features_width * len(template or ["{}"])
+    return max(1, min(BATCH, BATCH_BYTES // each))
+
+
+def last_words(streams: Sequence[TextStream], names: Sequence[str]) -> Tensor:
+    """`last_features` of every stream, one stream behind the other: fp64 [streams * names, width]."""
+    parts = [last_features(stream, names[at : at + BATCH]) for stream in streams for at in range(0, len(names), BATCH)]
+    return torch.cat(parts)
 
 
 def in_templates(concepts: Sequence[str], template: Sequence[str] | None) -> list[str]:
@@ -20,10 +34,19 @@ def in_templates(concepts: Sequence[str], template: Sequence[str] | None) -> lis
     return [text.replace("{}", concept) for text in template or ["{}"] for concept in concepts]
 
 
+#: what scapre and uce call concepts, what each becomes, what is preserved, and one of what they become
+WORDS = ("concepts", "anchors", "preserve", "anchor")
+UCE_WORDS = ("edit_concepts", "guide_concepts", "preserve_concepts", "guide")
+
+
 def check_concepts(
-    pipeline: Any, concepts: Sequence[str], anchors: Sequence[str], preserve: Sequence[str]
-) -> tuple[list[str], list[str], list[str]]:
+    streams: Sequence[TextStream], concepts: Sequence[str], anchors: Sequence[str], preserve: Sequence[str],
+    words: tuple[str, str, str, str] = WORDS,
+) -> tuple[list[str], list[str], list[str]]:  # fmt: skip
     """Concepts without repetition, an anchor for each, what is preserved.
+
+    Args:
+        streams: in which every concept has to have a token. anchors: one, or one for each. words: names of the arguments.
 
     Raises:
         ValueError: none, a name without tokens, one that is preserved too or its own anchor, unequal numbers. Repetitions are
@@ -31,60 +54,103 @@ def check_concepts(
     """
     names, guides, kept = list(concepts), list(anchors), list(dict.fromkeys(preserve))
     if not names:
-        raise ValueError("concepts: none given; there is nothing to erase")
+        raise ValueError(f"{words[0]}: none given; there is nothing to erase")
     if len(guides) == 1:
         guides = guides * len(names)
     if len(guides) != len(names):
-        raise ValueError(f"anchors: want one, or one for each of the {len(names)} concepts, got {len(guides)}")
+        raise ValueError(f"{words[1]}: want one, or one for each of the {len(names)} {words[0]}, got {len(guides)}")
     pairs = dict(zip(reversed(names), reversed(guides)))
     if len(pairs) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         warnings.warn(
-            f"concepts: {len(names) - len(pairs)} are repetitions and count once, {twice!r} for one", stacklevel=3
+            f"{words[0]}: {len(names) - len(pairs)} are repetitions and count once, {twice!r} for one", stacklevel=3
         )
         names = list(dict.fromkeys(names))
         guides = [pairs[name] for name in names]
-    lengths = tokenize(pipeline.tokenizer, [*names, *(kept or [""])]).lengths
-    for i, name in enumerate(names):
-        if int(lengths[i]) <= 2:
-            raise ValueError(f"concepts: {name!r} has no token; the text encoder sees nothing of it")
-        if name == guides[i]:
-            raise ValueError(f"anchors: {name!r} is its own anchor; nothing would be erased")
+    own = [name for name, guide in zip(names, guides) if name == guide]
+    if own:
+        raise ValueError(f"{words[1]}: {own[0]!r} is its own {words[3]}; nothing would be erased")
+    for stream in streams:
+        # The empty prompt has the tokens that begin and end every one.
+        *lengths, least = stream.tokens([*names, ""]).lengths.tolist()
+        bare = [name for name, length in zip(names, lengths) if length <= least]
+        if bare:
+            raise ValueError(f"{words[0]}: {bare[0]!r} has no token; the text encoder sees nothing of it")
     both = [name for name in names if name in set(kept)]
     if both:
-        raise ValueError(f"preserve: {both[0]!r} is to be erased, too; take it out of one of the two")
+        raise ValueError(f"{words[2]}: {both[0]!r} is to be erased, too; take it out of one of the two")
     return names, guides, kept
 
 
+@dataclass
+class Moments:
+    """What a closed form needs of the text: sums over the tokens c of concepts, c* of their guides in their places and p of what
+    is preserved, float64 [width, width].
+
+    Attributes:
+        S: sum c c^T. S_star: sum c* c^T. kept: sum p p^T.
+    """
+
+    S: Tensor
+    S_star: Tensor
+    kept: Tensor
+
+
+def concept_moments(
+    streams: Sequence[TextStream], names: Sequence[str], guides: Sequence[str], kept: Sequence[str],
+    template: Sequence[str] | None, device: torch.device, *, last: bool, padding_weight: float = 1.0,
+) -> Moments:  # fmt: skip
+    """Moments of all concepts in all streams, a batch of concepts at a time: there may be more than fit memory.
+
+    Args:
+        last, padding_weight: as `token_pairs`. device: where the sums are.
+    """
+    width = streams[0].encode([""]).shape[-1]
+    S, S_star, held = (torch.zeros(width, width, dtype=torch.float64, device=device) for _ in range(3))
+    for stream in streams:
+        for c, a, w in token_pairs(stream, names, guides, template, last=last, padding_weight=padding_weight):
+            c, a, w = c.to(device), a.to(device), w.to(device)
+            ops.token_moments(c, w, S)
+            ops.token_moments(c, w, S_star, anchors=a)
+        for p in kept_tokens(stream, kept, template, last=last):
+            ops.token_moments(p.to(device), out=held)
+    return Moments(S, S_star, held)
+
+
 def token_pairs(
-    pipeline: Any, names: Sequence[str], guides: Sequence[str], template: Sequence[str] | None, *, last: bool, padding_weight: float
+    text: Any, names: Sequence[str], guides: Sequence[str], template: Sequence[str] | None, *, last: bool, padding_weight: float
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:  # fmt: skip
     """Tokens of concepts and of the anchors in their places, a batch of concepts at a time.
 
     Args:
+        text: a stream, or a pipeline with a U-Net.
         last: the last word alone; else every position.
         padding_weight: of a padding position.
 
     Yields:
         fp64 [tokens, width] twice, weights fp64 [tokens].
     """
-    for at in range(0, len(names), BATCH):
-        mine, theirs = (in_templates(texts[at : at + BATCH], template) for texts in (names, guides))
+    stream = stream_of(text)
+    batch = _batch(stream, template)
+    for at in range(0, len(names), batch):
+        mine, theirs = (in_templates(texts[at : at + batch], template) for texts in (names, guides))
         if last:
-            c, a = last_features(pipeline, mine), last_features(pipeline, theirs)
+            c, a = last_features(stream, mine), last_features(stream, theirs)
             yield c, a, torch.ones(len(c), dtype=c.dtype, device=c.device)
         else:
-            c, a, padding = aligned_features(pipeline, mine, theirs)
+            c, a, padding = aligned_features(stream, mine, theirs)
             yield c, a, torch.ones(len(c), dtype=c.dtype, device=c.device).masked_fill(padding, padding_weight)
 
 
 def kept_tokens(
-    pipeline: Any, names: Sequence[str], template: Sequence[str] | None, *, last: bool = False
+    text: Any, names: Sequence[str], template: Sequence[str] | None, *, last: bool = False
 ) -> Iterator[Tensor]:
     """Tokens of concepts alone, fp64 [tokens, width], a batch of concepts at a time."""
-    for at in range(0, len(names), BATCH):
-        texts = in_templates(names[at : at + BATCH], template)
-        yield last_features(pipeline, texts) if last else encode_prompts(pipeline, texts).double().flatten(0, 1)
+    stream = stream_of(text)
+    batch = _batch(stream, template)
+    for at in range(0, len(names), batch):
+        texts = in_templates(names[at : at + batch], template)
+        yield last_features(stream, texts) if last else encode_prompts(stream, texts).double().flatten(0, 1)
 
 
 def noisy(features: Tensor, samples: int, noise: float, seed: int) -> Tensor:

@@ -1,8 +1,12 @@
-"""Prompts as a diffusion pipeline's text encoder sees them: tokens, features computed once, where a concept stands in a prompt."""
+"""Prompts as a diffusion pipeline's text encoders see them: tokens, features computed once, where a concept stands in a prompt.
+
+A `TextStream` is one run of tokens on its way into a denoiser; the functions below take one, or a pipeline for what the
+cross-attention of its U-Net sees.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,15 +29,15 @@ class Tokens:
     lengths: Tensor
 
 
-def tokenize(tokenizer: Any, prompts: Sequence[str]) -> Tokens:
-    """Tokens of every prompt, padded to `tokenizer.model_max_length`.
+def tokenize(tokenizer: Any, prompts: Sequence[str], length: int | None = None) -> Tokens:
+    """Tokens of every prompt, padded to `length`, or `tokenizer.model_max_length`.
 
     Raises:
         ValueError: no prompts, one that is no text, or one that the text encoder would see only in part.
     """
     if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
         raise ValueError(f"prompts: want at least one text, got {list(prompts)[:3]!r}")
-    most = tokenizer.model_max_length
+    most = length or tokenizer.model_max_length
     given = tokenizer(list(prompts), padding="max_length", max_length=most, truncation=False, return_tensors=None)
     long = [(p, len(ids)) for p, ids in zip(prompts, given["input_ids"], strict=True) if len(ids) > most]
     if long:
@@ -41,20 +45,95 @@ def tokenize(tokenizer: Any, prompts: Sequence[str]) -> Tokens:
     return Tokens(torch.tensor(given["input_ids"]), torch.tensor(given["attention_mask"]).sum(1))
 
 
-def text_width(pipeline: Any) -> int:
-    """Width of the text that cross-attention sees: that of the text encoder, of SDXL's two together."""
-    encoders = [getattr(pipeline, name, None) for name in ("text_encoder", "text_encoder_2")]
-    return sum(int(encoder.config.hidden_size) for encoder in encoders if encoder is not None)
+#: tokens that go through a text encoder at once
+TOKENS_AT_ONCE = 2**14
 
 
-@torch.no_grad()
-def encode_prompts(pipeline: Any, prompts: Sequence[str], *, batch_size: int = 256) -> Tensor:
-    """What the U-Net's cross-attention sees of every prompt; no gradients.
+@dataclass(frozen=True)
+class Encoder:
+    """Attributes: tokenizer; module, a text encoder; pick: what it returns -> [prompts, length, width]; length of its prompts."""
 
-    The text encoder's last hidden states; with two text encoders (SDXL) the last but one of each, side by side.
+    tokenizer: Any
+    module: Any
+    pick: Callable[[Any], Tensor]
+    length: int | None = None
+
+
+@dataclass(frozen=True)
+class TextStream:
+    """One run of tokens that a denoiser reads: the features of one text encoder, or of several side by side.
+
+    Attributes:
+        encoders: the first one's tokens are the stream's.
+        width: of the features; what the encoders leave is filled with zeros. None: theirs together.
+        pooled: each prompt is one vector; the run has length 1.
+    """
+
+    encoders: tuple[Encoder, ...]
+    width: int | None = None
+    pooled: bool = False
+
+    def tokens(self, prompts: Sequence[str]) -> Tokens:
+        """As `tokenize`."""
+        return tokenize(self.encoders[0].tokenizer, prompts, self.encoders[0].length)
+
+    @property
+    def length(self) -> int:
+        """Tokens of every prompt, padding included."""
+        return 1 if self.pooled else int(self.encoders[0].length or self.encoders[0].tokenizer.model_max_length)
+
+    @property
+    def features_width(self) -> int:
+        """Of the features; an estimate (of the hidden states) where `width` is None."""
+        return self.width or sum(int(encoder.module.config.hidden_size) for encoder in self.encoders)
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str]) -> Tensor:
+        """[prompts, length, width], in the text encoder's dtype, on its device; a prompt that is repeated is encoded once.
+
+        Raises:
+            ValueError: as `tokenize`.
+        """
+        distinct = list(dict.fromkeys(prompts))
+        parts = []
+        for encoder in self.encoders:
+            ids = tokenize(encoder.tokenizer, distinct, encoder.length).ids
+            device = next(encoder.module.parameters()).device
+            with evaluating(encoder.module):
+                batches = ids.split(max(1, TOKENS_AT_ONCE // ids.shape[1]))
+                rows = [encoder.pick(encoder.module(x.to(device), output_hidden_states=True)) for x in batches]
+            parts.append(torch.cat(rows))
+        features = torch.cat(parts, -1) if len(parts) > 1 else parts[0]
+        if self.width is not None and features.shape[-1] < self.width:
+            features = torch.nn.functional.pad(features, (0, self.width - features.shape[-1]))
+        at = {prompt: i for i, prompt in enumerate(distinct)}
+        return features[torch.tensor([at[prompt] for prompt in prompts], device=features.device)]
+
+
+def unet_stream(pipeline: Any) -> TextStream:
+    """What the cross-attention of a U-Net sees: the text encoder's last hidden states (SD 1.x, 2.x, the canvas); with two text
+    encoders (SDXL) the last but one of each, side by side."""
+    first, second = pipeline.text_encoder, getattr(pipeline, "text_encoder_2", None)
+    if second is None:
+        return TextStream((Encoder(pipeline.tokenizer, first, lambda out: out[0]),))
+    return TextStream(
+        tuple(
+            Encoder(tokenizer, module, lambda out: out.hidden_states[-2])
+            for tokenizer, module in ((pipeline.tokenizer, first), (pipeline.tokenizer_2, second))
+        )
+    )
+
+
+def stream_of(text: Any) -> TextStream:
+    """The stream itself, or that of a pipeline with a U-Net."""
+    return text if isinstance(text, TextStream) else unet_stream(text)
+
+
+def encode_prompts(text: Any, prompts: Sequence[str]) -> Tensor:
+    """What the U-Net's cross-attention, or whoever reads the stream, sees of every prompt; no gradients.
 
     Args:
-        pipeline: of diffusers, with one CLIP text encoder (SD 1.x, 2.x and the canvas) or two (SDXL).
+        text: a pipeline of diffusers with a U-Net, or a `TextStream`.
         prompts: in any number, repeated ones too; the empty one is what guidance compares with.
 
     Returns:
@@ -63,24 +142,7 @@ def encode_prompts(pipeline: Any, prompts: Sequence[str], *, batch_size: int = 2
     Raises:
         ValueError: as `tokenize`.
     """
-    distinct = list(dict.fromkeys(prompts))
-    both = getattr(pipeline, "text_encoder_2", None) is not None
-    parts = []
-    for suffix in ("", "_2") if both else ("",):
-        encoder = getattr(pipeline, f"text_encoder{suffix}")
-        ids = tokenize(getattr(pipeline, f"tokenizer{suffix}"), distinct).ids
-        device = next(encoder.parameters()).device
-        with evaluating(encoder):
-            if both:
-                rows = [
-                    encoder(x.to(device), output_hidden_states=True).hidden_states[-2] for x in ids.split(batch_size)
-                ]
-            else:
-                rows = [encoder(x.to(device))[0] for x in ids.split(batch_size)]
-        parts.append(torch.cat(rows))
-    features = torch.cat(parts, -1) if both else parts[0]
-    at = {prompt: i for i, prompt in enumerate(distinct)}
-    return features[torch.tensor([at[prompt] for prompt in prompts], device=features.device)]
+    return stream_of(text).encode(prompts)
 
 
 @dataclass(frozen=True)
@@ -122,7 +184,10 @@ def concept_spans(tokenizer: Any, prompts: Sequence[str], others: Sequence[str],
     """
     if len(prompts) != len(others):
         raise ValueError(f"prompts: want as many as surrogates, got {len(prompts)} and {len(others)}")
-    mine, theirs = tokenize(tokenizer, prompts), tokenize(tokenizer, others)
+    return _spans(prompts, others, tokenize(tokenizer, prompts), tokenize(tokenizer, others), empty=empty)
+
+
+def _spans(prompts: Sequence[str], others: Sequence[str], mine: Tokens, theirs: Tokens, *, empty: bool) -> list[Span]:
     spans = []
     for i, prompt in enumerate(prompts):
         rows = [t.ids[i, : t.lengths[i]].tolist() for t in (mine, theirs)]
@@ -133,24 +198,28 @@ def concept_spans(tokenizer: Any, prompts: Sequence[str], others: Sequence[str],
     return spans
 
 
-def last_features(pipeline: Any, prompts: Sequence[str]) -> Tensor:
-    """Features of each prompt's last word (the last token before the ending one), fp64 [prompts, width]."""
-    features = encode_prompts(pipeline, prompts).double()
-    # An empty prompt has only the token that begins it.
-    at = (tokenize(pipeline.tokenizer, prompts).lengths - 2).clamp_min(0).to(features.device)
+def last_features(text: Any, prompts: Sequence[str]) -> Tensor:
+    """Features of each prompt's last word (the last token before the ending one), fp64 [prompts, width]; pooled ones as they are."""
+    stream = stream_of(text)
+    features = stream.encode(prompts).double()
+    if stream.pooled:
+        return features[:, 0]
+    # An empty prompt has only the tokens that begin and end it.
+    at = (stream.tokens(prompts).lengths - 2).clamp_min(0).to(features.device)
     return features[torch.arange(len(prompts), device=features.device), at]
 
 
-def empty_feature(pipeline: Any) -> Tensor:
+def empty_feature(text: Any) -> Tensor:
     """What the empty prompt ends with, fp64 [1, width]."""
-    return encode_prompts(pipeline, [""])[:, 1].double()
+    stream = stream_of(text)
+    return stream.encode([""])[:, 0 if stream.pooled else int(stream.tokens([""]).lengths[0]) - 1].double()
 
 
-def aligned_features(pipeline: Any, prompts: Sequence[str], others: Sequence[str]) -> tuple[Tensor, Tensor, Tensor]:
+def aligned_features(text: Any, prompts: Sequence[str], others: Sequence[str]) -> tuple[Tensor, Tensor, Tensor]:
     """Features at every position of the prompts, and those of the others that stand in their places.
 
     What comes before a concept's name is the same in both. Names of unequal length end together; the rest of the longer name
-    stands for the first word of the shorter, and for a name that is empty what comes behind it.
+    stands for the first word of the shorter, and for a name that is empty what comes behind it. Pooled features are pairs.
 
     Returns:
         fp64 [positions, width] twice, and bool [positions]: it is padding.
@@ -158,10 +227,14 @@ def aligned_features(pipeline: Any, prompts: Sequence[str], others: Sequence[str
     Raises:
         ValueError: as `concept_spans`.
     """
-    mine, theirs = (encode_prompts(pipeline, texts).double() for texts in (prompts, others))
-    lengths = tokenize(pipeline.tokenizer, prompts).lengths.tolist()
+    stream = stream_of(text)
+    mine, theirs = (stream.encode(texts).double() for texts in (prompts, others))
+    if stream.pooled:
+        return mine[:, 0], theirs[:, 0], torch.zeros(len(mine), dtype=torch.bool, device=mine.device)
+    tokens = stream.tokens(prompts), stream.tokens(others)
+    lengths = tokens[0].lengths.tolist()
     rows, stand_ins, padding = [], [], []
-    for i, span in enumerate(concept_spans(pipeline.tokenizer, prompts, others, empty=True)):
+    for i, span in enumerate(_spans(prompts, others, *tokens, empty=True)):
         name = range(span.start, span.end)
         guide = [max(span.start, at - span.end + span.other_end) for at in name]
         rest = mine.shape[1] - max(span.end, span.other_end)

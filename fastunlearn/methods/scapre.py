@@ -15,7 +15,7 @@ that are preserved. The one product of text and solve is fastunlearn.ops.spectra
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -23,11 +23,11 @@ import torch
 from torch import Tensor
 
 from fastunlearn import ops
-from fastunlearn.data.concepts import check_concepts, kept_tokens, noisy, token_pairs
-from fastunlearn.data.prompts import empty_feature, last_features, text_width
+from fastunlearn.data.concepts import check_concepts, last_words
 from fastunlearn.evaluation.residuals import forget_residuals, retain_residuals, spread
-from fastunlearn.localize.unet import unet_parameters
+from fastunlearn.localize.text_paths import TextPath, text_paths, write_weights
 from fastunlearn.methods.scapre_official import official
+from fastunlearn.methods.scapre_solve import kept_text, pairs, relevance, solve
 
 Mode = Literal["robust", "official", "paper"]
 #: concepts on which residuals are predicted
@@ -68,6 +68,18 @@ class ScaPreConfig:
         default="none",
         metadata={"help": "Rows by mutual information with the concepts: none, or which estimate (robust)."},
     )
+    negatives: Literal["preserved", "empty"] = field(
+        default="preserved",
+        metadata={
+            "help": "What relevance tells concepts from: those that are preserved, or the empty prompt (robust)."
+        },
+    )
+    control: Literal["none", "shuffled", "constant"] = field(
+        default="none",
+        metadata={
+            "help": "Ablation: relevance of other rows of the same projection, or its mean for every row (robust)."
+        },
+    )
     samples: int = field(default=5, metadata={"help": "Noisy copies of every concept for the mutual information."})
     noise: float = field(default=0.01, metadata={"help": "Of those copies."})
     geometry: float = field(
@@ -89,7 +101,8 @@ class ScaPreConfig:
             raise ValueError(f"samples: want at least 2, got {self.samples}")
         for name, words in (
             ("mode", ("robust", "official", "paper")), ("tokens", ("last", "all")), ("gate", ("conflict", "code", "paper")),
-            ("relevance", ("none", "gaussian", "binary")), ("preset", (None, "diversi50", "confuse5", "artists", "nsfw")),
+            ("relevance", ("none", "gaussian", "binary")), ("negatives", ("preserved", "empty")),
+            ("control", ("none", "shuffled", "constant")), ("preset", (None, "diversi50", "confuse5", "artists", "nsfw")),
         ):  # fmt: skip
             if getattr(self, name) not in words:
                 raise ValueError(f"{name}: want one of {', '.join(map(str, words))}; got {getattr(self, name)!r}")
@@ -104,12 +117,13 @@ class ScaPreEdit:
     """What `scapre` did, or with `dry_run` would do.
 
     Attributes:
-        weights: name within the U-Net -> new weight; old: the weight before.
+        weights: name within the U-Net, or transformer, -> new weight; old: the weight before.
         forget: sum |W c - W0 c*|^2 / sum |W0 c - W0 c*|^2 of each weight: 0, all is where it shall be; 1, nothing has moved.
         retain: sum |W p - W0 p|^2 / sum |W0 p|^2 of each weight; None without a preserve set.
-        relevance: [rows] in [0, 1], None where it is not measured.
+        relevance: [rows] in [0, 1], None where it is not measured; a dry run measures it (gaussian) also where nothing is solved
+            with it.
         rotation: of each weight by the geometry step, where there is one.
-        condition: of the matrix that is solved with, lamb I + S.
+        condition: of the matrix that is solved with, lamb I + S; the largest where there are several.
     """
 
     weights: dict[str, Tensor]
@@ -119,109 +133,6 @@ class ScaPreEdit:
     relevance: Tensor | None
     rotation: dict[str, float]
     condition: float
-
-
-def projections(pipeline: Any) -> dict[str, Tensor]:
-    """Keys and values of cross-attention by name within the U-Net.
-
-    Raises:
-        ValueError: parts are missing, there are no such projections, or they do not take the text encoder's text.
-    """
-    absent = [part for part in ("unet", "text_encoder", "tokenizer") if getattr(pipeline, part, None) is None]
-    if absent:
-        raise ValueError(
-            f"pipeline: {type(pipeline).__name__} has no {', '.join(absent)}; want one of Stable Diffusion 1.x, 2.x or XL. (In SD 3 "
-            "and FLUX the text changes with the image from the first block on: keys and values there are no function of the prompt)"
-        )
-    named = unet_parameters(pipeline.unet, "xattn_kv")
-    weights: dict[str, Tensor] = {name: weight for name, weight in named.items() if name.endswith(".weight")}
-    width = text_width(pipeline)
-    wrong = [name for name, weight in weights.items() if weight.shape[1] != width]
-    if wrong:
-        raise ValueError(
-            f"pipeline: {wrong[0]} takes text of width {weights[wrong[0]].shape[1]}, the text encoders give {width}"
-        )
-    return weights
-
-
-def gate(values: Tensor, kind: str) -> Tensor:
-    """R's weight of each direction by its singular value; `conflict` and `code` see it in units of the median."""
-    if kind == "paper":
-        return (1 - values.sigmoid()) * values
-    scaled = values / values.median().clamp_min(1e-300)
-    return scaled.square() * (scaled - 1).sigmoid() if kind == "conflict" else 1 - (scaled - 1).sigmoid()
-
-
-def overlap(concepts: Tensor, kind: str) -> Tensor:
-    """R = U diag(gate(s)) U^T of the concepts' last words [m, d]: eq. 4; columns of length 1 unless `paper`."""
-    columns = concepts if kind == "paper" else torch.nn.functional.normalize(concepts, dim=1)
-    _, s, Vh = torch.linalg.svd(columns, full_matrices=False)
-    return (Vh.T * gate(s, kind)) @ Vh
-
-
-def _pairs(
-    pipeline: Any, names: Sequence[str], guides: Sequence[str], config: ScaPreConfig
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    # In the paper a concept is its name.
-    last, template = (True, None) if config.mode == "paper" else (config.tokens == "last", config.template)
-    return token_pairs(pipeline, names, guides, template, last=last, padding_weight=config.padding_weight)
-
-
-def _kept(pipeline: Any, names: Sequence[str], config: ScaPreConfig) -> Iterator[Tensor]:
-    return kept_tokens(pipeline, names, config.template, last=config.tokens == "last")
-
-
-def _relevance(pipeline: Any, weights: Sequence[Tensor], concepts: Tensor, kept: Sequence[str], config: ScaPreConfig) -> Tensor:  # fmt: skip
-    """Mutual information over its largest, eq. 7; against the preserved concepts, or the empty prompt where there are none."""
-    estimator = "binary" if config.mode == "paper" else config.relevance
-    others = last_features(pipeline, list(kept)) if kept else empty_feature(pipeline)
-    others = others.to(concepts)
-    negatives = noisy(others, config.samples, config.noise, config.seed).flatten(0, 1)
-    if len(negatives) > config.samples:
-        pick = torch.linspace(0, len(negatives) - 1, min(len(negatives), 4 * config.samples)).long()
-        negatives = negatives[pick.to(negatives.device)]
-    positives = noisy(concepts, config.samples, config.noise, config.seed)
-    mi = ops.informax(weights, positives, negatives, estimator=estimator)  # type: ignore[arg-type]
-    return mi / mi.max().clamp_min(torch.finfo(mi.dtype).tiny)
-
-
-def _solve(
-    pipeline: Any, weights: Mapping[str, Tensor], names: Sequence[str], guides: Sequence[str] | None, kept: Sequence[str],
-    config: ScaPreConfig,
-) -> tuple[list[Tensor], Tensor | None, Tensor]:  # fmt: skip
-    """Modes robust and paper -> (new weights, relevance, S)."""
-    if guides is None:
-        raise ValueError(
-            "anchors: none given, and so V* = 0, for which eq. 9 has the one solution W = 0: everything would be forgotten. Give "
-            'anchors ("" is the empty prompt), or use mode robust'
-        )
-    listed = list(weights.values())
-    alpha: Tensor | None
-    R: Tensor | None
-    d, device = listed[0].shape[1], listed[0].device
-    S, S_star = (torch.zeros(d, d, dtype=torch.float64, device=device) for _ in range(2))
-    for c, a, w in _pairs(pipeline, names, guides, config):
-        ops.token_moments(c.to(device), config.erase_scale * w.to(device), S)
-        ops.token_moments(c.to(device), config.erase_scale * w.to(device), S_star, anchors=a.to(device))
-    last = last_features(pipeline, names).to(device)
-    if config.mode == "paper":
-        # S is of all tokens of the concepts; V* C^T of their last words.
-        S.zero_()
-        for c in kept_tokens(pipeline, names, None):
-            ops.token_moments(c.to(device), out=S)
-        S *= config.erase_scale
-        alpha = _relevance(pipeline, listed, last, (), config)
-        R = overlap(last, "paper")
-        return ops.spectral_solve(listed, S, S_star, lam=config.lamb, R=R, gamma=1.0, relevance=alpha, mode="paper"), alpha, S  # fmt: skip
-    held = torch.zeros_like(S)
-    for p in _kept(pipeline, kept, config):
-        ops.token_moments(p.to(device), out=held)
-    S, S_star = S + config.preserve_scale * held, S_star + config.preserve_scale * held
-    alpha = None if config.relevance == "none" else _relevance(pipeline, listed, last, kept, config)
-    R, gamma = None, 0.0
-    if config.gamma:
-        R, gamma = overlap(last, config.gate), config.gamma * float(last.square().sum(1).mean())
-    return ops.spectral_solve(listed, S, S_star, lam=config.lamb, R=R, gamma=gamma, relevance=alpha), alpha, S
 
 
 @torch.no_grad()
@@ -235,10 +146,13 @@ def scapre(
     config: ScaPreConfig | None = None,
     dry_run: bool = False,
 ) -> ScaPreEdit:
-    """Erases concepts by editing the keys and values of a pipeline's cross-attention in place.
+    """Erases concepts by editing, in place, the layers of a pipeline's denoiser that read text alone.
+
+    Those are keys and values of a U-Net's cross-attention; of SD 3 and FLUX the two layers that `fastunlearn.localize.text_paths`
+    names, each solved for what it reads.
 
     Args:
-        pipeline: StableDiffusionPipeline, StableDiffusionXLPipeline (or one with the same parts).
+        pipeline: Stable Diffusion 1.x, 2.x, XL, 3 or FLUX as diffusers loads it (or one with the same parts).
         concepts: names, each put into every `config.template`; as many as there are.
         anchors: what is drawn instead: one, or one for each. None: the empty prompt (mode paper: nothing, V* = 0, which it refuses).
         preserve: concepts that stay where they are as far as `preserve_scale` says; mode robust only.
@@ -251,7 +165,8 @@ def scapre(
 
     Raises:
         ValueError: no concepts, one without a token, one that is preserved too, unequal numbers, a pipeline without its parts or
-        without cross-attention, mode paper without anchors.
+        without layers that read text, mode paper without anchors, mode official on a transformer or with more concepts than fit
+        memory (robust and paper stream them).
 
     Example:
         >>> pipe = load_pipeline("canvas")
@@ -260,33 +175,60 @@ def scapre(
     config = config or ScaPreConfig()
     if mode is not None:
         config = ScaPreConfig(**{**vars(config), "mode": mode})
-    weights = projections(pipeline)
+    paths = text_paths(pipeline)
     given = [""] if anchors is None else [anchors] if isinstance(anchors, str) else list(anchors)
     if isinstance(concepts, str):
         raise TypeError(f"concepts: want a list of names, got the text {concepts!r}")
-    names, guides, kept = check_concepts(pipeline, concepts, given, preserve)
+    names, guides, kept = check_concepts([s for path in paths for s in path.streams], concepts, given, preserve)
     if kept and config.mode != "robust":
         raise ValueError(
             f"preserve: mode {config.mode} has no preserve set (nor has the authors' code); use mode robust"
         )
-    old = {name: weight.detach().clone() for name, weight in weights.items()}
+    if config.mode == "official" and paths[0].name != "cross-attention":
+        raise ValueError(
+            f"mode: the authors' code edits U-Nets, {type(pipeline).__name__} has a transformer; use mode robust"
+        )
+    targets = None if anchors is None and config.mode == "paper" else guides
+    edits = [_edit(path, names, targets, kept, config, dry_run) for path in paths]
+    edit = ScaPreEdit(
+        weights={}, old={}, forget={}, retain={} if kept else None, relevance=None, rotation={},
+        condition=max(part.condition for part in edits),
+    )  # fmt: skip
+    for part in edits:
+        for name in ("weights", "old", "forget", "rotation", *(["retain"] if kept else [])):
+            getattr(edit, name).update(getattr(part, name))
+    found = [part.relevance for part in edits if part.relevance is not None]
+    edit.relevance = torch.cat(found) if found else None
+    if not dry_run:
+        write_weights(paths, edit.weights)
+    return edit
+
+
+def _edit(
+    path: TextPath, names: Sequence[str], guides: Sequence[str] | None, kept: Sequence[str], config: ScaPreConfig, measure: bool
+) -> ScaPreEdit:  # fmt: skip
+    old = {name: weight.detach().clone() for name, weight in path.weights.items()}
+    listed = list(old.values())
     alpha: Tensor | None
     if config.mode == "official":
-        new, alpha, S = official(pipeline, old, names, guides, config)
+        assert guides is not None
+        new, alpha, S = official(path.streams[0], old, names, guides, config)
     else:
-        new, alpha, S = _solve(pipeline, old, names, None if anchors is None and config.mode == "paper" else guides, kept, config)  # fmt: skip
+        new, alpha, S = solve(path.streams, listed, names, guides, kept, config)
+        assert guides is not None
+    if alpha is None and measure:
+        alpha = relevance(path.streams, listed, last_words(path.streams, names).to(S), kept, config, "gaussian")
     rotation: dict[str, float] = {}
     if config.geometry and config.mode != "official":
-        moved = ops.bures_geodesic(new, list(old.values()), config.geometry, guard=config.guard, method="svd")
+        moved = ops.bures_geodesic(new, listed, config.geometry, guard=config.guard, method="svd")
         new, rotation = moved.weights, dict(zip(old, moved.rotation, strict=True))
     made = dict(zip(old, new, strict=True))
-    c, a, _ = (spread(part).to(S) for part in zip(*_pairs(pipeline, names[:FEW], guides[:FEW], config), strict=True))
+    some = [(spread([c]), spread([a])) for c, a, _ in pairs(path.streams, names[:FEW], guides[:FEW], config)]
+    c, a = (spread(part).to(S) for part in zip(*some, strict=True))
     retain = None
     if kept:
-        retain = retain_residuals(made, old, spread(list(_kept(pipeline, kept[:FEW], config))).to(S))
+        p = spread([spread([p]) for p in kept_text(path.streams, kept[:FEW], config)])
+        retain = retain_residuals(made, old, p.to(S))
     values = torch.linalg.eigvalsh(S).clamp_min(0)
     condition = float((config.lamb + values[-1]) / (config.lamb + values[0]))
-    if not dry_run:
-        for name, weight in weights.items():
-            weight.copy_(made[name])
     return ScaPreEdit(made, old, forget_residuals(made, old, c, a), retain, alpha, rotation, condition)

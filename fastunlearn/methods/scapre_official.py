@@ -15,14 +15,15 @@ wherever it needs some, without a seed; here one seeded draw serves all, and C C
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from fastunlearn import ops
 from fastunlearn.data.concepts import noisy
-from fastunlearn.data.prompts import empty_feature, encode_prompts, tokenize
+from fastunlearn.data.prompts import TextStream, empty_feature
+from fastunlearn.report.cost import free_bytes
 
 if TYPE_CHECKING:
     from fastunlearn.methods.scapre import ScaPreConfig
@@ -63,11 +64,11 @@ def bures_rows(new: Tensor, old: Tensor, lam: float, mu: float, steps: int = 1) 
     return radius * u
 
 
-def _context(pipeline: Any, names: Sequence[str], guides: Sequence[str]) -> tuple[Tensor, Tensor, Tensor]:
+def _context(stream: TextStream, names: Sequence[str], guides: Sequence[str]) -> tuple[Tensor, Tensor, Tensor]:
     """Last words [m, d]; features from there to the end and, in their places, the anchors' from the start, [m, T, d], 0 behind."""
-    features, starts = encode_prompts(pipeline, names).double(), tokenize(pipeline.tokenizer, names).lengths - 2
+    features, starts = stream.encode(names).double(), stream.tokens(names).lengths - 2
     # A space, as in the code, tokenises to nothing.
-    others = encode_prompts(pipeline, [guide or " " for guide in guides]).double()
+    others = stream.encode([guide or " " for guide in guides]).double()
     length = features.shape[1]
     c, a = torch.zeros_like(features), torch.zeros_like(features)
     for k, start in enumerate(starts.tolist()):
@@ -76,16 +77,28 @@ def _context(pipeline: Any, names: Sequence[str], guides: Sequence[str]) -> tupl
 
 
 def official(
-    pipeline: Any, old: Mapping[str, Tensor], names: Sequence[str], guides: Sequence[str], config: ScaPreConfig
+    stream: TextStream, old: Mapping[str, Tensor], names: Sequence[str], guides: Sequence[str], config: ScaPreConfig
 ) -> tuple[list[Tensor], Tensor, Tensor]:
-    """New weights of `old`, the mask m_i [rows], and S."""
+    """New weights of `old`, the mask m_i [rows], and S.
+
+    Raises:
+        ValueError: its system has a mask for every row and concept, and these and the tokens do not fit memory.
+    """
     scale, power, ased, copies = PRESETS[config.preset]
     es = config.erase_scale if scale is None else scale
     weights = list(old.values())
     device = weights[0].device
-    last, c, a = (t.to(device) for t in _context(pipeline, names, guides))
-    empty = empty_feature(pipeline).to(device)
     heights = [len(w) for w in weights]
+    # Tokens of concepts and anchors as they come and in their places, mutual information and mask, float64.
+    need = 8 * len(names) * (4 * stream.length * weights[0].shape[1] + 3 * sum(heights))
+    free = free_bytes(device)
+    if free is not None and need > free:
+        raise ValueError(
+            f"concepts: mode official holds the tokens and a mask of every row for all {len(names)} at once, {need / 2**30:.1f} GiB; "
+            f"{free / 2**30:.1f} GiB are free. Mode robust streams them"
+        )
+    last, c, a = (t.to(device) for t in _context(stream, names, guides))
+    empty = empty_feature(stream).to(device)
     if power is None:
         masks = torch.ones(sum(heights), len(names), device=device)
     else:

@@ -1,31 +1,31 @@
 """UCE: unified concept editing (Gandikota et al. 2024, arXiv 2308.14761, eq. 7), the closed form in its simplest shape.
 
-Keys and values of cross-attention are linear in the text: every projection W of the U-Net is replaced by the one that sends the
-text c of a concept to where W sends the text of its guide, v* = W c_guide, and leaves other concepts p where they were:
+Keys and values of cross-attention are linear in the text: every projection W of the U-Net (of SD 3 and FLUX: the two layers that
+read the text alone) is replaced by the one that sends the text c of a concept to where W sends the text of its guide,
+v* = W c_guide, and leaves other concepts p where they were:
 
     W_new = (lamb W + es sum v* c^T + ps sum W p p^T) (lamb I + es sum c c^T + ps sum p p^T)^-1
 
-which is W + es (V* - W C) C^T (lamb I + es C C^T + ps P P^T)^-1 with the concepts as columns of C and P: the same, without the
-rounding error of W W^-1, and at lamb = 0 its limit, the smallest change that does it.
+which is `fastunlearn.ops.spectral_solve` of these moments: W + es (V* - W C) C^T (lamb I + es C C^T + ps P P^T)^-1 with the concepts
+as columns of C and P; at lamb = 0 its limit, the smallest change that does it.
 
-The second factor depends on the text alone: it is solved once, in fp64, for all projections. As in the authors' code, a concept's
+The second factor depends on the text alone: it is found once, in fp64, for all projections. As in the authors' code, a concept's
 text is its last word (the last token before the ending one); `tokens="all"` takes every position of the prompt, each to where the
 guide's goes that stands in its place: what an image is drawn from when the concept is named inside a sentence.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from fastunlearn.data.concepts import in_templates as in_templates
-from fastunlearn.data.prompts import aligned_features, encode_prompts, last_features
-from fastunlearn.localize.unet import unet_parameters
-from fastunlearn.sampling import check_pipeline
+from fastunlearn import ops
+from fastunlearn.data.concepts import UCE_WORDS, Moments, check_concepts, concept_moments
+from fastunlearn.localize.text_paths import text_paths, write_weights
 
 
 @dataclass
@@ -57,40 +57,48 @@ class UCEConfig:
             raise ValueError(f"template: want texts with {{}} in them, got {self.template!r}")
 
 
-def uce_weight(weight: Tensor, edit: Tensor, guide: Tensor, solved: Tensor, erase_scale: float) -> Tensor:
-    """One projection after the edit.
+def uce_weights(weights: Sequence[Tensor], text: Moments, config: UCEConfig) -> list[Tensor]:
+    """All projections after the edit.
 
     Args:
-        weight: [out, width]. edit, guide: fp64 [concepts, width], rows c and c_guide. solved: what `uce_solve` gave for them.
+        weights: [rows, width] each. text: moments of concepts, guides and what is preserved, without their scales.
 
     Returns:
-        fp64 [out, width].
+        New weights in the old dtypes.
     """
-    old = weight.double()
-    return old + erase_scale * (old @ (guide - edit).T) @ solved
-
-
-def uce_solve(edit: Tensor, preserve: Tensor | None, config: UCEConfig) -> Tensor:
-    """C^T (lamb I + es C C^T + ps P P^T)^-1, what all projections share.
-
-    Args:
-        edit: fp64 [concepts, width], rows c. preserve: fp64 [concepts, width], rows p, or None.
-
-    Returns:
-        fp64 [concepts, width].
-    """
-    width = edit.shape[1]
-    moments = config.lamb * torch.eye(width, dtype=torch.float64, device=edit.device)
-    moments += config.erase_scale * edit.T @ edit
-    if preserve is not None and len(preserve):
-        moments += config.preserve_scale * preserve.T @ preserve
+    held = config.preserve_scale * text.kept
+    S, S_star = config.erase_scale * text.S + held, config.erase_scale * text.S_star + held
     if config.lamb > 0:
-        return torch.linalg.solve(moments, edit.T).T
+        return ops.spectral_solve(weights, S, S_star, lam=config.lamb)
     # Directions that no concept has are left alone.
-    return edit @ torch.linalg.pinv(moments, hermitian=True, rtol=1e-12)
+    factor = (S_star - S) @ torch.linalg.pinv(S, hermitian=True, rtol=1e-12)
+    return [(w.double() + w.double() @ factor).to(w.dtype) for w in weights]
 
 
 @torch.no_grad()
+def edit_text(
+    pipeline: Any, edit_concepts: Sequence[str], guide_concepts: Sequence[str], preserve_concepts: Sequence[str],
+    solve: Callable[[list[Tensor], Moments], list[Tensor]], *, tokens: str, template: Sequence[str] | None,
+) -> dict[str, Tensor]:  # fmt: skip
+    """Edits, in place, the layers that read text alone by a solve of the moments of what they read.
+
+    Args:
+        solve: (old weights of layers that read the same, moments of it) -> new ones.
+        tokens, template: of the concepts, as in `UCEConfig`.
+
+    Returns, raises: as `uce`.
+    """
+    paths = text_paths(pipeline)
+    streams = [stream for path in paths for stream in path.streams]
+    edits, guides, kept = check_concepts(streams, edit_concepts, guide_concepts, preserve_concepts, UCE_WORDS)
+    made: dict[str, Tensor] = {}
+    for path in paths:
+        listed = [weight.detach() for weight in path.weights.values()]
+        text = concept_moments(path.streams, edits, guides, kept, template, listed[0].device, last=tokens == "last")
+        made |= dict(zip(path.weights, solve(listed, text), strict=True))
+    return write_weights(paths, made)
+
+
 def uce(
     pipeline: Any,
     edit_concepts: Sequence[str],
@@ -101,47 +109,21 @@ def uce(
     """Edits the keys and values of a pipeline's cross-attention in place: what was said of a concept is now said of its guide.
 
     Args:
-        pipeline: StableDiffusionPipeline (or one with the same parts).
+        pipeline: Stable Diffusion 1.x, 2.x, XL, 3 or FLUX as diffusers loads it (or one with the same parts).
         edit_concepts: names or prompts, each put into every `config.template`.
         guide_concepts: one for each, or one for all.
         preserve_concepts: left where they were as far as `preserve_scale` says.
         config: settings.
 
     Returns:
-        Name within the U-Net -> new weight: what `save_partial_unet` writes.
+        Name within the U-Net, or transformer, -> new weight: what `save_partial_unet` writes.
 
     Raises:
-        ValueError: no concepts, a guide that is its own concept, unequal numbers, a pipeline without its parts.
+        ValueError: no concepts, one without a token, one that is its own guide or preserved too, unequal numbers, a pipeline without
+        its parts or without layers that read text. Repetitions are warned of.
     """
     config = config or UCEConfig()
-    check_pipeline(pipeline)
-    edits, guides = list(edit_concepts), list(guide_concepts)
-    if len(guides) == 1:
-        guides = guides * len(edits)
-    if not edits:
-        raise ValueError("edit_concepts: none given; there is nothing to erase")
-    if len(guides) != len(edits):
-        raise ValueError(
-            f"guide_concepts: want one, or one for each of the {len(edits)} edit_concepts, got {len(guides)}"
-        )
-    same = [edit for edit, guide in zip(edits, guides, strict=True) if edit == guide]
-    if same:
-        raise ValueError(f"guide_concepts: {same[0]!r} is its own guide; nothing would be erased")
-    template = config.template or ["{}"]
-    edits, guides = in_templates(edits, template), in_templates(guides, template)
-    kept = in_templates(preserve_concepts, template)
-    preserve = None
-    if config.tokens == "last":
-        edit, guide = last_features(pipeline, edits), last_features(pipeline, guides)
-        preserve = last_features(pipeline, kept) if kept else None
-    else:
-        edit, guide, _ = aligned_features(pipeline, edits, guides)
-        preserve = encode_prompts(pipeline, kept).double().flatten(0, 1) if kept else None
-    solved = uce_solve(edit, preserve, config)
-    weights = unet_parameters(pipeline.unet, "xattn_kv")
-    for name, weight in weights.items():
-        if not name.endswith(".weight"):
-            continue
-        mine, theirs, shared = (t.to(weight.device) for t in (edit, guide, solved))
-        weight.copy_(uce_weight(weight, mine, theirs, shared, config.erase_scale))
-    return {name: weight.detach().clone() for name, weight in weights.items() if name.endswith(".weight")}
+    return edit_text(
+        pipeline, edit_concepts, guide_concepts, preserve_concepts, lambda old, text: uce_weights(old, text, config),
+        tokens=config.tokens, template=config.template,
+    )  # fmt: skip

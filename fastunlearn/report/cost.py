@@ -41,6 +41,17 @@ def process_bytes(field: str) -> int | None:
     return None
 
 
+def free_bytes(device: torch.device) -> int | None:
+    """What can still be allocated there; None where the system does not say."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    with suppress(OSError):
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return None
+
+
 def trim_heap() -> None:
     """Hands freed pages back to the system."""
     with suppress(OSError, AttributeError):

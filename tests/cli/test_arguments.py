@@ -114,6 +114,15 @@ def test_lists_and_switches_end_where_the_next_argument_starts():
     assert run(*NEEDED, "retain=")[0].retain_dataset == ""
 
 
+def test_a_template_is_text():
+    """A list of texts takes "{}" and what begins with it for a text."""
+    for word in ("{}", "{} style"):
+        script, _ = run(*NEEDED, "--layers", word)
+        assert script.layers == [word]
+    script, _ = run(*NEEDED, "--layers", "{}", "a {}", "extra={}")
+    assert (script.layers, script.extra) == (["{}", "a {}"], {})
+
+
 def test_config_file_and_what_goes_before_what(tmp_path):
     path = tmp_path / "c.yaml"
     path.write_text(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.tiny_diffusion import tiny_pipeline
+from tests.tiny_diffusion import tiny_pipeline, tiny_xl
 
 pytest.importorskip("diffusers")
 
@@ -15,8 +15,9 @@ from fastunlearn import ops
 from fastunlearn.data import concepts as concept_text
 from fastunlearn.data.prompts import aligned_features, empty_feature, encode_prompts, last_features
 from fastunlearn.evaluation.residuals import forget_residuals, retain_residuals, spread
-from fastunlearn.methods.scapre import ScaPreConfig, gate, overlap, scapre
+from fastunlearn.methods.scapre import ScaPreConfig, scapre
 from fastunlearn.methods.scapre_official import PRESETS, bures_rows, soft_mask
+from fastunlearn.methods.scapre_solve import gate, overlap
 from fastunlearn.methods.uce import UCEConfig, uce
 from fastunlearn.parametrize.edit_lora import edit_lora, save_edit_lora
 from fastunlearn.parametrize.partial_unet import load_partial_unet, save_partial_unet
@@ -93,6 +94,34 @@ def test_relevance_confines_the_edit():
     assert every.relevance is None
     moved = [torch.cat([(e.weights[n] - e.old[n]).norm(dim=1) for n in e.weights]) for e in (edit, every)]
     assert (moved[0] <= moved[1] + 1e-9).float().mean() > 0.9
+
+
+def test_controls_of_relevance():
+    """An ablation keeps what it does not ask about: the numbers of a projection, or their mean."""
+    names, kept = ["Mosaic", "Van Gogh"], ["Pop Art", "Tree"]
+
+    def run(**settings):
+        config = ScaPreConfig(relevance="gaussian", noise=0.3, **settings)
+        return scapre(double(tiny_pipeline()), names, "Photo", preserve=kept, config=config)
+
+    real, shuffled, constant, empty = run(), run(control="shuffled"), run(control="constant"), run(negatives="empty")
+    heights = [len(weight) for weight in real.weights.values()]
+    assert not torch.equal(real.relevance, shuffled.relevance)
+    assert not torch.equal(real.relevance, empty.relevance)
+    parts = [edit.relevance.split(heights) for edit in (real, shuffled, constant)]
+    for a, b, c in zip(*parts):
+        assert torch.equal(a.sort().values, b.sort().values)
+        assert torch.equal(c, a.mean().expand_as(a))
+    assert torch.equal(shuffled.relevance, run(control="shuffled").relevance)
+    assert any(not torch.equal(real.weights[name], shuffled.weights[name]) for name in real.weights)
+
+
+def test_a_dry_run_tells_relevance():
+    told = scapre(double(tiny_pipeline()), ["Mosaic"], "Photo", preserve=["Cat"], dry_run=True)
+    used = scapre(
+        double(tiny_pipeline()), ["Mosaic"], "Photo", preserve=["Cat"], config=ScaPreConfig(relevance="gaussian")
+    )
+    torch.testing.assert_close(told.relevance, used.relevance)
 
 
 def test_paper_is_equation_9_and_the_bures_step():
@@ -251,27 +280,6 @@ def test_residuals():
     assert spread([torch.arange(10.0)[:, None]], 4).flatten().tolist() == [0, 3, 6, 9]
 
 
-def tiny_xl():
-    """SDXL's two text encoders, of widths 16 and 24, and a U-Net that attends to both."""
-    from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
-
-    base = tiny_pipeline()
-    torch.manual_seed(1)
-    settings = base.text_encoder.config.to_dict() | {"hidden_size": 24, "num_hidden_layers": 3, "projection_dim": 8}
-    second = CLIPTextModelWithProjection(CLIPTextConfig(**settings)).eval()
-    unet = UNet2DConditionModel(
-        sample_size=8, in_channels=2, out_channels=2, layers_per_block=1, block_out_channels=(8, 16), norm_num_groups=4,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=40, attention_head_dim=8, addition_embed_type="text_time", addition_time_embed_dim=4,
-        projection_class_embeddings_input_dim=8 + 6 * 4,
-    ).eval()  # fmt: skip
-    return StableDiffusionXLPipeline(
-        vae=base.vae, text_encoder=base.text_encoder, text_encoder_2=second, tokenizer=base.tokenizer,
-        tokenizer_2=base.tokenizer, unet=unet, scheduler=base.scheduler,
-    )  # fmt: skip
-
-
 def test_two_text_encoders():
     pipeline = tiny_xl()
     prompts = ["a Cat image in Mosaic style", ""]
@@ -308,7 +316,7 @@ def test_repetitions_are_warned_of():
             ValueError,
             "mode official has no preserve",
         ),
-        (lambda p: scapre(object(), ["Mosaic"]), ValueError, "pipeline: object has no unet"),
+        (lambda p: scapre(object(), ["Mosaic"]), ValueError, "pipeline: object has no unet and no transformer"),
         (lambda p: ScaPreConfig(mode="robust", preset="nsfw"), ValueError, "preset: only mode official"),
         (lambda p: ScaPreConfig(mode="fast"), ValueError, "mode: want one of robust, official, paper"),
         (lambda p: ScaPreConfig(lamb=0), ValueError, "lamb: want a finite number above 0"),

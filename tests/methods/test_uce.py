@@ -11,8 +11,9 @@ pytest.importorskip("diffusers")
 
 from safetensors.torch import load_file
 
+from fastunlearn.data.concepts import Moments, in_templates
 from fastunlearn.data.prompts import encode_prompts, tokenize
-from fastunlearn.methods.uce import UCEConfig, in_templates, uce, uce_solve, uce_weight
+from fastunlearn.methods.uce import UCEConfig, uce, uce_weights
 from fastunlearn.parametrize.partial_unet import load_partial_unet, save_partial_unet
 from fastunlearn.sampling import sample
 
@@ -23,12 +24,17 @@ def concepts(edits: int = 3, kept: int = 4, width: int = 12):
     return torch.randn(edits, width, **FP64), torch.randn(edits, width, **FP64), torch.randn(kept, width, **FP64)
 
 
+def edited(old, edit, guide, kept, config):
+    moments = Moments(edit.T @ edit, guide.T @ edit, torch.zeros(12, 12, **FP64) if kept is None else kept.T @ kept)
+    return uce_weights([old], moments, config)[0]
+
+
 @pytest.mark.parametrize("lamb", [0.05, 0.5, 10.0])
 def test_it_is_the_normal_equations_solution(lamb):
     edit, guide, kept = concepts()
     old = torch.randn(5, 12, **FP64)
     config = UCEConfig(erase_scale=0.7, preserve_scale=2.0, lamb=lamb)
-    new = uce_weight(old, edit, guide, uce_solve(edit, kept, config), config.erase_scale)
+    new = edited(old, edit, guide, kept, config)
     # Equation 7, as it stands.
     left = lamb * old + 0.7 * (old @ guide.T) @ edit + 2.0 * (old @ kept.T) @ kept
     right = lamb * torch.eye(12, **FP64) + 0.7 * edit.T @ edit + 2.0 * kept.T @ kept
@@ -45,7 +51,7 @@ def test_without_the_old_weights_the_concept_is_mapped_exactly():
     edit, guide, _ = concepts(edits=3, kept=0)
     old = torch.randn(5, 12, **FP64)
     config = UCEConfig(lamb=0.0)
-    new = uce_weight(old, edit, guide, uce_solve(edit, None, config), 1.0)
+    new = edited(old, edit, guide, None, config)
     torch.testing.assert_close(new @ edit.T, old @ guide.T, atol=1e-10, rtol=1e-10)
     # What is orthogonal to every concept stays.
     other = torch.randn(12, **FP64)
@@ -60,7 +66,7 @@ def test_preserved_concepts_stay_as_far_as_the_scale_says():
 
     def moved(scale: float) -> float:
         config = UCEConfig(preserve_scale=scale, lamb=0.1)
-        new = uce_weight(old, edit, guide, uce_solve(edit, kept, config), 1.0)
+        new = edited(old, edit, guide, kept, config)
         return float(((new - old) @ kept.T).norm())
 
     assert moved(0) > 2 * moved(1) > 20 * moved(1000)

@@ -1,0 +1,101 @@
+"""What the commands for closed-form edits of one text to another share (uce, time, rece, speed): names, guides, what is preserved."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from fastunlearn.cli import _diffusion, _run
+from fastunlearn.cli._arguments import parse
+
+
+@dataclass
+class EditArguments:
+    """What is erased."""
+
+    edit_concepts: list[str] = field(
+        metadata={"help": "A text file of concepts, or the concepts; of the canvas: styles, or objects, by name."}
+    )
+    guide_concepts: list[str] | None = field(
+        default=None,
+        metadata={"help": "What is drawn instead: one, or one for each; the canvas has one for every concept."},
+    )
+    preserve_concepts: list[str] | None = field(
+        default=None,
+        metadata={"help": "What must stay, a file or names; of the canvas: everything else of its kind by default."},
+    )
+
+
+def read_names(given: Sequence[str], what: str) -> tuple[list[str], list[str | None]]:
+    """Names, and what each shall become where it says so ("concept -> guide"); of a file where the one word is one.
+
+    Raises:
+        ValueError: a file that is not there or holds no names.
+    """
+    lines = list(given)
+    if len(lines) == 1 and (lines[0].endswith(".txt") or Path(lines[0]).is_file()):
+        try:
+            text = Path(lines[0]).expanduser().read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            raise ValueError(f"{what}: {lines[0]} is not utf-8 text") from None
+        lines = [line.strip() for line in text.splitlines() if line.strip() and not line.strip().startswith("#")]
+        if not lines:
+            raise ValueError(f"{what}: {given[0]} holds no names")
+    parts = [line.split("->", 1) for line in lines]
+    return [part[0].strip() for part in parts], [part[1].strip() if len(part) > 1 else None for part in parts]
+
+
+def command(
+    method: str,
+    argv: Sequence[str],
+    config_class: type[Any],
+    edit: Callable[..., Mapping[str, Tensor]],
+    *,
+    description: str,
+    example: str,
+    preserves: bool = True,
+) -> int:
+    """Runs `fastunlearn <method>`; its exit status.
+
+    Args:
+        edit: (pipeline, edits, guides, kept, config) -> weights by name; without kept where the method preserves nothing.
+        preserves: the method has a preserve set.
+    """
+    prog = f"fastunlearn {method}"
+
+    def run() -> int:
+        classes = (EditArguments, _diffusion.PipelineArguments, _diffusion.OutputArguments, config_class)
+        asked, pipeline_arguments, output, config = parse(classes, argv, prog, epilog=example, description=description)
+        edits, own = read_names(asked.edit_concepts, "edit_concepts")
+        guides = asked.guide_concepts
+        kept = None if asked.preserve_concepts is None else read_names(asked.preserve_concepts, "preserve_concepts")[0]
+        if kept is not None and not preserves:
+            raise ValueError(f"preserve_concepts: {method} preserves nothing by name; lamb holds on to the rest")
+        concepts = pipeline_arguments.concepts
+        if concepts is not None:
+            targets = [concepts.target(name) for name in edits]
+            edits = [target.name for target in targets]
+            if guides is None:
+                guides = [a or _diffusion.default_surrogate(concepts, target) for a, target in zip(own, targets)]
+            if kept is None:
+                every = dict.fromkeys(name for target in targets for name in _diffusion.of_kind(concepts, target))
+                kept = [name for name in every if name not in edits]
+        elif guides is None and all(own):
+            guides = [guide or "" for guide in own]
+        if guides is None:
+            raise ValueError("guide_concepts: say what to draw instead")
+        settings = config
+        if preserves or concepts is not None or config.template:
+            settings = replace(config, template=_diffusion.template_of(concepts, edits, config.template))
+        texts = (edits, guides, kept or ()) if preserves else (edits, guides)
+        about = {"method": method, "edit_concepts": edits, "guide_concepts": guides, "settings": asdict(settings)}
+        return _diffusion.edit(
+            prog, argv, pipeline_arguments, output, lambda pipeline: edit(pipeline, *texts, settings), closed_form=True,
+            **about,
+        )  # fmt: skip
+
+    return _run.guarded(prog, run)
