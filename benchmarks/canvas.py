@@ -52,6 +52,23 @@ GRID: dict[str, list[dict[str, Any]]] = {
         {"tokens": "all", "lamb": 0.1, "preserve_scale": 0.1},
         {"tokens": "all", "lamb": 0.1, "preserve_scale": 0.0},
     ],
+    "time": [{"lamb": lamb} for lamb in (0.01, 0.1, 1.0, 10.0, 100.0, 1000.0)],
+    "rece": [
+        {"tokens": "last"},
+        {"tokens": "all"},
+        {"tokens": "all", "epochs": 3, "ridge": 0.1},
+        {"tokens": "all", "ridge": 0.1},
+        {"tokens": "all", "lamb": 1e-3},
+        {"tokens": "all", "erase_scale": 1.0, "preserve_scale": 1.0},
+    ],
+    "speed": [
+        {},
+        {"tokens": "all", "params": "KV"},
+        {"tokens": "all", "params": "KV", "threshold": 1e-2},
+        {"tokens": "all", "params": "KV", "threshold": 1e-3},
+        {"tokens": "all", "params": "KV", "threshold": 1e-2, "retain_scale": 0.05},
+        {"tokens": "all", "params": "KV", "threshold": 1e-2, "filtered": False, "augment": 0},
+    ],
     "scapre": [
         {"lamb": 0.1},
         {"lamb": 0.1, "gamma": 0.1},

@@ -12,8 +12,11 @@ pytest.importorskip("diffusers")
 from benchmarks import canvas, tables
 from fastunlearn.evaluation.canvas import AnswerSettings
 from fastunlearn.methods.finetune_surrogate import FinetuneConfig
+from fastunlearn.methods.rece import RECEConfig
 from fastunlearn.methods.recipes import DEFAULTS, METHODS, concept_template, method_of
 from fastunlearn.methods.scapre import ScaPreConfig
+from fastunlearn.methods.speed import SPEEDConfig
+from fastunlearn.methods.time_edit import TIMEConfig
 from fastunlearn.methods.uce import UCEConfig
 
 
@@ -26,7 +29,12 @@ def tiny(monkeypatch):
 def test_every_method_has_as_many_trials():
     assert set(canvas.GRID) == set(METHODS)
     assert len({len(trials) for trials in canvas.GRID.values()}) == 1
-    for name, kind in (("finetune", FinetuneConfig), ("uce", UCEConfig), ("scapre", ScaPreConfig)):
+    kinds = {
+        "finetune": FinetuneConfig, "uce": UCEConfig, "time": TIMEConfig, "rece": RECEConfig, "speed": SPEEDConfig,
+        "scapre": ScaPreConfig,
+    }  # fmt: skip
+    assert set(METHODS) == set(kinds)
+    for name, kind in kinds.items():
         for settings in (*canvas.GRID[name], *DEFAULTS[name].values()):
             kind(**settings)
         assert len({json.dumps(trial, sort_keys=True) for trial in canvas.GRID[name]}) == len(canvas.GRID[name])

@@ -2,20 +2,25 @@
 
     METHODS["uce"](pipeline, world, target, seed, **settings) -> weights to keep
 
-changes the pipeline in place, as `fastunlearn.evaluation.canvas.evaluate` wants it. The settings in `DEFAULTS` are to be those
-that `python -m benchmarks.canvas tune` finds best on targets that no table holds; until that has run they are the methods' own.
+changes the pipeline in place, as `fastunlearn.evaluation.canvas.evaluate` wants it; those of `AT_ONCE` take several targets, too.
+The settings in `DEFAULTS` are to be those that `python -m benchmarks.canvas tune` finds best on targets that no table holds; until
+that has run they are the methods' own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
 from torch import Tensor
 
 from fastunlearn.evaluation.worlds import Concepts, Target
 from fastunlearn.methods.finetune_surrogate import FinetuneConfig, finetune_surrogate
+from fastunlearn.methods.rece import RECEConfig, rece
 from fastunlearn.methods.scapre import ScaPreConfig, scapre
+from fastunlearn.methods.speed import SPEEDConfig, speed
+from fastunlearn.methods.time_edit import TIMEConfig, time_edit
 from fastunlearn.methods.uce import UCEConfig, uce
 from fastunlearn.objectives.language import closest
 
@@ -23,6 +28,9 @@ from fastunlearn.objectives.language import closest
 DEFAULTS: dict[str, dict[str, dict[str, Any]]] = {
     "finetune": {"style": {}, "object": {}},
     "uce": {"style": {"tokens": "all"}, "object": {"tokens": "all"}},
+    "time": {"style": {}, "object": {}},
+    "rece": {"style": {"tokens": "all"}, "object": {"tokens": "all"}},
+    "speed": {"style": {"tokens": "all"}, "object": {"tokens": "all"}},
     "scapre": {"style": {}, "object": {}},
 }
 
@@ -47,34 +55,70 @@ def finetune_target(
     return finetune_surrogate(pipeline, forget, surrogate, world.retain_prompts(target), config, progress=progress)
 
 
-def uce_target(pipeline: Any, world: Concepts, target: Target, seed: int, **settings: Any) -> dict[str, Tensor]:
-    """`uce` of the target toward its surrogate; all other concepts of its kind are preserved. Nothing in it is random."""
-    settings = {"template": concept_template(world, target.kind)} | DEFAULTS["uce"][target.kind] | settings
-    guide, kept = _guide(world, target)
-    return uce(pipeline, [_name(world, target.name)], [guide], kept, UCEConfig(**settings))
+def _edit_of(
+    method: str, config_class: type[Any], edit: Callable[..., Any], *, preserves: bool = True
+) -> Callable[..., dict[str, Tensor]]:
+    """A closed-form edit of one target, or of several of a kind at once, each toward its surrogate; all other concepts of that kind
+    are preserved."""
+
+    def target_edit(
+        pipeline: Any, world: Concepts, target: Target | Sequence[Target], seed: int, **settings: Any
+    ) -> dict[str, Tensor]:
+        targets = [target] if isinstance(target, Target) else list(target)
+        kinds = {one.kind for one in targets}
+        if len(kinds) != 1:
+            raise ValueError(
+                f"target: want styles or objects, at least one, got {', '.join(map(str, targets)) or 'none'}"
+            )
+        kind = kinds.pop()
+        chosen: dict[str, Any] = {"template": concept_template(world, kind)}
+        if any(f.name == "seed" for f in fields(config_class)):
+            chosen["seed"] = seed
+        config = config_class(**chosen | DEFAULTS[method][kind] | settings)
+        names = [_name(world, one.name) for one in targets]
+        guides = [_guide(world, one, targets) for one in targets]
+        kept = [name for name in _kept(world, kind) if name not in names] if preserves else None
+        return edit(pipeline, names, guides, kept, config)
+
+    return target_edit
 
 
-def _guide(world: Concepts, target: Target) -> tuple[str, list[str]]:
-    """What stands for the target, and all other names of its kind."""
+def _kept(world: Concepts, kind: str) -> list[str]:
+    """All names of a kind."""
+    names = (world.surrogate_theme, *world.styles) if kind == "style" else world.objects
+    return [_name(world, name) for name in dict.fromkeys(names)]
+
+
+def _guide(world: Concepts, target: Target, targets: Sequence[Target]) -> str:
+    """What stands for the target: its surrogate, or the first object that stays where that one is erased, too."""
     if target.kind == "style":
-        guide, others = world.surrogate_theme, (world.surrogate_theme, *world.styles)
-    else:
-        guide, others = world.surrogate_object(target), world.objects
-    return guide, [_name(world, name) for name in dict.fromkeys(others) if name != target.name]
+        return world.surrogate_theme
+    gone = {one.name for one in targets}
+    surrogate = world.surrogate_object(target)
+    return surrogate if surrogate not in gone else next((n for n in world.objects if n not in gone), surrogate)
 
 
-def scapre_target(pipeline: Any, world: Concepts, target: Target, seed: int, **settings: Any) -> dict[str, Tensor]:
-    """`scapre` of the target toward its surrogate; mode robust preserves all other concepts of its kind."""
-    chosen: dict[str, Any] = {"template": concept_template(world, target.kind), "seed": seed}
-    config = ScaPreConfig(**chosen | DEFAULTS["scapre"][target.kind] | settings)
-    guide, kept = _guide(world, target)
-    name = _name(world, target.name)
-    return scapre(pipeline, [name], guide, preserve=kept if config.mode == "robust" else (), config=config).weights
+def _scapre(pipeline: Any, names: list[str], guides: list[str], kept: list[str], config: ScaPreConfig) -> dict[str, Tensor]:  # fmt: skip
+    preserve = kept if config.mode == "robust" else ()
+    return scapre(pipeline, names, guides, preserve=preserve, config=config).weights
 
 
+uce_target = _edit_of("uce", UCEConfig, uce)
+time_target = _edit_of(
+    "time", TIMEConfig, lambda p, names, guides, _, c: time_edit(p, names, guides, c), preserves=False
+)
+rece_target = _edit_of("rece", RECEConfig, rece)
+speed_target = _edit_of("speed", SPEEDConfig, speed)
+scapre_target = _edit_of("scapre", ScaPreConfig, _scapre)
+
+#: methods that erase several concepts at once: METHODS[name] takes a list of targets of one kind
+AT_ONCE = ("uce", "time", "rece", "speed", "scapre")
 METHODS: Mapping[str, Callable[..., dict[str, Tensor]]] = {
     "finetune": finetune_target,
     "uce": uce_target,
+    "time": time_target,
+    "rece": rece_target,
+    "speed": speed_target,
     "scapre": scapre_target,
 }
 
