@@ -1,4 +1,4 @@
-"""Mutual information of rows and concepts in one pass (maths: reference/informax.py): no activation is written to memory.
+"""Mutual information of rows and concepts, and entropies of rows (maths: reference/informax.py): no activation is written to memory.
 
 A program takes a tile of rows through a run of concepts, GROUP at a time: one product, then, within registers, how many samples
 of its concept an activation exceeds. That it exceeds the lower median of n is to exceed more than (n - 1) // 2 of them, so
@@ -63,7 +63,7 @@ def _informax(
             others = tl.sum((z & other).to(tl.int32), 2)
             mi = tl.load(table + ones * (n0 + 1) + others)
         else:
-            p = n1.to(tl.float32) / n
+            p = (n1 * 1.0) / n
             mean1 = tl.sum(tl.where(one, act, 0.0), 2) / n1
             mean0 = tl.sum(tl.where(other, act, 0.0), 2) / n0
             off1 = tl.where(one, act - mean1[:, :, None], 0.0)
@@ -114,3 +114,65 @@ def informax(weights: Tensor, positives: Tensor, negatives: Tensor, estimator: s
                 run, estimator == "binary", kind, group, samples, block, 32, num_warps=4, num_stages=2,
             )  # fmt: skip
     return out if kind == 0 else out.amax(0) if kind == 1 else out.sum(0) / m
+
+
+#: bins that the kernel counts in registers
+MAX_BINS = 64
+
+
+@triton.jit
+def _activations(weights, samples, row, here, start, n, d, BLOCK_M: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
+    """A tile of W samples^T: [BLOCK_M, BLOCK_S] from sample `start` on."""
+    sample = start + tl.arange(0, BLOCK_S)
+    k = tl.arange(0, BLOCK_K)
+    acc = tl.zeros([BLOCK_M, BLOCK_S], tl.float32)
+    for begin in range(0, d, BLOCK_K):
+        inside = begin + k < d
+        a = tl.load(weights + row[:, None] * d + (begin + k)[None, :], mask=here[:, None] & inside[None, :], other=0.0)
+        x = tl.load(
+            samples + sample.to(tl.int64)[None, :] * d + (begin + k)[:, None],
+            mask=(sample < n)[None, :] & inside[:, None], other=0.0,
+        )  # fmt: skip
+        acc = tl.dot(a, x, acc, input_precision="tf32x3")
+    return acc
+
+
+@triton.jit
+def _entropy(
+    weights, samples, out, rows, n, d, bins, BINS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr
+):  # fmt: skip
+    """Rows' smallest and largest activation in a first pass, their histogram in a second; activations are never written."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    here = row < rows
+    column = tl.arange(0, BLOCK_S)
+    low = tl.full([BLOCK_M], float("inf"), tl.float32)
+    high = tl.full([BLOCK_M], -float("inf"), tl.float32)
+    for start in range(0, n, BLOCK_S):
+        act = _activations(weights, samples, row, here, start, n, d, BLOCK_M, BLOCK_S, BLOCK_K)
+        there = (start + column < n)[None, :]
+        low = tl.minimum(low, tl.min(tl.where(there, act, float("inf")), 1))
+        high = tl.maximum(high, tl.max(tl.where(there, act, -float("inf")), 1))
+    size = tl.maximum(high - low, 1e-30)
+    bin = tl.arange(0, BINS)
+    counts = tl.zeros([BLOCK_M, BINS], tl.int32)
+    for start in range(0, n, BLOCK_S):
+        act = _activations(weights, samples, row, here, start, n, d, BLOCK_M, BLOCK_S, BLOCK_K)
+        place = tl.minimum(((act - low[:, None]) / size[:, None] * bins).to(tl.int32), bins - 1)
+        place = tl.where((start + column < n)[None, :], place, BINS)
+        counts += tl.sum((place[:, :, None] == bin[None, None, :]).to(tl.int32), 1)
+    p = counts.to(tl.float32) / n
+    terms = tl.where(counts > 0, p * tl.log(tl.where(counts > 0, p, 1.0)), 0.0)
+    tl.store(out + row, -tl.sum(terms, 1) / tl.log(bins.to(tl.float32)), mask=here)
+
+
+def row_entropy(weights: Tensor, samples: Tensor, bins: int) -> Tensor:
+    """As `fastunlearn.reference.informax.row_entropy`; float32, at most 64 bins."""
+    (rows, d), n = weights.shape, samples.shape[0]
+    out = torch.empty(rows, dtype=torch.float32, device=weights.device)
+    if rows:
+        with torch.cuda.device_of(weights):
+            _entropy[(triton.cdiv(rows, 32),)](
+                weights, samples.contiguous(), out, rows, n, d, bins, max(16, triton.next_power_of_2(bins)), 32, 32, 32,
+                num_warps=4, num_stages=2,
+            )  # fmt: skip
+    return out

@@ -2,6 +2,7 @@
 
     E = v_i (W K)_ij / (u_i + v_i values_j), and for every row the sums of E^2, values E^2 and E (W K)
 
+and the spectral trace of a list of weights in one launch: W A, which its gradient is made of, with the sums of W (W A) taken on the way.
 Products without such an epilogue (back from the eigenbasis, the shared Cholesky factor) are the vendor's library.
 """
 
@@ -64,3 +65,68 @@ def rotate(
                 BLOCK_M, BLOCK_N, BLOCK_K, num_warps=8, num_stages=3,
             )  # fmt: skip
     return E, sums.sum(0, dtype=torch.float64).T if traces else None
+
+
+# Columns of the table, one line a tile of rows: addresses of weight, product and matrix, first row, rows of the weight.
+COLUMNS = tl.constexpr(5)
+TRACE_M = 64
+
+
+@triton.jit
+def _trace(
+    table, sums, d, CODE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """sums fp32 [tiles of rows, tiles of columns]: of W (W A) over the tile; CODE: 0 fp32, 1 fp16, 2 bf16."""
+    tile, tile_n = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    element = tl.float32 if CODE == 0 else tl.float16 if CODE == 1 else tl.bfloat16
+    weight = tl.load(table + tile * COLUMNS).to(tl.pointer_type(element))
+    product = tl.load(table + tile * COLUMNS + 1).to(tl.pointer_type(element))
+    matrix = tl.load(table + tile * COLUMNS + 2).to(tl.pointer_type(element))
+    row = tl.load(table + tile * COLUMNS + 3) + tl.arange(0, BLOCK_M)
+    here = row < tl.load(table + tile * COLUMNS + 4)
+    col = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    k = tl.arange(0, BLOCK_K)
+    there = col < d
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for start in range(0, d, BLOCK_K):
+        inside = start + k < d
+        a = tl.load(weight + row[:, None] * d + (start + k)[None, :], mask=here[:, None] & inside[None, :], other=0.0)
+        b = tl.load(
+            matrix + (start + k).to(tl.int64)[:, None] * d + col[None, :],
+            mask=inside[:, None] & there[None, :],
+            other=0.0,
+        )
+        acc = tl.dot(a, b, acc, input_precision="tf32x3")
+    place = row[:, None] * d + col[None, :]
+    whole = here[:, None] & there[None, :]
+    w = tl.load(weight + place, mask=whole, other=0.0).to(tl.float32)
+    tl.store(product + place, acc.to(element), mask=whole)
+    tl.store(sums + tile * tl.num_programs(1) + tile_n, tl.sum(tl.sum(w * acc, 1), 0))
+
+
+def spectral_trace(weights: list[Tensor], A: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """As `fastunlearn.reference.spectral.spectral_trace`; weights and A of one dtype, up to float32."""
+    if not weights:
+        return A.new_zeros(0), []
+    d, device = A.shape[-1], A.device
+    weights, A = [w.contiguous() for w in weights], A.contiguous()
+    products = [torch.empty_like(w) for w in weights]
+    each = [A[i] if A.dim() == 3 else A for i in range(len(weights))]
+    lines, owner = [], []
+    for i, (w, p, a) in enumerate(zip(weights, products, each)):
+        for first in range(0, w.shape[0], TRACE_M):
+            lines.append([w.data_ptr(), p.data_ptr(), a.data_ptr(), first, w.shape[0]])
+            owner.append(i)
+    if not lines:
+        return A.new_zeros(len(weights)), products
+    sums = torch.empty(len(lines), triton.cdiv(d, BLOCK_N), dtype=torch.float32, device=device)
+    code = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}[A.dtype]
+    with torch.cuda.device_of(A):
+        _trace[tuple(sums.shape)](
+            torch.tensor(lines, dtype=torch.int64).to(device), sums, d, code, TRACE_M, BLOCK_N, BLOCK_K, num_warps=8,
+            num_stages=3,
+        )  # fmt: skip
+    # Sums of a weight's tiles as one product: the same order in every run.
+    member = torch.zeros(len(weights), len(lines), dtype=torch.float64)
+    member[owner, range(len(lines))] = 1
+    return (member.to(device) @ sums.sum(1, dtype=torch.float64)).to(A.dtype), products

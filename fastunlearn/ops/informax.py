@@ -13,11 +13,12 @@ from fastunlearn.ops.spectral import matrices
 from fastunlearn.reference import informax as reference
 
 _OP = _backend.register("informax", triton=("cuda",))
-_ENTROPY = _backend.register("row_entropy")
+_ENTROPY = _backend.register("row_entropy", triton=("cuda",))
 
 Estimator = Literal["binary", "gaussian"]
 Reduce = Literal["max", "mean", "none"]
 #: A row's samples of one concept are compared with one another in registers.
+MAX_BINS = 64
 MAX_SAMPLES = 64
 
 
@@ -111,5 +112,13 @@ def row_entropy(weights: Tensor | Sequence[Tensor], samples: Tensor, *, bins: in
     flat = _samples("samples", samples, stacked).flatten(0, 1)
     if not isinstance(bins, int) or bins < 2:
         raise ValueError(f"bins: want a whole number of at least 2, got {bins!r}")
-    _backend.resolve(_ENTROPY, stacked.device)
+    unsupported = {}
+    if stacked.dtype != torch.float32:
+        unsupported["triton"] = f"weights are {stacked.dtype}; the kernel takes up to float32"
+    elif bins > MAX_BINS:
+        unsupported["triton"] = f"more than {MAX_BINS} bins"
+    if _backend.resolve(_ENTROPY, stacked.device, unsupported) == "triton":
+        from fastunlearn.kernels import informax as kernels
+
+        return kernels.row_entropy(stacked, flat, bins)
     return reference.row_entropy(stacked, flat, bins)

@@ -10,8 +10,7 @@ from torch import Tensor
 from fastunlearn import _backend
 from fastunlearn.reference import moments as reference
 
-# Products in float64 alone, which the vendor's library runs at the device's own rate: there is nothing for a kernel to add.
-_OP = _backend.register("token_moments")
+_OP = _backend.register("token_moments", triton=("cuda",))
 
 
 def _tokens(name: str, value: Any) -> Tensor:
@@ -63,7 +62,12 @@ def token_moments(
     elif not isinstance(out, Tensor) or out.dtype != torch.float64 or out.shape != (d, d) or out.device != device:
         got = f"{out.dtype} {list(out.shape)} on {out.device}" if isinstance(out, Tensor) else type(out).__name__
         raise ValueError(f"out: want float64 [{d}, {d}] on {device}, got {got}")
-    _backend.resolve(_OP, device)
+    backend = _backend.resolve(_OP, device)
     if not bool(flat.isfinite().all()) or not bool(other.isfinite().all()):
         raise ValueError("features, anchors: want finite numbers, got NaN or infinite ones")
-    return reference.token_moments(other, flat, weights, out)
+    maths: Any = reference
+    if backend == "triton":
+        from fastunlearn.kernels import moments as kernels
+
+        maths = kernels
+    return maths.token_moments(other, flat, weights, out)

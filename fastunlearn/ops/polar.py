@@ -12,8 +12,7 @@ from fastunlearn import _backend
 from fastunlearn.ops.spectral import matrices
 from fastunlearn.reference import polar as reference
 
-# Batched products with an addend, which the vendor's library runs in one call each: there is nothing for a kernel to fuse.
-_OP = _backend.register("polar")
+_OP = _backend.register("polar", triton=("cuda",))
 
 Method = Literal["newton-schulz", "svd"]
 
@@ -52,10 +51,20 @@ def polar(M: Tensor, *, method: Method = "newton-schulz", steps: int = 10) -> Te
         got = f"{M.dtype} {tuple(M.shape)}" if isinstance(M, Tensor) else type(M).__name__
         raise TypeError(f"M: want floating matrices [..., p, q], got {got}")
     _method(method, steps)
-    _backend.resolve(_OP, M.device)
+    # The singular value decomposition is the vendor's on every backend.
+    wide = M.dtype == torch.float64 and method != "svd"
+    beyond = {"triton": "M is float64; the kernel takes up to float32"} if wide else None
+    backend = _backend.resolve(_OP, M.device, beyond)
     x = M.detach()
     x = x if x.dtype == torch.float64 else x.float()
-    return (reference.by_svd(x) if method == "svd" else reference.newton_schulz(x, steps)).to(M.dtype)
+    if method == "svd":
+        return reference.by_svd(x).to(M.dtype)
+    maths: Any = reference
+    if backend == "triton":
+        from fastunlearn.kernels import polar as kernels
+
+        maths = kernels
+    return maths.newton_schulz(x, steps).to(M.dtype)
 
 
 def _pairs(weights: Any, old: Any) -> tuple[list[Tensor], list[Tensor], bool]:

@@ -13,7 +13,7 @@ from fastunlearn import _backend
 from fastunlearn.reference import spectral as reference
 
 _SOLVE = _backend.register("spectral_solve", triton=("cuda",))
-_TRACE = _backend.register("spectral_trace")
+_TRACE = _backend.register("spectral_trace", triton=("cuda",))
 
 Mode = Literal["robust", "official", "paper", "gate"]
 MODES: tuple[str, ...] = get_args(Mode)
@@ -298,8 +298,14 @@ def _rotated(
 # The trace as a loss. What torch.compile sees is this op, too: W A is kept for the backward, which is then no product.
 @torch.library.custom_op("fastunlearn::spectral_trace", mutates_args=())
 def _trace_op(weights: Sequence[Tensor], A: Tensor) -> tuple[Tensor, list[Tensor]]:
-    _backend.resolve(_TRACE, A.device)
-    return reference.spectral_trace(list(weights), A)
+    wide = A.dtype == torch.float64
+    beyond = {"triton": "weights or A are float64; the kernel takes up to float32"} if wide else None
+    maths: Any = reference
+    if _backend.resolve(_TRACE, A.device, beyond) == "triton":
+        from fastunlearn.kernels import spectral as kernels
+
+        maths = kernels
+    return maths.spectral_trace(list(weights), A)
 
 
 @_trace_op.register_fake

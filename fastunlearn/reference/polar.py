@@ -12,6 +12,7 @@ odd quintic that comes closest to 1 on the interval in which the values are by t
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 
 import torch
@@ -69,8 +70,19 @@ def schedule(steps: int, floor: float) -> tuple[tuple[float, float, float], ...]
     return tuple(_schedule_from(tight, enough)[0])
 
 
-def newton_schulz(M: Tensor, steps: int) -> Tensor:
-    """Polar factor of each matrix of M [..., p, q]; directions whose singular value is 0 stay near 0."""
+def symmetric(A: Tensor, C: Tensor | None = None, b: float = 0.0, c: float = 1.0) -> Tensor:
+    """c A A^T + b C of [batch, p, q] and, symmetric, [batch, p, p]."""
+    if C is None:
+        return A @ A.mT if c == 1 else c * (A @ A.mT)
+    return torch.baddbmm(C, A, A.mT, beta=b, alpha=c)
+
+
+def newton_schulz(M: Tensor, steps: int, symmetric: Callable[..., Tensor] = symmetric) -> Tensor:
+    """Polar factor of each matrix of M [..., p, q]; directions whose singular value is 0 stay near 0.
+
+    Args:
+        symmetric: computes the products that are symmetric.
+    """
     if not M.numel():
         return M.clone()
     tall = M.shape[-2] > M.shape[-1]
@@ -84,8 +96,8 @@ def newton_schulz(M: Tensor, steps: int) -> Tensor:
     X = X.reshape(-1, *shape[-2:])
     # What rounding leaves in directions without a value grows as the smallest values do: float32 stops at 1e-4.
     for a, b, c in schedule(steps, 1e-9 if X.dtype == torch.float64 else 1e-4):
-        G = X @ X.mT
-        P = torch.baddbmm(G, G, G, beta=b, alpha=c)
+        G = symmetric(X)
+        P = symmetric(G, G, b, c)
         X = torch.baddbmm(X, P, X, beta=a)
     X = X.reshape(*lead, *shape[-2:])
     return X.mT if tall else X

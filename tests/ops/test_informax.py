@@ -109,6 +109,49 @@ class TestInformax(OpProof):
         return {"none": lambda: mi, "max": lambda: mi.amax(1), "mean": lambda: mi.mean(1)}[args["reduce"]]()
 
 
+def _samples(heights, n, d=12, dtype=torch.float32, bins=20):
+    def make(device):
+        g = torch.Generator().manual_seed(1)
+        weights = [torch.randn(h, d, generator=g).to(device, dtype) for h in heights]
+        return {"weights": weights, "samples": torch.randn(n, d, generator=g).to(device), "bins": bins}
+
+    return make
+
+
+class TestRowEntropy(OpProof):
+    op = "row_entropy"
+    backends = ("triton",)
+    exact = False
+    compiled = False
+    eps = 1e-5
+    cases = {
+        "ragged": _samples((33, 7), 45),
+        "two bins": _samples((5,), 20, bins=2),
+        "one sample": _samples((3,), 1),
+        "wide rows": _samples((40,), 33, d=70, bins=33),
+        "half": _samples((9,), 20, dtype=torch.float16),
+        "no rows": _samples((0, 0), 5),
+    }
+    aot = [
+        Aot(
+            "fastunlearn.kernels.informax:_entropy",
+            {"weights": "*fp32", "samples": "*fp32", "out": "*fp32", "rows": "i64", "n": "i32", "d": "i32", "bins": "i32"},
+            {"BINS": 32, "BLOCK_M": 32, "BLOCK_S": 32, "BLOCK_K": 32},
+            {"num_warps": 4, "num_stages": 2},
+        )
+    ]  # fmt: skip
+
+    def run(self, args):
+        return ops.row_entropy(args["weights"], args["samples"], bins=args["bins"])
+
+    def oracle(self, args):
+        samples, out = args["samples"].double(), []
+        for w in torch.cat([w.double() for w in args["weights"]]):
+            p = torch.histc(samples @ w, bins=args["bins"]) / len(samples)
+            out.append(-torch.special.xlogy(p, p).sum() / math.log(args["bins"]))
+        return torch.stack(out) if out else torch.zeros(0)
+
+
 @pytest.mark.parametrize("backend", ["reference", "triton"])
 def test_three_values_at_five_and_five(backend):
     args = _case(heights=(200,), m=6, apart=0.4)("cpu")

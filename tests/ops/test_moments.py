@@ -7,7 +7,7 @@ import torch
 
 from fastunlearn import ops
 from fastunlearn.reference import moments as reference
-from tests.proof import OpProof
+from tests.proof import Aot, OpProof
 
 
 def _case(shape, weighted=False, anchored=False, dtype=torch.float32):
@@ -24,6 +24,16 @@ def _case(shape, weighted=False, anchored=False, dtype=torch.float32):
 
 class TestTokenMoments(OpProof):
     op = "token_moments"
+    backends = ("triton",)
+    aot = [
+        Aot(
+            "fastunlearn.kernels.moments:_moments",
+            {"left": f"*{t}", "right": f"*{t}", "weights": "*fp32", "out": "*fp64", "tokens": "i64", "d": "i32", "run": "i32"},
+            {"SYMMETRIC": symmetric, "WEIGHTED": weighted, "BLOCK": 64, "BLOCK_K": 16},
+            {"num_warps": 4, "num_stages": 2},
+        )
+        for t, symmetric, weighted in (("fp32", True, False), ("fp64", False, True), ("bf16", False, True))
+    ]  # fmt: skip
     exact = False
     compiled = False
     eps = 1e-13
@@ -33,6 +43,9 @@ class TestTokenMoments(OpProof):
         "anchors": _case((3, 7, 5), weighted=True, anchored=True),
         "half": _case((30, 6), anchored=True, dtype=torch.float16),
         "none": _case((0, 4)),
+        "two tiles, three runs": _case((300, 70)),
+        "two tiles, three runs, anchors": _case((20, 15, 70), weighted=True, anchored=True),
+        "wide": _case((9, 5), weighted=True, anchored=True, dtype=torch.float64),
     }
 
     def run(self, args):

@@ -9,7 +9,7 @@ import torch
 import fastunlearn
 from fastunlearn import ops
 from fastunlearn.reference import polar as reference
-from tests.proof import OpProof
+from tests.proof import Aot, OpProof, assert_derived
 
 
 def with_values(p, q, values, seed=0):
@@ -34,6 +34,16 @@ SPREAD = [10 ** (-i / 4) for i in range(12)]
 
 class TestPolar(OpProof):
     op = "polar"
+    backends = ("triton",)
+    aot = [
+        Aot(
+            "fastunlearn.kernels.polar:_symmetric",
+            {"A": "*fp32", "C": "*fp32", "out": "*fp32", "p": "i64", "q": "i32", "b": "fp32", "c": "fp32"},
+            {"ADDEND": addend, "BLOCK": 128, "BLOCK_K": 32},
+            {"num_warps": 8, "num_stages": 3},
+        )
+        for addend in (False, True)
+    ]  # fmt: skip
     exact = False
     compiled = False
     # The factor's own condition is 1 / smallest value (500 here), of float32's rounding; up to 1e-3 in directions without a value.
@@ -47,7 +57,9 @@ class TestPolar(OpProof):
         "svd": _case(16, 16, SPREAD, method="svd"),
         "svd of low rank": _case(20, 18, SPREAD, method="svd", batch=2),
         "one": _case(1, 1, [3.0]),
+        "two tiles": _case(150, 135, [10 ** (-i / 60) for i in range(135)], batch=2),
     }
+    few = ("wide", "batched", "one", "svd", "two tiles")
 
     def run(self, args):
         return ops.polar(args["M"], method=args["method"])
@@ -56,6 +68,22 @@ class TestPolar(OpProof):
         U, s, Vh = torch.linalg.svd(args["M"].double(), full_matrices=False)
         kept = (s > 1e-5 * s.amax(-1, keepdim=True)).double()
         return (U * kept[..., None, :]) @ Vh
+
+
+def test_symmetric_products_of_the_kernel():
+    """Two tiles on a side and a ragged edge: the whole matrix is written, with and without an addend."""
+    pytest.importorskip("triton")
+    if torch.cuda.is_available():
+        pytest.skip("runs Triton's interpreter")
+    from fastunlearn.kernels import polar as kernels
+
+    A = torch.randn(2, 150, 70)
+    C = reference.symmetric(torch.randn(2, 150, 20))
+    for arguments in ((), (C, 0.7, -1.3)):
+        got, want = kernels.symmetric(A, *arguments), reference.symmetric(A, *arguments)
+        wide = [x.double() if isinstance(x, torch.Tensor) else x for x in (A, *arguments)]
+        assert_derived(got, want, reference.symmetric(*wide))
+        assert torch.equal(got, got.mT)
 
 
 def test_orthogonal_where_full():

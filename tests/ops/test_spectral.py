@@ -379,12 +379,22 @@ def test_span_drops_what_is_no_direction():
 
 class TestSpectralTrace(OpProof):
     op = "spectral_trace"
+    backends = ("triton",)
+    aot = [
+        Aot(
+            "fastunlearn.kernels.spectral:_trace",
+            {"table": "*i64", "sums": "*fp32", "d": "i32"},
+            {"CODE": code, "BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_K": 32},
+            {"num_warps": 8, "num_stages": 3},
+        )
+        for code in (0, 1, 2)
+    ]
     exact = False
     differentiable = True
     cases = {
         "shared": lambda device: {
-            "weights": [w.to(device) for w in problem()["weights"]],
-            "A": problem()["S"].to(device),
+            "weights": [w.float().to(device) for w in problem()["weights"]],
+            "A": problem()["S"].float().to(device),
         },
         "batched": lambda device: {
             "weights": [w.float().to(device) for w in problem()["weights"]],
@@ -436,6 +446,44 @@ def test_trace_of_parameters_and_of_the_symmetric_part():
     half = torch.nn.Parameter(torch.randn(6, 4).bfloat16())
     ops.spectral_trace([half], A).sum().backward()
     assert half.grad.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("batched", [False, True])
+def test_spectral_trace_of_the_kernel(batched, dtype):
+    """Several tiles each way, ragged edges, an empty weight: the traces and the products that gradients are made of."""
+    pytest.importorskip("triton")
+    if torch.cuda.is_available():
+        pytest.skip("runs Triton's interpreter")
+    from fastunlearn.kernels import spectral as kernels
+
+    d = 140
+    weights = [(torch.randn(h, d) / d**0.5).to(dtype) for h in (70, 0, 130, 1)]
+    A = torch.stack([a @ a.T / d for a in torch.randn(4, d, d)])
+    A = (A if batched else A[0]).to(dtype)
+    got, want = kernels.spectral_trace(weights, A), reference.spectral_trace(weights, A)
+    exact = reference.spectral_trace([w.double() for w in weights], A.double())
+    assert got[0].dtype == dtype
+    assert_derived(got, want, exact)
+    assert kernels.spectral_trace([], A)[0].shape == (0,)
+    with fastunlearn.backend("triton"):
+        leaf = weights[2].float().requires_grad_()
+        ops.spectral_trace(leaf, A[0].float() if batched else A.float()).sum().backward()
+    assert fastunlearn.explain("spectral_trace").last == "triton:cpu"
+    assert_derived(leaf.grad, leaf.grad, 2 * leaf.detach().double() @ (A[0] if batched else A).double(), 1e-5, factor=0)
+
+
+def test_the_gradient_by_finite_differences():
+    """Central differences of the objective, from its definition, at the solution: no slope in any direction."""
+    p = problem()
+    new = torch.cat(solve(p, R=p["R"], gamma=0.5, relevance=p["relevance"]))
+    size, step = float(objective(new, p, 0.7, 0.5, 1.0)), 1e-4
+    for i in range(0, new.numel(), 7):
+        way = torch.zeros(new.numel(), dtype=torch.float64)
+        way[i] = step
+        way = way.view_as(new)
+        slope = (objective(new + way, p, 0.7, 0.5, 1.0) - objective(new - way, p, 0.7, 0.5, 1.0)) / (2 * step)
+        assert abs(float(slope)) < 1e-9 * size / step
 
 
 P = problem()
