@@ -117,11 +117,15 @@ def quality(args: argparse.Namespace) -> int:
         from benchmarks import canvas_pipeline
 
         result = canvas_pipeline.run()
+    elif args.study == "scapre":
+        from benchmarks import scapre
+
+        result = scapre.run(args.concepts or scapre.COUNTS)
     else:
         from benchmarks import demo
 
         result = demo.run(args.seeds)
-    write_json(RESULTS / "quality" / f"{args.study}.json", result)
+    write_json(Path(args.out) if args.out else RESULTS / "quality" / f"{args.study}.json", result)
     return 0
 
 
@@ -184,8 +188,10 @@ def main(argv: list[str] | None = None) -> int:
     p = commands.add_parser(
         "quality", help="a study of what was forgotten and kept; writes results/quality/<study>.json"
     )
-    p.add_argument("study", choices=("demo", "prune", "canvas_pipeline"))
+    p.add_argument("study", choices=("demo", "prune", "canvas_pipeline", "scapre"))
     p.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of the demo")
+    p.add_argument("--concepts", nargs="+", type=int, help="of scapre: how many, some numbers")
+    p.add_argument("--out", help="file; default benchmarks/results/quality/<study>.json")
     p.set_defaults(do=quality)
     p = commands.add_parser("large", help="unlearning of whole models: tokens/s, peak memory, time by part; resumable")
     p.add_argument("--model", nargs="+", default=["smollm2-135m"], help="names of published configurations")

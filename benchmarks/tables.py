@@ -2,8 +2,8 @@
 
 Markers: `<!-- benchmarks:begin NAME -->` ... `<!-- benchmarks:end -->`. NAME is ops-cpu, ops-cuda (the newest result of that
 kind of device) or ops-<slug> (benchmarks/results/<slug>.json): times, targets, every row in a fold; or quality-<study>, for
-short demo or prune: the rows of benchmarks/results/quality/<study>.json; or canvas: one line a method, means over the targets,
-every target in a fold.
+short demo or prune: the rows of benchmarks/results/quality/<study>.json; or scapre: a table for each part of its study; or canvas:
+one line a method, means over the targets, every target in a fold.
 """
 
 from __future__ import annotations
@@ -133,6 +133,18 @@ def quality_block(path: Path) -> str:
     return "\n".join([*_quality_rows(result), *_about(result)]) + "\n"
 
 
+def parts_block(path: Path) -> str:
+    """A study whose rows say `what` they are of: a table for each, of the columns that it has."""
+    if not path.is_file():
+        return NOT_MEASURED
+    result = json.loads(path.read_text())
+    lines: list[str] = []
+    for what in dict.fromkeys(row["what"] for row in result["rows"]):
+        rows = [{k: v for k, v in row.items() if k != "what"} for row in result["rows"] if row["what"] == what]
+        lines += [f"{what.capitalize()}:", "", *_quality_rows({"rows": rows}), ""]
+    return "\n".join([*lines[:-1], *_about(result)]) + "\n"
+
+
 #: columns of the canvas table: heading, kind of target (None: all), metric, digits
 _CANVAS = [
     *((f"{kind} {metric}", kind, metric, 1) for kind in ("style", "object") for metric in ("UA", "IRA", "CRA")),
@@ -223,11 +235,15 @@ def block(name: str, folder: Path) -> str:
     kind, _, which = name.partition("-")
     if kind == "ops" and which:
         return ops_block(_pick(load(folder), which))
+    if name == "scapre":
+        return parts_block(folder / "quality" / "scapre.json")
     if name == "canvas":
         return canvas_block(folder / "quality" / "canvas.json")
     if name in ("demo", "prune") or (kind == "quality" and which):
         return quality_block(folder / "quality" / f"{which or name}.json")
-    raise ValueError(f"marker {name!r}: want ops-cpu, ops-cuda, ops-<slug>, quality-<study>, demo, prune or canvas")
+    raise ValueError(
+        f"marker {name!r}: want ops-cpu, ops-cuda, ops-<slug>, quality-<study>, demo, prune, scapre or canvas"
+    )
 
 
 def update(readme: Path, results: Path, write: bool = True) -> list[str]:
