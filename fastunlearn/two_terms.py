@@ -194,6 +194,8 @@ class TwoTermTrainer(Trainer):
     #: of the retain rows, where they are kept group by group (HAMU)
     group_names: Sequence[str] = ()
     _group_of: list[int] | None = None
+    #: how localize=saliency sums gradients (`ops.saliency_accumulate_`)
+    saliency_kind = "abs"
 
     def __init__(
         self,
@@ -302,7 +304,8 @@ class TwoTermTrainer(Trainer):
         batches = [range(i, min(i + size, len(forget))) for i in range(0, len(forget), size)]
         with evaluating(self.model):
             self.movable = saliency_masks(
-                self.model, map(self.saliency_loss, batches), self.args.saliency_density, within=self.masks, total=len(batches)
+                self.model, map(self.saliency_loss, batches), self.args.saliency_density, within=self.masks,
+                kind=self.saliency_kind, total=len(batches),
             )  # fmt: skip
 
     def lr_scale(self) -> dict[str, Tensor] | None:
@@ -659,7 +662,7 @@ class TwoTermTrainer(Trainer):
                 raise ValueError(f"resume_from_checkpoint: {checkpoint} is of a run without localize=saliency")
             self.movable, self._chosen = saved, True
             return
-        mine = self.masks or {}
+        mine = self.movable or {}
         if set(saved or {}) != set(mine) or any(
             not mask.equal(mine[name].to(mask.device)) for name, mask in (saved or {}).items()
         ):

@@ -77,6 +77,20 @@ def tiny_pipeline(seed: int = 0, length: int = 16, prediction_type: str = "v_pre
     return pipeline
 
 
+def tiny_v2(seed: int = 0) -> Any:
+    """SD 2.x: a linear projection into its attention, heads by number, v-prediction."""
+    from diffusers import UNet2DConditionModel
+
+    pipeline = tiny_pipeline(seed)
+    torch.manual_seed(seed)
+    pipeline.unet = UNet2DConditionModel(
+        sample_size=8, in_channels=2, out_channels=2, layers_per_block=1, block_out_channels=(8, 16), norm_num_groups=4,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=16, attention_head_dim=(2, 4), use_linear_projection=True,
+    ).eval()  # fmt: skip
+    return pipeline
+
+
 def _clip(base: Any, seed: int, **changes: Any) -> Any:
     """A CLIP text encoder with a projection, for the base pipeline's tokenizer."""
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection

@@ -7,7 +7,7 @@ decodes them: what a model draws for the concept's prompt is what it knows of th
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -127,6 +127,22 @@ class Latents:
         return self.latents[chosen.to(self.latents.device)], self.prompt[chosen.to(self.prompt.device)]
 
 
+def spread_prompts(prompts: int, count: int, seed: int) -> Iterator[tuple[list[int], int]]:
+    """`count` images as evenly over the prompts as it goes, in rounds; of more prompts than images those drawn by the seed.
+
+    Yields:
+        Numbers of the prompts of a round, and the seed of its start latents: far from the small numbers that a person gives.
+
+    Raises:
+        ValueError: count < 1, no prompts.
+    """
+    if count < 1 or prompts < 1:
+        raise ValueError(f"count, prompts: want at least 1 of each, got {count}, {prompts}")
+    order = torch.randperm(prompts, generator=torch.Generator().manual_seed(seed)).tolist()
+    for round_, left in enumerate(range(count, 0, -prompts)):
+        yield sorted(order[:left]), 1_000_003 * (seed + 1) + round_
+
+
 def latents_of_prompts(
     pipeline: Any,
     prompts: Sequence[str],
@@ -149,16 +165,10 @@ def latents_of_prompts(
     Raises:
         ValueError: count < 1, no prompts.
     """
-    if count < 1 or not prompts:
-        raise ValueError(f"count, prompts: want at least 1 of each, got {count}, {len(prompts)}")
-    order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(seed)).tolist()
-    # Far from the small numbers that a person gives as seeds of images.
-    first = 1_000_003 * (seed + 1)
     latents, numbers = [], []
-    for round_, left in enumerate(range(count, 0, -len(prompts))):
-        chosen = sorted(order[:left])
+    for chosen, first in spread_prompts(len(prompts), count, seed):
         for prompt, _, drawn in sample_batches(
-            pipeline, [prompts[i] for i in chosen], [first + round_], steps=steps, guidance_scale=guidance_scale,
+            pipeline, [prompts[i] for i in chosen], [first], steps=steps, guidance_scale=guidance_scale,
             batch_size=batch_size, autocast=autocast, decode=False, progress=progress, what="drawing images to learn from",
         ):  # fmt: skip
             latents.append(drawn.float())

@@ -1,4 +1,4 @@
-"""The masks of a run: the entries a pruned model has left, the salient ones of the forget set, or both."""
+"""What a run may move: the entries a pruned model has left, the salient ones of the forget set, or both; whole modules by rank."""
 
 from __future__ import annotations
 
@@ -13,6 +13,57 @@ from fastunlearn.localize.saliency import SaliencyCollector
 from fastunlearn.ops.mask import BitMask
 
 
+def saliency_scores(
+    model: nn.Module, losses: Iterable[Tensor], *, kind: Any = "abs", total: int | None = None
+) -> dict[str, Tensor]:
+    """Parameter name -> fp32 scores of its shape, summed over the losses; parameters with requires_grad are scored.
+
+    Args:
+        losses: scalar forget losses, one a batch, made one after the other; each is differentiated here.
+        kind: of `ops.saliency_accumulate_`; "signed" gives the magnitude of the summed gradient.
+        total: number of losses, for the progress bar.
+
+    Raises:
+        ValueError: no gradient reaches any parameter.
+    """
+    with SaliencyCollector(model, kind=kind) as collector:
+        for loss in tqdm(losses, desc="saliency", unit="batch", total=total, leave=False, disable=None):
+            loss.backward()
+            model.zero_grad(set_to_none=True)
+    torch.clear_autocast_cache()
+    scores = collector.scores
+    if kind == "signed":
+        for score in scores.values():
+            score.abs_()
+    if not any(bool(score.any()) for score in scores.values()):
+        raise ValueError("saliency: no gradient of the forget set reaches the model; there is nothing to choose by")
+    return scores
+
+
+def top_modules(model: nn.Module, scores: Mapping[str, Tensor], share: float) -> list[str]:
+    """The linear layers and convolutions whose weights score highest on average, best first (SPARE, per-module).
+
+    Args:
+        scores: parameter name -> scores, of `saliency_scores`; biases do not count.
+        share: of the modules, in (0, 1]; one at least.
+
+    Raises:
+        ValueError: a share outside of (0, 1], or no such module is scored.
+    """
+    if not 0 < share <= 1:
+        raise ValueError(f"sparsity_inclusiveness: want a number in (0, 1], got {share}")
+    kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)
+    means = {
+        name: float(scores[f"{name}.weight"].mean())
+        for name, module in model.named_modules()
+        if isinstance(module, kinds) and f"{name}.weight" in scores
+    }
+    if not means:
+        raise ValueError("scores: of no linear layer and no convolution of the model")
+    ranked = sorted(means, key=lambda name: -means[name])
+    return ranked[: max(1, int(share * len(ranked)))]
+
+
 def saliency_masks(
     model: nn.Module,
     losses: Iterable[Tensor],
@@ -22,7 +73,8 @@ def saliency_masks(
     kind: Any = "abs",
     total: int | None = None,
 ) -> dict[str, BitMask]:
-    """The top share of entries by summed |gradient| of the forget loss (SalUn, Fan et al. 2024, eq. 3), over all tensors.
+    """The top share of entries by summed |gradient| of the forget loss, over all tensors; of kind "signed" by the |summed
+    gradient| (SalUn, Fan et al. 2024, eq. 3).
 
     Args:
         model: parameters with requires_grad are scored.
@@ -36,23 +88,19 @@ def saliency_masks(
         Parameter name -> mask; parameters of `within` keep a subset of their mask.
 
     Raises:
-        ValueError: density outside (0, 1], or so small that nothing may move.
+        ValueError: density outside (0, 1], or so small that nothing may move; no gradient reaches the model.
     """
     from fastunlearn import ops
 
     if not 0 < density <= 1:
         raise ValueError(f"saliency_density: want a number in (0, 1], got {density}")
-    with SaliencyCollector(model, kind=kind) as collector:
-        for loss in tqdm(losses, desc="saliency", unit="batch", total=total, leave=False, disable=None):
-            loss.backward()
-            model.zero_grad(set_to_none=True)
-    scores = collector.scores
+    scores = saliency_scores(model, losses, kind=kind, total=total)
     allowed = sum(s.numel() for s in scores.values())
     if within:
         allowed = 0
         for name, score in scores.items():
             if name in within:
-                # Scores of kind "abs" are >= 0: -1 stands behind every entry that is left.
+                # Scores are >= 0: -1 stands behind every entry that is left.
                 score.masked_fill_(~within[name].unpack().to(score.device), -1.0)
                 allowed += int(within[name].count())
             else:
@@ -61,6 +109,4 @@ def saliency_masks(
     if k == 0:
         raise ValueError(f"saliency_density: {density} of {allowed:,} weights is none; want a larger share")
     chosen = ops.topk_mask([scores[name] for name in names], k=k)
-    masks = dict(zip(names, chosen, strict=True))
-    torch.clear_autocast_cache()
-    return masks
+    return dict(zip(names, chosen, strict=True))

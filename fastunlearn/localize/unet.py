@@ -1,4 +1,8 @@
-"""Which parameters of a diffusion U-Net may move, by the names of ESD (Gandikota et al. 2023): `train_method`."""
+"""Which parameters of a diffusion model may move, by the names of ESD (Gandikota et al. 2023), and where its attention is.
+
+In the transformers of SD3 and FLUX text and image attend to each other in one attention; what ESD calls cross-attention are there the
+projections of the text (add_q_proj, add_k_proj, add_v_proj, to_add_out).
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,25 @@ from torch import nn
 from fastunlearn.objectives.language import closest
 
 TRAIN_METHODS = ("full", "xattn", "noxattn", "selfattn", "xattn_kv")
+#: projections of an attention, by their names in diffusers
+PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+_TEXT = ("attn2.", ".add_q_proj.", ".add_k_proj.", ".add_v_proj.", ".to_add_out.")
+
+
+def attention_projections(network: nn.Module) -> list[str]:
+    """Full names of the linear layers of every attention: of U-Nets (SD 1.x, 2.x, SDXL) and transformers (SD3, FLUX).
+
+    Raises:
+        ValueError: the network has no attention.
+    """
+    modules, out = dict(network.named_modules()), []
+    for name in modules:
+        own = {kind: modules.get(f"{name}.{kind}") for kind in PROJECTIONS}
+        if all(isinstance(own[kind], nn.Linear) for kind in ("to_q", "to_k", "to_v")):
+            out += [f"{name}.{kind}" for kind, layer in own.items() if isinstance(layer, nn.Linear)]
+    if not out:
+        raise ValueError(f"network: {type(network).__name__} has no attention with to_q, to_k and to_v")
+    return out
 
 
 def unet_parameters(unet: nn.Module, train_method: str) -> dict[str, nn.Parameter]:
@@ -24,14 +47,15 @@ def unet_parameters(unet: nn.Module, train_method: str) -> dict[str, nn.Paramete
         raise ValueError(f"train_method: {train_method!r} is unknown; {closest(train_method, list(TRAIN_METHODS))}")
 
     def moves(name: str) -> bool:
+        text = any(part in name for part in _TEXT)
         if train_method == "xattn":
-            return "attn2." in name
+            return text
         if train_method == "xattn_kv":
-            return "attn2.to_k." in name or "attn2.to_v." in name
+            return text and any(part in name for part in (".to_k.", ".to_v.", ".add_k_proj.", ".add_v_proj."))
         if train_method == "selfattn":
-            return "attn1." in name
+            return not text and ("attn1." in name or ".attn.to_" in name)
         if train_method == "noxattn":
-            return "attn2." not in name and not name.startswith(("conv_out.", "time_embedding."))
+            return not text and not name.startswith(("conv_out.", "time_embedding."))
         return True
 
     chosen = {name: parameter for name, parameter in unet.named_parameters() if moves(name)}

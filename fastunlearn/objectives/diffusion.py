@@ -8,20 +8,26 @@ adapter off, a frozen copy. Self-distillation (SPARE, arXiv 2602.07058; concept 
 
     forget   mean ||student(z_t, t, c_forget) - teacher(z_t, t, c_surrogate)||^2      one z_t, two texts
     retain   mean ||student(z_u, u, c_retain) - teacher(z_u, u, c_retain)||^2
+
+ESD (Gandikota et al. 2023, eq. 7) pulls a concept away from itself: student(z_t, t, c) towards the teacher's
+e(z_t, t, "") - n (e(z_t, t, c) - e(z_t, t, "")).
+
+Models of flow matching (SD3, FLUX; Lipman et al. 2023) have z_t = (1 - s_t) z_0 + s_t e and predict e - z_0.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from itertools import pairwise
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-#: (noised latents [n, C, h, w], timesteps int64 [n], text features [n, length, width]) -> prediction [n, C, h, w]
-Denoiser = Callable[[Tensor, Tensor, Tensor], Tensor]
+#: (noised latents [n, C, h, w], timesteps int64 [n], text features [n, length, width] or what a family has) -> prediction [n, C, h, w]
+Denoiser = Callable[[Tensor, Tensor, Any], Tensor]
 #: (how many, generator) -> int64 timesteps
 TimestepSampler = Callable[[int, torch.Generator], Tensor]
 
@@ -36,6 +42,25 @@ def denoiser(unet: nn.Module) -> Denoiser:
         return out
 
     return predict
+
+
+class Schedule(Protocol):
+    """How latent and noise are mixed, timestep by timestep."""
+
+    def __len__(self) -> int:
+        """Timesteps."""
+
+    def scales(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+        """(of the latent, of the noise), fp32 [n, 1, ...]."""
+
+    def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """z_t, of the latents' shape."""
+
+    def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """What a network that was trained on these latents predicts."""
+
+    def split(self, predicted: Tensor, noised: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+        """The latent and the noise that a prediction at z_t means."""
 
 
 @dataclass(frozen=True)
@@ -87,8 +112,60 @@ class NoiseSchedule:
         a, s = self.scales(timesteps)
         return a * noise - s * latents
 
+    def split(self, predicted: Tensor, noised: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+        """(z_0, e) of z_t = a_t z_0 + s_t e and the prediction."""
+        a, s = self.scales(timesteps)
+        if self.prediction_type == "epsilon":
+            return (noised - s * predicted) / a, predicted
+        if self.prediction_type == "sample":
+            return predicted, (noised - a * predicted) / s
+        return a * noised - s * predicted, s * noised + a * predicted
 
-def uniform_timesteps(schedule: NoiseSchedule) -> TimestepSampler:
+
+@dataclass(frozen=True)
+class FlowSchedule:
+    """How a flow-matching scheduler mixes latent and noise.
+
+    Attributes:
+        sigmas: fp32 [timesteps], the share of noise, rising.
+    """
+
+    sigmas: Tensor
+
+    @classmethod
+    def of(cls, scheduler: Any) -> FlowSchedule:
+        """That of `FlowMatchEulerDiscreteScheduler`, as it was trained on (a scheduler that has sampled holds others).
+
+        Raises:
+            ValueError: another kind of scheduler.
+        """
+        made = type(scheduler).from_config(scheduler.config)
+        sigmas = getattr(made, "sigmas", None)
+        if sigmas is None or hasattr(made, "alphas_cumprod") or not 0 < float(sigmas[0]) <= 1:
+            raise ValueError(f"scheduler: {type(scheduler).__name__}; want one of flow matching")
+        sigmas = sigmas[: scheduler.config.num_train_timesteps].float().cpu()
+        return cls(sigmas.sort().values)
+
+    def __len__(self) -> int:
+        return len(self.sigmas)
+
+    def scales(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+        sigma = self.sigmas.to(timesteps.device)[timesteps].view(-1, 1)
+        return 1 - sigma, sigma
+
+    def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        a, s = (scale.view(-1, *[1] * (latents.dim() - 1)) for scale in self.scales(timesteps))
+        return a * latents + s * noise
+
+    def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        return noise - latents
+
+    def split(self, predicted: Tensor, noised: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+        sigma = self.scales(timesteps)[1].view(-1, *[1] * (noised.dim() - 1))
+        return noised - sigma * predicted, noised + (1 - sigma) * predicted
+
+
+def uniform_timesteps(schedule: Schedule) -> TimestepSampler:
     """t uniform over all timesteps of the schedule."""
 
     def draw(count: int, generator: torch.Generator) -> Tensor:
@@ -97,8 +174,57 @@ def uniform_timesteps(schedule: NoiseSchedule) -> TimestepSampler:
     return draw
 
 
+def interval_timesteps(schedule: Schedule, low: float, high: float) -> TimestepSampler:
+    """t uniform over a part of the schedule, from `low` to `high` as shares of its length (0: no noise, 1: all of it).
+
+    Raises:
+        ValueError: an empty interval, or one outside of [0, 1].
+    """
+    first, last = round(low * len(schedule)), round(high * len(schedule))
+    if not 0 <= low < high <= 1 or first == last:
+        raise ValueError(f"timestep_interval: want 0 <= low < high <= 1, got {low}, {high}")
+
+    def draw(count: int, generator: torch.Generator) -> Tensor:
+        return torch.randint(first, last, (count,), generator=generator, device=generator.device)
+
+    return draw
+
+
+def importance_timesteps(
+    schedule: Schedule, divergence: Tensor, beta: float = 1.0, floor: float = 0.05
+) -> TimestepSampler:
+    """t where the concept matters (a reconstruction of SPARE's "crucial timesteps").
+
+    p(bin) ~ D^beta + floor * mean(D^beta), t uniform inside a bin.
+
+    Args:
+        divergence: [bins], D of `concept_divergence`, bins of equal length over the schedule.
+        beta: 0 is uniform.
+        floor: keeps every timestep possible.
+
+    Raises:
+        ValueError: a divergence that is negative or not finite, or zero everywhere.
+    """
+    weights = divergence.detach().cpu().double()
+    if not bool(torch.isfinite(weights).all() & (weights >= 0).all()) or not bool(weights.any()):
+        raise ValueError(
+            "divergence: want finite numbers >= 0, not all zero: concept and surrogate are one to this model"
+        )
+    weights = weights**beta
+    weights = weights + floor * weights.mean()
+    edges = torch.linspace(0, len(schedule), len(weights) + 1, dtype=torch.float64)
+
+    def draw(count: int, generator: torch.Generator) -> Tensor:
+        bins = torch.multinomial(weights, count, replacement=True, generator=generator)
+        inside = torch.rand(count, generator=generator, dtype=torch.float64)
+        t = edges[bins] + inside * (edges[bins + 1] - edges[bins])
+        return t.floor().long().clamp_max(len(schedule) - 1)
+
+    return draw
+
+
 def denoising_loss(
-    student: Denoiser, schedule: NoiseSchedule, latents: Tensor, text: Tensor, noise: Tensor, timesteps: Tensor
+    student: Denoiser, schedule: Schedule, latents: Tensor, text: Any, noise: Tensor, timesteps: Tensor
 ) -> Tensor:
     """Mean squared error of the prediction, what a diffusion model is trained on (Ho et al. 2020, eq. 14).
 
@@ -113,7 +239,7 @@ def denoising_loss(
 
 
 def self_distillation_loss(
-    student: Denoiser, teacher: Denoiser, noised: Tensor, timesteps: Tensor, text: Tensor, teacher_text: Tensor
+    student: Denoiser, teacher: Denoiser, noised: Tensor, timesteps: Tensor, text: Any, teacher_text: Any
 ) -> Tensor:
     """Mean squared distance of the student under one text from the teacher under another, at the same noised latents.
 
@@ -130,3 +256,51 @@ def self_distillation_loss(
     with torch.no_grad():
         target = teacher(noised, timesteps, teacher_text)
     return F.mse_loss(student(noised, timesteps, text).float(), target.float())
+
+
+def esd_loss(
+    student: Denoiser, teacher: Denoiser, noised: Tensor, timesteps: Tensor, text: Any, empty: Any, negative_guidance: float = 1.0
+) -> Tensor:  # fmt: skip
+    """Mean squared distance of the student from the teacher guided away from the text (ESD, eq. 7).
+
+    Args:
+        text: of the concept; empty: of the empty prompt, a row for each latent.
+        negative_guidance: n; 0 would only make the text mean nothing.
+
+    Returns:
+        fp32 scalar.
+    """
+    with torch.no_grad():
+        without, given = teacher(noised, timesteps, empty).float(), teacher(noised, timesteps, text).float()
+        target = without - negative_guidance * (given - without)
+    return F.mse_loss(student(noised, timesteps, text).float(), target)
+
+
+@torch.no_grad()
+def trajectory(
+    network: Denoiser, schedule: Schedule, noise: Tensor, text: Any, empty: Any, *, steps: int, taken: int, guidance_scale: float
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Where sampling from the noise stands after `taken` of `steps` steps (DDIM, eta 0; for flow matching Euler's).
+
+    Args:
+        text, empty: rows for each latent; empty is asked where guidance_scale is not 1.
+
+    Returns:
+        (z_t, int64 t of each), t being the timestep that the next step would be asked at.
+
+    Raises:
+        ValueError: not 0 <= taken < steps <= timesteps.
+    """
+    if not 0 <= taken < steps <= len(schedule):
+        raise ValueError(f"taken: want 0 <= taken < steps <= {len(schedule)}, got {taken} of {steps}")
+    times = torch.linspace(len(schedule) - 1, 0, steps + 1).round().long()[:steps].to(noise.device)
+    z = noise
+    for now, then in pairwise(times[: taken + 1]):
+        t = now.expand(len(z))
+        predicted = network(z, t, text).float()
+        if guidance_scale != 1:
+            without = network(z, t, empty).float()
+            predicted = without + guidance_scale * (predicted - without)
+        clean, left = schedule.split(predicted, z.float(), t)
+        z = schedule.add_noise(clean, left, then.expand(len(z))).to(noise.dtype)
+    return z, times[taken].expand(len(z))
