@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from fastunlearn.methods.hamu import HAMUConfig, HAMUTrainer
     from fastunlearn.methods.sau import SAUConfig, SAUTrainer
     from fastunlearn.methods.scapre import ScaPreConfig, scapre
+    from fastunlearn.methods.spare import SPAREConfig, SPARETrainer, spare
     from fastunlearn.parametrize.masked_lora import MaskedLoraConfig
     from fastunlearn.trainer import UnlearnConfig, UnlearnTrainer
 
@@ -30,6 +31,8 @@ __all__ = [
     "MaskedLoraConfig",
     "SAUConfig",
     "SAUTrainer",
+    "SPAREConfig",
+    "SPARETrainer",
     "ScaPreConfig",
     "UnlearnConfig",
     "UnlearnTrainer",
@@ -41,6 +44,7 @@ __all__ = [
     "optim",
     "save_masks",
     "scapre",
+    "spare",
 ]
 
 #: names whose modules import transformers: loaded when they are first asked for
@@ -50,10 +54,13 @@ _LAZY = {
     "MaskedLoraConfig": "fastunlearn.parametrize.masked_lora",
     "SAUConfig": "fastunlearn.methods.sau",
     "SAUTrainer": "fastunlearn.methods.sau",
+    "SPAREConfig": "fastunlearn.methods.spare",
+    "SPARETrainer": "fastunlearn.methods.spare",
     "ScaPreConfig": "fastunlearn.methods.scapre",
     "UnlearnConfig": "fastunlearn.trainer",
     "UnlearnTrainer": "fastunlearn.trainer",
     "scapre": "fastunlearn.methods.scapre",
+    "spare": "fastunlearn.methods.spare",
 }
 
 

@@ -1,0 +1,266 @@
+"""DiffusionTrainer: its step against one written out, the teacher, counters, resuming after a SIGKILL, every family, bad input."""
+
+from __future__ import annotations
+
+import copy
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.conftest import ROOT
+from tests.tiny_diffusion import OBJECTS, prompt, tiny_flux, tiny_pipeline, tiny_sd3, tiny_v2, tiny_xl
+
+pytest.importorskip("diffusers")
+pytest.importorskip("transformers")
+
+from fastunlearn.data.concept_images import ConceptImages
+from fastunlearn.data.images import Latents
+from fastunlearn.diffusion_trainer import DiffusionConfig, DiffusionTrainer
+from fastunlearn.families import family_of
+from fastunlearn.methods.spare import SPAREConfig, SPARETrainer
+from fastunlearn.objectives.diffusion import NoiseSchedule, denoiser, self_distillation_loss
+from fastunlearn.two_terms import last_checkpoint
+
+FORGET = [{"text": prompt(thing, "Mosaic"), "surrogate": prompt(thing, "Photo")} for thing in OBJECTS]
+RETAIN = [{"text": prompt(thing, style)} for thing in OBJECTS for style in ("Photo", "Pop Art", "Van Gogh")]
+QUICK = {
+    "max_steps": 3, "num_forget_images": 6, "num_retain_images": 9, "sampling_steps": 2, "guidance_scale": 1.0, "use_cpu": True,
+    "disable_tqdm": True, "learning_rate": 1e-3, "logging_steps": 1,
+}  # fmt: skip
+MAKE = {"sd2": tiny_v2, "sdxl": tiny_xl, "sd3": tiny_sd3, "flux": tiny_flux}
+
+
+def weights(module):
+    return {name: tensor.detach().clone() for name, tensor in module.state_dict().items()}
+
+
+def make(folder, pipeline=None, forget=FORGET, retain=RETAIN, **options):
+    return DiffusionTrainer(
+        pipeline or tiny_pipeline(), DiffusionConfig(str(folder), **QUICK | options), forget, retain
+    )
+
+
+def test_a_step_is_the_step_written_out(tmp_path):
+    pipeline = tiny_pipeline()
+    plain, frozen = copy.deepcopy(pipeline.unet), copy.deepcopy(pipeline.unet)
+    trainer = make(
+        tmp_path,
+        pipeline,
+        max_steps=1,
+        train_method="full",
+        optim="sgd",
+        max_grad_norm=0,
+        weight_decay=0.0,
+        learning_rate=0.1,
+    )
+    seen = []
+    prepare = trainer._prepare_inputs
+    trainer._prepare_inputs = lambda inputs: seen.append(prepare(inputs)) or seen[-1]
+    result = trainer.train()
+    [batch] = seen
+    loss = 0.0
+    for name, factor, other in (("forget", 0.3, "other"), ("retain", 1.0, "text")):
+        part = batch[name]
+        noised = NoiseSchedule.of(pipeline.scheduler).add_noise(part["latents"], part["noise"], part["timesteps"])
+        assert torch.equal(noised, part["noised"])
+        loss = loss + factor * self_distillation_loss(
+            denoiser(plain), denoiser(frozen), noised, part["timesteps"], part["text"].hidden, part[other].hidden
+        )
+    assert result.training_loss == pytest.approx(float(loss.detach()), rel=1e-4)
+    loss.backward()
+    with torch.no_grad():
+        for parameter in plain.parameters():
+            parameter -= 0.1 * parameter.grad
+    moved = trainer.merge()
+    assert set(moved) == {name for name, _ in plain.named_parameters()}
+    for name, tensor in plain.named_parameters():
+        torch.testing.assert_close(moved[name], tensor.detach(), rtol=1e-4, atol=1e-6)
+    assert pipeline.unet is trainer.family.network
+
+
+def test_batches_are_of_their_counter_alone(tmp_path):
+    one, two, other = make(tmp_path / "a"), make(tmp_path / "b"), make(tmp_path / "c", seed=7)
+    rows = {"forget": {"index": torch.tensor([0, 3])}, "retain": {"index": torch.tensor([1, 2])}}
+    first, again = one._prepare_inputs(rows), two._prepare_inputs(rows)
+    assert torch.equal(first["forget"]["noise"], again["forget"]["noise"])
+    assert not torch.equal(first["forget"]["noise"], first["retain"]["noise"])
+    # The second micro-batch of a step, another step, another seed.
+    two.state.global_step = 1
+    for elsewhere in (one._prepare_inputs(rows), two._prepare_inputs(rows), other._prepare_inputs(rows)):
+        assert not torch.equal(elsewhere["forget"]["noise"], first["forget"]["noise"])
+    data = one.sets["forget"]
+    assert torch.equal(first["forget"]["latents"], data.latents[[0, 3]])
+    assert torch.equal(first["forget"]["other"].hidden, data.others.hidden[data.prompt[[0, 3]]])
+
+
+@pytest.mark.parametrize("name", list(MAKE))
+@pytest.mark.parametrize("variant", ["per_weight", "per_module"])
+def test_every_family_unlearns(tmp_path, name, variant):
+    pipeline = MAKE[name]()
+    before = weights(family_of(pipeline, 16).network)
+    config = SPAREConfig(str(tmp_path), **QUICK | {"resolution": 16, "variant": variant, "r": 2})
+    trainer, moved = SPARETrainer.run(pipeline, config, FORGET, RETAIN)
+    losses = [line["forget_loss"] for line in trainer.state.log_history if "forget_loss" in line]
+    assert len(losses) == 3
+    assert all(loss > 0 for loss in losses)
+    after = weights(trainer.family.network)
+    assert before.keys() == after.keys()
+    changed = {key for key in before if not torch.equal(before[key], after[key])}
+    assert changed
+    assert changed <= moved.keys()
+    assert all(p.requires_grad for p in trainer.family.network.parameters())
+
+
+def test_importance_draws_where_the_concept_matters(tmp_path):
+    trainer = make(tmp_path, timesteps="importance", timestep_bins=4, train_method="xattn")
+    trainer.train()
+    divergence = trainer.divergence
+    assert divergence.shape == (4,)
+    assert (divergence > 0).all()
+    t = trainer._timesteps(20_000, torch.Generator().manual_seed(0))
+    share = torch.histc(t.double(), 4, 0, 1000) / 20_000
+    wanted = divergence + 0.05 * divergence.mean()
+    torch.testing.assert_close(share, wanted / wanted.sum(), rtol=0.1, atol=0.01)
+    interval = make(tmp_path / "b", timesteps="interval", timestep_interval=[0.2, 0.4], train_method="xattn")
+    interval.train()
+    t = interval._timesteps(2000, torch.Generator().manual_seed(0))
+    assert (int(t.min()), int(t.max())) == (200, 399)
+
+
+def test_a_run_that_fails_leaves_the_pipeline_as_it_was(tmp_path):
+    for kind, config in (
+        (DiffusionTrainer, DiffusionConfig(str(tmp_path / "a"), **QUICK | {"train_method": "full"})),
+        (SPARETrainer, SPAREConfig(str(tmp_path / "b"), **QUICK)),
+    ):
+        pipeline = tiny_pipeline()
+        before = weights(pipeline.unet)
+        broken = Latents(torch.full((2, 2, 8, 8), float("nan")), torch.zeros(2, dtype=torch.int64))
+        forget = ConceptImages([FORGET[0]["text"]], [FORGET[0]["surrogate"]])
+        retain = ConceptImages([RETAIN[0]["text"]], None, broken)
+        with pytest.raises(ArithmeticError, match="the retain loss is nan in step 1"):
+            kind.run(pipeline, config, forget, retain)
+        after = weights(pipeline.unet)
+        assert before.keys() == after.keys()
+        assert all(torch.equal(before[name], after[name]) for name in before)
+        assert all(p.requires_grad for p in pipeline.unet.parameters())
+
+
+CHILD = """
+import os, signal, sys
+from tests.test_diffusion_trainer import *
+folder, method, kill = sys.argv[1:]
+common = QUICK | {"max_steps": 6, "save_strategy": "steps", "save_steps": 2, "timesteps": "importance", "timestep_bins": 3}
+if method == "spare":
+    trainer = SPARETrainer(tiny_pipeline(), SPAREConfig(folder, **common, lora_dropout=0.2), FORGET, RETAIN)
+else:
+    trainer = DiffusionTrainer(tiny_pipeline(), DiffusionConfig(folder, **common, train_method="xattn", localize="saliency",
+                                                               saliency_density=0.3), FORGET, RETAIN)
+step = trainer.training_step
+def dying(*args, **options):
+    if kill == "kill" and trainer.state.global_step == 5:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step(*args, **options)
+trainer.training_step = dying
+trainer.train(resume_from_checkpoint=True if kill == "resume" else None)
+torch.save(trainer.merge(), folder + "/weights.pt")
+"""
+
+
+def child(folder: Path, method: str, kill: str) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    words = [sys.executable, "-c", CHILD, str(folder), method, kill]
+    return subprocess.run(words, capture_output=True, text=True, cwd=ROOT, env=env)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["spare", "weights"])
+def test_resume_after_a_kill_is_the_run_without_it(tmp_path, method):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    done = child(whole, method, "no")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert child(broken, method, "kill").returncode == -signal.SIGKILL
+    assert last_checkpoint(broken).endswith("checkpoint-4")
+    done = child(broken, method, "resume")
+    assert done.returncode == 0, done.stderr[-3000:]
+    one, two = torch.load(whole / "weights.pt"), torch.load(broken / "weights.pt")
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_a_checkpoint_of_other_data_or_another_variant_is_refused(tmp_path):
+    options = {"save_strategy": "steps", "save_steps": 2, "max_steps": 2}
+    SPARETrainer(tiny_pipeline(), SPAREConfig(str(tmp_path), **QUICK | options), FORGET, RETAIN).train()
+
+    def again(pipeline=None, forget=FORGET, **more):
+        config = SPAREConfig(str(tmp_path), **QUICK | options | {"max_steps": 4} | more)
+        SPARETrainer(pipeline or tiny_pipeline(), config, forget, RETAIN).train(resume_from_checkpoint=True)
+
+    with pytest.raises(ValueError, match="is of other rows"):
+        again(forget=FORGET[:2])
+    with pytest.raises(ValueError, match="is of other rows"):
+        again(tiny_pipeline(seed=3))
+    with pytest.raises(ValueError, match="is of another variant than dense"):
+        again(variant="dense")
+    with pytest.raises(ValueError, match="trains other weights than this run"):
+        again(r=3)
+    again()
+
+
+def test_latents_are_kept_and_found_again(tmp_path, monkeypatch):
+    options = {"cache_dir": str(tmp_path / "cache"), "train_method": "xattn"}
+    first = make(tmp_path / "a", **options)
+    assert len(list((tmp_path / "cache").glob("*.safetensors"))) == 2
+    monkeypatch.setattr("fastunlearn.families.latents_of_prompts", lambda *_, **__: pytest.fail("drawn again"))
+    second = make(tmp_path / "b", **options)
+    for name in ("forget", "retain"):
+        assert torch.equal(first.sets[name].latents, second.sets[name].latents)
+        assert torch.equal(first.sets[name].prompt, second.sets[name].prompt)
+
+
+def test_bad_input(tmp_path):
+    with pytest.raises(ValueError, match=r"surrogates: .* is its own surrogate"):
+        make(tmp_path, forget=[{"text": "a Cat", "surrogate": "a  Cat"}])
+    with pytest.raises(ValueError, match="row 0 wants text and surrogate, it has text"):
+        make(tmp_path, forget=RETAIN)
+    with pytest.raises(ValueError, match="retain_dataset: a retain term needs one"):
+        make(tmp_path, retain=None)
+    with pytest.raises(ValueError, match=r"retain_dataset: 'A Cat image in Mosaic style.' is to be forgotten, too"):
+        make(tmp_path, retain=[*RETAIN, {"text": FORGET[0]["text"]}])
+    with pytest.raises(ValueError, match="forget_dataset: want what must be forgotten"):
+        make(tmp_path, forget=None)
+    with pytest.raises(ValueError, match="nothing trains"):
+        make(tmp_path).train()
+    half = tiny_pipeline()
+    half.unet.half()
+    with pytest.raises(ValueError, match="float16 weights lose most small updates"):
+        make(tmp_path, half, train_method="full")
+    with pytest.raises(TypeError, match="args: want a DiffusionConfig"):
+        DiffusionTrainer(tiny_pipeline(), object(), FORGET, RETAIN)
+    for options, words in (
+        ({"timesteps": "importanc"}, "timesteps: 'importanc' is unknown; did you mean importance"),
+        ({"timesteps": "interval"}, "timestep_interval: goes with timesteps=interval"),
+        ({"timesteps": "interval", "timestep_interval": [0.4, 0.2]}, r"want low and high in \[0, 1\]"),
+        ({"num_forget_images": 0}, "num_forget_images: want at least 1"),
+        ({"forget_alpha": float("nan")}, "forget_alpha: want a finite number"),
+        ({"retain_groups": "group"}, "retain_groups: is for rows of text"),
+        ({"update": "hamu-q", "retain_alpha": 0.0}, "needs a retain term; retain_alpha is 0"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            DiffusionConfig(str(tmp_path), **QUICK | options)
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_two_gradients_become_one_by_any_update(tmp_path):
+    pipeline = tiny_pipeline()
+    before = weights(pipeline.unet)
+    trainer = make(tmp_path, pipeline, update="pcgrad", train_method="xattn")
+    trainer.train()
+    assert trainer.state.global_step == 3
+    moved = [name for name, tensor in weights(pipeline.unet).items() if not torch.equal(tensor, before[name])]
+    assert moved
+    assert all("attn2." in name for name in moved)
