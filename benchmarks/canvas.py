@@ -78,6 +78,32 @@ GRID: dict[str, list[dict[str, Any]]] = {
         {"lamb": 0.1, "padding_weight": 0.1},
     ],
 }
+_STEPS = {"max_steps": 100, "per_device_train_batch_size": 8, "bf16": True}
+GRID |= {
+    "spare": [
+        {"learning_rate": rate, "r": 16, "lora_alpha": 16.0, "target_modules": modules, "sparsity_inclusiveness": share} | _STEPS
+        for modules, share, rates in ((["all"], 0.1, (1e-3, 3e-3)), (["all"], 0.3, (1e-3, 3e-3)), (None, 0.5, (1e-3, 3e-3)))
+        for rate in rates
+    ],
+    "lora": [
+        {"learning_rate": rate, "r": rank, "lora_alpha": float(rank)} | _STEPS for rank in (4, 16) for rate in (3e-4, 1e-3, 3e-3)
+    ],
+    "esd": [
+        {"train_method": method, "learning_rate": rate, "max_steps": 100, "per_device_train_batch_size": 4, "bf16": True}
+        for method, rates in (("x", (3e-5, 1e-4, 3e-4)), ("u", (1e-5, 3e-5, 1e-4)))
+        for rate in rates
+    ],
+    "ablation": [
+        {"train_method": method, "learning_rate": rate} | _STEPS
+        for method, rates in (("xattn_kv", (3e-4, 1e-3, 3e-3)), ("full", (1e-4, 3e-4, 1e-3)))
+        for rate in rates
+    ],
+    "salun": [
+        {"saliency_density": share, "learning_rate": rate, "retain_alpha": 1.0} | _STEPS
+        for share in (0.1, 0.5)
+        for rate in (1e-4, 3e-4, 1e-3)
+    ],
+}  # fmt: skip
 TUNING_SETTINGS = AnswerSettings(seeds=(11, 12), thin=4, bf16=True)
 TUNING_TARGETS = {"styles": 1, "objects": 1}
 

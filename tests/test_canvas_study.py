@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+from functools import partial
 
 import pytest
+import torch
 
 from tests.tiny_diffusion import tiny_pipeline, tiny_world
 
@@ -13,7 +16,7 @@ from benchmarks import canvas, tables
 from fastunlearn.evaluation.canvas import AnswerSettings
 from fastunlearn.methods.finetune_surrogate import FinetuneConfig
 from fastunlearn.methods.rece import RECEConfig
-from fastunlearn.methods.recipes import DEFAULTS, METHODS, concept_template, method_of
+from fastunlearn.methods.recipes import DEFAULTS, METHODS, OWN, SMALL, TRAINERS, concept_template, method_of
 from fastunlearn.methods.scapre import ScaPreConfig
 from fastunlearn.methods.speed import SPEEDConfig
 from fastunlearn.methods.time_edit import TIMEConfig
@@ -26,6 +29,10 @@ def tiny(monkeypatch):
     monkeypatch.setattr(canvas, "load_pipeline", lambda name, dtype: tiny_pipeline())
 
 
+def trainer_config(kind, common, **settings):
+    return kind(**{"output_dir": "out", "use_cpu": True} | common | settings)
+
+
 def test_every_method_has_as_many_trials():
     assert set(canvas.GRID) == set(METHODS)
     assert len({len(trials) for trials in canvas.GRID.values()}) == 1
@@ -33,10 +40,15 @@ def test_every_method_has_as_many_trials():
         "finetune": FinetuneConfig, "uce": UCEConfig, "time": TIMEConfig, "rece": RECEConfig, "speed": SPEEDConfig,
         "scapre": ScaPreConfig,
     }  # fmt: skip
-    assert set(METHODS) == set(kinds)
-    for name, kind in kinds.items():
+    for name in METHODS:
+        if name in kinds:
+            make = kinds[name]
+        else:
+            module, config, _ = TRAINERS[name]
+            kind = getattr(importlib.import_module(f"fastunlearn.methods.{module}"), config)
+            make = partial(trainer_config, kind, SMALL | OWN.get(name, {}))
         for settings in (*canvas.GRID[name], *DEFAULTS[name].values()):
-            kind(**settings)
+            make(**settings)
         assert len({json.dumps(trial, sort_keys=True) for trial in canvas.GRID[name]}) == len(canvas.GRID[name])
 
 
@@ -134,3 +146,21 @@ def test_bad_arguments(capsys, tiny, tmp_path):
         canvas.main(["--styles", "40", "--work", str(tmp_path), "--out", str(tmp_path / "x.json")])
     assert stop.value.code == 2
     assert "styles: want 0 to 3, got 40" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("method", ["spare", "lora", "esd", "ablation", "salun"])
+def test_trained_methods_run_in_the_evaluator(method):
+    """They leave no adapter behind, and an adapter's storage is that of its factors and masks."""
+    world, pipeline = tiny_world(), tiny_pipeline()
+    settings = {"max_steps": 2, "num_forget_images": 3, "num_retain_images": 3, "sampling_steps": 2}
+    before = {name: tensor.clone() for name, tensor in pipeline.unet.state_dict().items()}
+    kept = METHODS[method](pipeline, world, world.target("Mosaic"), 0, progress=False, **settings)
+    after = pipeline.unet.state_dict()
+    assert before.keys() == after.keys()
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved
+    whole = sum(t.numel() * t.element_size() for t in before.values())
+    if method in ("spare", "lora"):
+        assert 0 < kept < whole
+    else:
+        assert moved <= kept.keys()

@@ -201,7 +201,7 @@ def edit(
             },
         )  # fmt: skip
         if output_arguments.save_pipeline:
-            _save_pipeline(pipeline, output.path / "pipeline", output_arguments.overwrite)
+            save_pipeline_folder(pipeline, output.path / "pipeline", output_arguments.overwrite)
     print(f"{cost.seconds:.1f} s; {size / MIB:.1f} MiB in {path}")
     if part == "unet" and getattr(pipeline, "text_encoder_2", None) is None:
         print(f"look at it: fastunlearn sample --model {pipeline_arguments.model_name_or_path} --weights {path} ...")
@@ -210,7 +210,7 @@ def edit(
     return 0
 
 
-def _save_pipeline(pipeline: Any, folder: Path, overwrite: bool) -> None:
+def save_pipeline_folder(pipeline: Any, folder: Path, overwrite: bool) -> None:
     """A pipeline's folder, there whole or not at all."""
     import shutil
 

@@ -27,8 +27,8 @@ class EvaluateArguments:
     method: str = field(
         default="none",
         metadata={
-            "help": "finetune, uce, none (the model as it is), or a path with {target} (and {kind}) in it: "
-            "unet.safetensors files or folders that hold one."
+            "help": "spare, lora, esd, ablation, salun, finetune, uce, scapre, none (the model as it is), or a path with {target} (and "
+            "{kind}) in it: unet.safetensors files or folders that hold one."
         },
     )
     settings: dict[str, Any] | None = field(default=None, metadata={"help": "Of the method: {lamb: 0.1}."})
@@ -72,7 +72,7 @@ def _method(asked: EvaluateArguments) -> Any:
         return _stored(asked.method)
     near = did_you_mean(asked.method, [*METHODS, "none"])
     raise ValueError(
-        f"method: {asked.method!r} is unknown{near or '; want'} finetune, uce, none or a path with {{target}}"
+        f"method: {asked.method!r} is unknown{near or '; want'} {', '.join(METHODS)}, none or a path with {{target}}"
     )
 
 

@@ -9,12 +9,16 @@ that has run they are the methods' own.
 
 from __future__ import annotations
 
+import importlib
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 
+from fastunlearn.data.concept_images import ConceptImages
 from fastunlearn.evaluation.worlds import Concepts, Target
 from fastunlearn.methods.finetune_surrogate import FinetuneConfig, finetune_surrogate
 from fastunlearn.methods.rece import RECEConfig, rece
@@ -32,7 +36,24 @@ DEFAULTS: dict[str, dict[str, dict[str, Any]]] = {
     "rece": {"style": {"tokens": "all"}, "object": {"tokens": "all"}},
     "speed": {"style": {"tokens": "all"}, "object": {"tokens": "all"}},
     "scapre": {"style": {}, "object": {}},
+    **{name: {"style": {}, "object": {}} for name in ("spare", "lora", "esd", "ablation", "salun")},
 }
+#: methods that are a trainer: module, config, trainer; and what a pipeline of 64 x 64 pixels asks of all of them
+TRAINERS: dict[str, tuple[str, str, str]] = {
+    "spare": ("spare", "SPAREConfig", "SPARETrainer"),
+    "lora": ("spare", "SPAREConfig", "SPARETrainer"),
+    "esd": ("esd", "ESDConfig", "ESDTrainer"),
+    "ablation": ("concept_ablation", "ConceptAblationConfig", "ConceptAblationTrainer"),
+    "salun": ("salun", "SalUnConfig", "SalUnTrainer"),
+}
+SMALL: dict[str, Any] = {
+    "max_steps": 100, "per_device_train_batch_size": 8, "sampling_steps": 10, "guidance_scale": 1.0, "num_forget_images": 64,
+    "num_retain_images": 128, "learning_rate": 1e-3,
+}  # fmt: skip
+#: what a method needs beside them; plain LoRA self-distillation is SPARE without its saliency
+OWN: dict[str, dict[str, Any]] = {
+    "lora": {"variant": "dense"}, "esd": {"ddim_steps": 10}, "salun": {"learning_rate": 1e-4},
+}  # fmt: skip
 
 
 def concept_template(world: Concepts, kind: str) -> list[str]:
@@ -113,7 +134,38 @@ scapre_target = _edit_of("scapre", ScaPreConfig, _scapre)
 
 #: methods that erase several concepts at once: METHODS[name] takes a list of targets of one kind
 AT_ONCE = ("uce", "time", "rece", "speed", "scapre")
-METHODS: Mapping[str, Callable[..., dict[str, Tensor]]] = {
+
+
+def trained_target(
+    method: str, pipeline: Any, world: Concepts, target: Target, seed: int, *, progress: bool = True, **settings: Any
+) -> dict[str, Tensor] | int:
+    """One of `TRAINERS` with every prompt of the target; all other prompts are the retain set.
+
+    Returns:
+        Of weights that train, the new ones; of an adapter, the bytes of its factors and masks.
+    """
+    name, config, trainer = TRAINERS[method]
+    module = importlib.import_module(f"fastunlearn.methods.{name}")
+    # Without a retain set the anchor's images are concept ablation's; ESD has none.
+    alone = method in ("esd", "ablation")
+    forget = ConceptImages(world.forget_prompts(target), world.surrogate_prompts(target))
+    retain = None if alone else ConceptImages(world.retain_prompts(target))
+    chosen = SMALL | OWN.get(method, {}) | DEFAULTS[method][target.kind] | settings
+    on_cpu = pipeline.device.type == "cpu"
+    with tempfile.TemporaryDirectory() as folder:
+        args = getattr(module, config)(
+            output_dir=folder, seed=seed, use_cpu=on_cpu, disable_tqdm=not progress, logging_steps=10**6, **chosen
+        )
+        done, weights = getattr(module, trainer).run(pipeline, args, forget, retain)
+    return done.adapter_bytes or weights
+
+
+METHODS: Mapping[str, Callable[..., Any]] = {
+    "spare": partial(trained_target, "spare"),
+    "lora": partial(trained_target, "lora"),
+    "esd": partial(trained_target, "esd"),
+    "ablation": partial(trained_target, "ablation"),
+    "salun": partial(trained_target, "salun"),
     "finetune": finetune_target,
     "uce": uce_target,
     "time": time_target,
@@ -123,7 +175,7 @@ METHODS: Mapping[str, Callable[..., dict[str, Tensor]]] = {
 }
 
 
-def method_of(name: str) -> Callable[..., dict[str, Tensor]]:
+def method_of(name: str) -> Callable[..., Any]:
     """A method by name.
 
     Raises:

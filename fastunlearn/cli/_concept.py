@@ -1,0 +1,174 @@
+"""What the commands share that erase one concept from a text-to-image pipeline by training: spare, esd, ablate, salun."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fastunlearn.cli import _run
+from fastunlearn.cli._arguments import parse
+
+
+@dataclass
+class ConceptArguments:
+    """What is erased."""
+
+    erase_concept: str = field(metadata={"help": "The concept; of the canvas: a style or an object by name."})
+    surrogate_concept: str | None = field(
+        default=None, metadata={"help": "What is drawn instead; the canvas has one for every concept."}
+    )
+    retain_concepts: list[str] | None = field(
+        default=None, metadata={"help": "What must stay; of the canvas: everything else by default."}
+    )
+    template: list[str] | None = field(
+        default=None, metadata={"help": "Prompts with {} for the concept; the canvas' own, or 'an image of {}'."}
+    )
+    forget_images: str | None = field(
+        default=None,
+        metadata={
+            "help": "Images of the concept: a folder (of one prompt, or with metadata.jsonl), or a data set of the hub; without it the "
+            "model draws them itself."
+        },
+    )
+    retain_images: str | None = field(default=None, metadata={"help": "Images of what must stay, likewise."})
+    save_pipeline: bool = field(
+        default=False, metadata={"help": "Also write the whole pipeline, as diffusers loads it."}
+    )
+
+
+def _images(source: str | None, prompts: Sequence[str], surrogates: Sequence[str] | None) -> Any:
+    from fastunlearn.data.concept_images import ConceptImages
+
+    if source is None:
+        return ConceptImages(list(prompts), None if surrogates is None else list(surrogates)) if prompts else None
+    if Path(source).expanduser().is_dir():
+        return ConceptImages.of_folder(source, prompts, surrogates)
+    return ConceptImages.of_hub(source, prompts=prompts, surrogates=surrogates)
+
+
+def erase(
+    prog: str,
+    method: str,
+    argv: Sequence[str],
+    config_class: Any,
+    trainer_class: Any,
+    *,
+    description: str,
+    epilog: str,
+    surrogates: bool = True,
+) -> int:
+    """A whole run; errors are raised.
+
+    Args:
+        surrogates: whether the method draws something instead.
+
+    Returns:
+        0.
+    """
+    from fastunlearn.cli import _diffusion
+
+    asked, pipeline_arguments, config = parse(
+        (ConceptArguments, _diffusion.PipelineArguments, config_class), argv, prog, description=description, epilog=epilog,
+        required=("output_dir",), aliases={"model": "model_name_or_path", "output": "output_dir"},
+    )  # fmt: skip
+    if pipeline_arguments.device is not None and pipeline_arguments.device != str(config.device).split(":")[0]:
+        raise ValueError(
+            f"device: training is on {config.device}; use_cpu=true trains on the CPU, CUDA_VISIBLE_DEVICES chooses a GPU"
+        )
+    concepts = pipeline_arguments.concepts
+    surrogate = asked.surrogate_concept
+    if not surrogates and surrogate is None and concepts is None:
+        # It is not asked for; the prompts are made in pairs.
+        surrogate = ""
+    prompts = _diffusion.prompts_of(concepts, asked.erase_concept, surrogate, asked.retain_concepts, asked.template)
+    forget = _images(asked.forget_images, prompts.forget, prompts.surrogate if surrogates else None)
+    retain = _images(asked.retain_images, prompts.retain, None) if config.retain_alpha else None
+    if retain is None and config.retain_alpha and method != "ablation":
+        raise ValueError("retain_concepts: a retain term needs some; retain_alpha=0 keeps nothing on purpose")
+    resume = _run.resume_of(config)
+    from fastunlearn.checkpoint import claim_output
+    from fastunlearn.two_terms import resumes_in
+
+    with claim_output(
+        config.output_dir, overwrite=config.overwrite_output_dir, resume=resumes_in(config.output_dir, resume)
+    ) as output:
+        print(f"loading {pipeline_arguments.model_name_or_path} ...", flush=True)
+        pipeline = pipeline_arguments.load(trained=True, drawn=False)
+        return _train(prog, method, argv, asked, config, trainer_class, pipeline, forget, retain, resume, output.path)
+
+
+def _train(
+    prog: str, method: str, argv: Sequence[str], asked: Any, config: Any, trainer_class: Any, pipeline: Any, forget: Any, retain: Any,
+    resume: Any, folder: Path,
+) -> int:  # fmt: skip
+    from fastunlearn.cli import _diffusion
+    from fastunlearn.parametrize import export
+    from fastunlearn.parametrize.partial_unet import save_partial_unet
+    from fastunlearn.report.cost import MIB, measured
+    from fastunlearn.report.files import plain, write_json
+
+    start = time.perf_counter()
+    trainer: Any = None
+    weights: dict[str, Any] = {}
+
+    def work() -> None:
+        nonlocal trainer, weights
+        trainer = trainer_class(pipeline, config, forget, retain)
+        trainer.train(resume_from_checkpoint=resume or None)
+        trainer.save_model()
+        if trainer.adapter_bytes:
+            model = trainer.accelerator.unwrap_model(trainer.model)
+            part = trainer.family.part
+            path = folder / "pytorch_lora_weights.safetensors"
+            if trainer.args.variant == "per_weight":
+                export.save_low_rank(model, path, trainer.args.r, prefix=part, overwrite=True)
+            else:
+                export.save_lora(model, path, prefix=part, overwrite=True)
+        weights = trainer.merge()
+
+    _, cost = measured(work, config.device)
+    name = _diffusion.WEIGHTS[trainer.family.part]
+    about = {"method": method, "erase_concept": asked.erase_concept}
+    size = save_partial_unet(weights, folder / name, overwrite=True, **about)
+    stored = trainer.adapter_bytes or size
+    write_json(
+        folder / "metrics.json",
+        {
+            **about, "settings": {name: plain(getattr(config, name)) for name in _settings(config)},
+            "weights": sum(t.numel() for t in weights.values()), "trained": trainer.adapter_bytes or size,
+            "steps": trainer.state.global_step, "history": trainer.state.log_history, "seconds": time.perf_counter() - start,
+            "peak_mib": cost.peak_mib, "storage_mib": stored / MIB, "versions": _run.versions(),
+            "command": _run.shown_command(prog, argv),
+        },
+    )  # fmt: skip
+    if asked.save_pipeline:
+        _diffusion.save_pipeline_folder(pipeline, folder / "pipeline", True)
+    kept = f"adapter ({stored / MIB:.1f} MiB), " if trainer.adapter_bytes else ""
+    print(f"{cost.seconds:.1f} s; {kept}{name} ({size / MIB:.1f} MiB) in {folder}")
+    if trainer.family.part == "transformer" or getattr(pipeline, "text_encoder_2", None) is not None:
+        print(f"look at it with diffusers: pipe.{trainer.family.part}.load_state_dict(load_file(...), strict=False)")
+    else:
+        print(f"look at it: fastunlearn sample --weights {folder / name} ...")
+    return 0
+
+
+def _settings(config: Any) -> list[str]:
+    """Fields that are not transformers' own, and those of them that every run is described by."""
+    from dataclasses import fields
+
+    from transformers import TrainingArguments
+
+    theirs = {f.name for f in fields(TrainingArguments)}
+    shown = (
+        "learning_rate",
+        "num_train_epochs",
+        "max_steps",
+        "per_device_train_batch_size",
+        "seed",
+        "bf16",
+        "weight_decay",
+    )
+    return [f.name for f in fields(config) if f.name not in theirs or f.name in shown]

@@ -1,0 +1,95 @@
+"""`fastunlearn spare`, `esd`, `ablate`, `salun` on a tiny pipeline on disk: what they write and what they refuse."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import pytest
+import torch
+
+from tests.cli.test_diffusion import canvas as canvas
+from tests.cli.test_diffusion import folder as folder
+from tests.tiny_diffusion import tiny_pipeline
+
+pytest.importorskip("diffusers")
+pytest.importorskip("peft")
+from safetensors.torch import load_file
+
+from fastunlearn.cli import ablate, esd, salun, spare
+from fastunlearn.parametrize.partial_unet import load_partial_unet
+
+TRAIN = (
+    "max_steps=2", "per_device_train_batch_size=2", "num_forget_images=3", "num_retain_images=3", "sampling_steps=2", "use_cpu=true",
+    "guidance_scale=1",
+)  # fmt: skip
+
+
+def test_spare_leaves_the_adapter_and_the_weights(canvas, tmp_path, capsys):
+    from peft import PeftModel
+
+    import fastunlearn
+
+    out = tmp_path / "out"
+    words = ["--erase_concept", "mosaic", "--output", str(out), *TRAIN, "learning_rate=1e-2", "r=2"]
+    assert spare.main(words) == 0
+    assert sorted(os.listdir(out)) == [
+        "adapter",
+        "metrics.json",
+        "pytorch_lora_weights.safetensors",
+        "unet.safetensors",
+    ]
+    assert "of 24 masked layers" in capsys.readouterr().out
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert (metrics["method"], metrics["settings"]["variant"], metrics["steps"]) == ("spare", "per_weight", 2)
+    assert metrics["storage_mib"] < (out / "adapter" / "adapter_model.safetensors").stat().st_size / 2**20
+    # The adapter on the base is the merged model.
+    assert fastunlearn.MaskedLoraConfig
+    merged = tiny_pipeline().unet
+    load_partial_unet(merged, out / "unet.safetensors")
+    again = PeftModel.from_pretrained(tiny_pipeline().unet, out / "adapter").merge_and_unload()
+    mine = merged.state_dict()
+    assert all(torch.equal(tensor, mine[name]) for name, tensor in again.state_dict().items())
+    assert any(not torch.equal(tensor, mine[name]) for name, tensor in tiny_pipeline().unet.state_dict().items())
+    # Nothing is overwritten without being asked.
+    assert spare.main(words) == 2
+    assert "overwrite" in capsys.readouterr().err
+    # Another base is refused.
+    with pytest.raises(ValueError, match="made for other weights"):
+        PeftModel.from_pretrained(tiny_pipeline(seed=3).unet, out / "adapter")
+
+
+@pytest.mark.parametrize(
+    ("command", "more"), [(esd, ["ddim_steps=2", "train_method=u"]), (ablate, []), (salun, ["saliency_density=0.2"])]
+)
+def test_baselines_write_what_moved(canvas, tmp_path, command, more):
+    out = tmp_path / "out"
+    assert command.main(["--erase_concept", "Cat", "--output", str(out), *TRAIN, *more, "learning_rate=1e-3"]) == 0
+    assert sorted(os.listdir(out)) == ["metrics.json", "unet.safetensors"]
+    before = tiny_pipeline().unet.state_dict()
+    moved = load_file(out / "unet.safetensors")
+    share = sum(int((tensor != before[name]).sum()) for name, tensor in moved.items()) / sum(
+        map(torch.numel, moved.values())
+    )
+    assert 0 < share <= (0.2 if command is salun else 1)
+    if command is esd:
+        assert not any("attn2." in name for name in moved)
+
+
+def test_bad_input_is_one_line(canvas, tmp_path, capsys):
+    out = str(tmp_path / "out")
+    for words, said in (
+        (["--erase_concept", "mosaik"], "'mosaik' is unknown; did you mean Mosaic"),
+        (["--erase_concept", "Mosaic", "--surrogate_concept", "Mosaic"], "is its own surrogate"),
+        (["--erase_concept", "Mosaic", "--forget_images", str(tmp_path)], "holds no image"),
+    ):
+        assert spare.main([*words, "--output", out, *TRAIN]) == 2
+        err = capsys.readouterr().err
+        assert said in err
+        assert err.startswith("fastunlearn spare: ")
+        assert err.count("\n") == 1
+    with pytest.raises(SystemExit) as stop:
+        spare.main(["--erase_concept", "Mosaic", "variant=per_wait", "--output", out, *TRAIN])
+    assert stop.value.code == 2
+    assert "variant: 'per_wait' is unknown; did you mean per_weight" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "unet.safetensors").exists()

@@ -1,0 +1,128 @@
+"""ESD, concept ablation and SalUn: the loss of each written out, what moves, bad input."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tests.test_diffusion_trainer import FORGET, QUICK, RETAIN, weights
+from tests.tiny_diffusion import tiny_pipeline
+
+pytest.importorskip("diffusers")
+
+from fastunlearn.methods.concept_ablation import ConceptAblationConfig, ConceptAblationTrainer
+from fastunlearn.methods.esd import ESDConfig, ESDTrainer
+from fastunlearn.methods.salun import SalUnConfig, SalUnTrainer
+from fastunlearn.objectives.diffusion import NoiseSchedule, denoiser
+
+ROWS = {"forget": {"index": torch.arange(3)}, "retain": {"index": torch.arange(3)}}
+
+
+@pytest.mark.parametrize("points", ["trajectory", "images"])
+def test_esd(tmp_path, points):
+    pipeline = tiny_pipeline()
+    options = {
+        "train_method": "x",
+        "points": points,
+        "ddim_steps": 4,
+        "negative_guidance": 2.0,
+        "per_device_train_batch_size": 3,
+    }
+    trainer = ESDTrainer(pipeline, ESDConfig(str(tmp_path), **QUICK | options), FORGET)
+    assert trainer.args.train_method == "xattn"
+    trainer.before_training(None)
+    asked = []
+    predict = trainer.family.denoiser
+    trainer.family.denoiser = lambda network: lambda *given: asked.append((network, given)) or predict(network)(*given)
+    loss = trainer.forget_term(trainer.model, trainer._prepare_inputs({"forget": ROWS["forget"]}))
+    # The last three questions: the teacher without and with the text, then the student.
+    (one, (z, t, empty)), (two, (z2, _, text)), (three, (z3, _, text3)) = asked[-3:]
+    assert one is two is trainer._frozen
+    assert three is trainer.model
+    assert torch.equal(z, z2)
+    assert torch.equal(z, z3)
+    assert torch.equal(text.hidden, text3.hidden)
+    frozen = denoiser(tiny_pipeline().unet)
+    with torch.no_grad():
+        e, c = frozen(z, t, empty.hidden), frozen(z, t, text.hidden)
+        assert float(loss) == pytest.approx(float(F.mse_loss(c, e - 2 * (c - e))), rel=1e-4)
+    trainer.family.denoiser = predict
+    before = weights(pipeline.unet)
+    trainer.train()
+    moved = {name for name, tensor in weights(pipeline.unet).items() if not torch.equal(tensor, before[name])}
+    assert moved
+    assert all("attn2." in name for name in moved)
+
+
+def test_concept_ablation_sees_the_anchors_images(tmp_path):
+    pipeline = tiny_pipeline()
+    config = ConceptAblationConfig(str(tmp_path), **QUICK)
+    trainer = ConceptAblationTrainer(pipeline, config, FORGET)
+    drawn = trainer.family.draw(
+        [row["surrogate"] for row in FORGET], 6, seed=42, steps=2, guidance_scale=1.0, progress=False
+    )
+    assert torch.equal(trainer.sets["forget"].latents, drawn.latents)
+    trainer.before_training(None)
+    batch = trainer._prepare_inputs(ROWS)
+    frozen, schedule = denoiser(tiny_pipeline().unet), NoiseSchedule.of(pipeline.scheduler)
+    part, kept = batch["forget"], batch["retain"]
+    with torch.no_grad():
+        c, anchor = (frozen(part["noised"], part["timesteps"], part[name].hidden) for name in ("text", "other"))
+        prior = frozen(kept["noised"], kept["timesteps"], kept["text"].hidden)
+    target = schedule.target(kept["latents"], kept["noise"], kept["timesteps"])
+    assert float(trainer.forget_term(trainer.model, batch)) == pytest.approx(float(F.mse_loss(c, anchor)), rel=1e-4)
+    assert float(trainer.retain_term(trainer.model, batch)) == pytest.approx(float(F.mse_loss(prior, target)), rel=1e-4)
+    before = weights(pipeline.unet)
+    trainer.train()
+    moved = {name for name, tensor in weights(pipeline.unet).items() if not torch.equal(tensor, before[name])}
+    assert moved
+    assert all("attn2.to_k" in name or "attn2.to_v" in name for name in moved)
+
+
+def test_salun_moves_the_salient_weights_alone(tmp_path):
+    pipeline = tiny_pipeline()
+    before = weights(pipeline.unet)
+    trainer = SalUnTrainer(pipeline, SalUnConfig(str(tmp_path), **QUICK | {"saliency_density": 0.1}), FORGET, RETAIN)
+    sums = {}
+    for at in (0, 4):
+        loss = trainer.saliency_loss(range(at, min(at + 4, 6)))
+        for (name, _), grad in zip(
+            pipeline.unet.named_parameters(), torch.autograd.grad(loss, list(pipeline.unet.parameters()))
+        ):
+            sums[name] = sums.get(name, 0) + grad
+    scores = {name: grad.abs() for name, grad in sums.items()}
+    total = sum(score.numel() for score in scores.values())
+    threshold = torch.cat([score.flatten() for score in scores.values()]).topk(int(0.1 * total)).values[-1]
+    trainer.train()
+    assert sum(int(mask.count()) for mask in trainer.movable.values()) == int(0.1 * total)
+    for name, tensor in weights(pipeline.unet).items():
+        if name in scores:
+            assert not (tensor != before[name])[scores[name] < 0.999 * threshold].any(), name
+    assert trainer._frozen is None
+
+
+def test_salun_as_unlearncanvas_has_it(tmp_path):
+    config = SalUnConfig(str(tmp_path), **QUICK | {"recipe": "unlearncanvas"})
+    assert (config.localize, config.train_method, config.retain_alpha, config.num_train_epochs) == (
+        "all",
+        "xattn",
+        1.0,
+        2.0,
+    )
+    trainer = SalUnTrainer(tiny_pipeline(), config, FORGET, RETAIN)
+    trainer.train()
+    assert trainer.movable is None
+
+
+def test_bad_input(tmp_path):
+    for make, words in (
+        (lambda: ESDConfig(str(tmp_path), points="nowhere"), "points: want trajectory or images"),
+        (lambda: ESDConfig(str(tmp_path), train_method=None), "train_method: ESD trains weights"),
+        (lambda: ESDConfig(str(tmp_path), timesteps="importance"), "ESD has none"),
+        (lambda: ESDConfig(str(tmp_path), ddim_steps=0), "ddim_steps: want at least 1"),
+        (lambda: SalUnConfig(str(tmp_path), recipe="salum"), "recipe: 'salum' is unknown; did you mean salun"),
+        (lambda: SalUnConfig(str(tmp_path), train_method=None), "train_method: SalUn trains weights"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            make()
