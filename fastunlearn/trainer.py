@@ -142,7 +142,8 @@ class UnlearnTrainer(TwoTermTrainer):
             prompt/completion, messages or text), a path (JSON lines, CSV) or a hub name. retain_dataset may be None where
             the objective has no retain term.
         processing_class: the tokenizer; None: the one beside the model.
-        peft_config: a PEFT configuration: only the adapter trains, and the reference is the model with the adapter off.
+        peft_config: a PEFT configuration: only the adapter trains, and the reference is the model with the adapter off. On a pruned
+            model a `MaskedLoraConfig`, which is kept to what pruning left.
         quantization_config: for a model given by name.
         callbacks, optimizers: as in Trainer.
         masks: parameter name -> BitMask of the entries that may move. Everything else is frozen, unless `train_unmasked` says
@@ -205,10 +206,13 @@ class UnlearnTrainer(TwoTermTrainer):
             check_masks(module, masks)
         if peft_config is not None:
             if masks is not None:
-                raise ValueError(
-                    "peft_config: a dense adapter would fill a pruned model's zeros when it is merged; train the full weights "
-                    "of a pruned model (no peft_config)"
-                )
+                from fastunlearn.parametrize.masked_lora import within_survivors
+
+                peft_config = within_survivors(peft_config, masks)
+                if args.localize != "all":
+                    raise ValueError(
+                        "localize: chooses weights, and an adapter trains; give its own masks (peft_config)"
+                    )
             if args.trainable_params_regex is not None:
                 raise ValueError(
                     "trainable_params_regex: with an adapter only the adapter trains; choose target_modules there"
@@ -250,6 +254,9 @@ class UnlearnTrainer(TwoTermTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        if peft_config is not None:
+            # The masks are the adapter's; its factors move as a whole.
+            self.movable = None
         if self.dual is not None:
             self.add_callback(_DualUpdates(self.dual))
 
@@ -438,7 +445,7 @@ class UnlearnTrainer(TwoTermTrainer):
         """
         Raises:
             DivergenceError: a weight that trains is not finite.
-            PatternError: a weight outside its mask is not zero, or an n:m pattern does not hold.
+            PatternError: a weight outside its mask is not zero (an adapter's: would not be, merged), or an n:m pattern does not hold.
         """
         super().assert_sound()
         if self.masks is None or self.pruning is None:
@@ -448,6 +455,10 @@ class UnlearnTrainer(TwoTermTrainer):
             try:
                 check_masks(model, self.masks)
                 check_pattern(model, self.masks, self.pruning)
+                if hasattr(model, "peft_config"):
+                    from fastunlearn.parametrize.masked_lora import check_merged
+
+                    check_merged(model, self.masks)
             except ValueError as error:
                 raise PatternError(f"the sparsity pattern broke in training, nothing is saved: {error}") from error
 

@@ -765,10 +765,10 @@ def test_arguments_of_the_wrong_kind(tmp_path):
         UnlearnTrainer(tiny_llama(), config(tmp_path / "o"), FORGET, RETAIN)
     peft = pytest.importorskip("peft")
     model = tiny_llama()
-    with pytest.raises(ValueError, match="a dense adapter would fill a pruned model's zeros"):
+    with pytest.raises(ValueError, match="a LoraConfig would fill a pruned model's zeros"):
         make(tmp_path / "p", model, masks=half_masks(model), peft_config=peft.LoraConfig(target_modules=["q_proj"]))
     lora = peft.LoraConfig(target_modules=["q_proj"])
-    with pytest.raises(ValueError, match="a dense adapter would fill a pruned model's zeros"):
+    with pytest.raises(ValueError, match="a LoraConfig would fill a pruned model's zeros"):
         make(tmp_path / "q", model, masks=half_masks(model), peft_config=lora, localize="saliency")
     with pytest.raises(ValueError, match="trainable_params_regex: with an adapter"):
         make(tmp_path / "r", peft_config=peft.LoraConfig(target_modules=["q_proj"]), trainable_params_regex=[".*"])

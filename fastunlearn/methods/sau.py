@@ -95,7 +95,8 @@ class SAUTrainer(UnlearnTrainer):
     """Makes a pruned model forget without touching its sparsity pattern.
 
     Arguments as `UnlearnTrainer`; `masks` must be there (given, or beside a model given by name). The n:m pattern of `pruning`,
-    and that what is pruned stays zero, is asserted at every save.
+    and that what is pruned stays zero, is asserted at every save. With `peft_config=MaskedLoraConfig(...)` an adapter trains that
+    reaches the survivors alone: merged, the model has the pattern still.
 
     Raises:
         ValueError: as `UnlearnTrainer`; no masks.
@@ -126,6 +127,10 @@ class SAUTrainer(UnlearnTrainer):
             self.pruning = {}
             check_masks(self.model, self.masks)
         # Found before any work.
+        if hasattr(self.model, "peft_config") and (args.redistribution != "none" or args.train_unpruned):
+            raise ValueError(
+                "peft_config: redistribution and train_unpruned change weights, and with an adapter only the adapter trains"
+            )
         self._dense = self._twin("dense_model")
         self._unlearned = self._twin("dense_unlearned_model") if args.redistribution == "obs" else None
         if args.redistribution == "retain" and self.train_dataset.retain is None:
@@ -262,6 +267,9 @@ class SAUTrainer(UnlearnTrainer):
             for n, p in self.model.named_parameters()
             if n in self.masks and p.grad is not None
         ]
+        if not pruned:
+            # An adapter trains: the weights have no gradient.
+            return
         grads, masks = [g for g, _ in pruned], [m for _, m in pruned]
         whole = ops.masked_grad_norm(grads, [None] * len(grads))
         self._capacity.append(ops.masked_grad_norm(grads, masks) / whole.clamp_min(torch.finfo(torch.float32).tiny))

@@ -9,6 +9,7 @@ The layers compute with `ops.masked_lora_linear` and `masked_lora_conv2d`: the b
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -75,8 +76,12 @@ class MaskedLoraConfig(PeftConfig):
         default=None,
         repr=False,
         metadata={
-            "help": "Parameter name -> BitMask of its shape. Saved as buffers with the adapter, not in this file."
+            "help": "Parameter name -> BitMask of its shape, or bool [tiles of rows, tiles of columns] with `block`. Saved as buffers with "
+            "the adapter, not in this file."
         },
+    )
+    block: int | None = field(
+        default=None, metadata={"help": "Masks are of tiles of this side, entries; None: of single entries."}
     )
     init_lora_weights: str = field(
         default="gaussian",
@@ -125,8 +130,12 @@ class MaskedLoraConfig(PeftConfig):
             raise ValueError(
                 f"target_modules: variant per_module wants the list of chosen modules, got {self.target_modules!r}"
             )
+        if self.block is not None and (
+            isinstance(self.block, bool) or not isinstance(self.block, int) or self.block < 1
+        ):
+            raise ValueError(f"block: want a side of at least 1, or None, got {self.block!r}")
         if self.masks is not None:
-            self.masks = _checked_masks(self.masks)
+            self.masks = _checked_masks(self.masks, self.block)
         for name in ("target_modules", "exclude_modules"):
             if isinstance(getattr(self, name), list | tuple):
                 setattr(self, name, set(getattr(self, name)))
@@ -154,11 +163,15 @@ def _plain(name: str) -> str:
     return name.removeprefix("base_model.model.").replace(".base_layer", "").removesuffix(".weight")
 
 
-def _checked_masks(masks: Any) -> dict[str, BitMask]:
+def _checked_masks(masks: Any, block: int | None) -> dict[str, Any]:
     if not isinstance(masks, Mapping):
         raise TypeError(f"masks: want parameter name -> BitMask, got {type(masks).__name__}")
     for name, mask in masks.items():
-        if not isinstance(mask, BitMask):
+        if block is not None and not (isinstance(mask, Tensor) and mask.dtype == torch.bool and mask.dim() == 2):
+            raise TypeError(
+                f"masks[{name!r}]: with block={block} want bool [tiles of rows, tiles of columns], got {type(mask).__name__}"
+            )
+        if block is None and not isinstance(mask, BitMask):
             raise TypeError(f"masks[{name!r}]: want a BitMask, got {type(mask).__name__} (BitMask.pack(tensor))")
     return dict(masks)
 
@@ -219,7 +232,7 @@ class MaskedLoraLayer(nn.Module, BaseTunerLayer):
     """A linear layer or convolution with masked adapters."""
 
     adapter_layer_names = ("lora_A", "lora_B")
-    other_param_names = ("lora_mask_bits", "r", "scaling", "lora_dropout")
+    other_param_names = ("lora_mask_bits", "r", "scaling", "lora_dropout", "block")
 
     def __init__(
         self, base_layer: nn.Module, adapter_name: str, rank: int, alpha: float, config: MaskedLoraConfig, mask: Any
@@ -231,6 +244,7 @@ class MaskedLoraLayer(nn.Module, BaseTunerLayer):
         self.r: dict[str, int] = {}
         self.scaling: dict[str, float] = {}
         self.lora_dropout: dict[str, float] = {}
+        self.block: dict[str, int | None] = {}
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self._unmerged: Tensor | None = None
@@ -238,7 +252,7 @@ class MaskedLoraLayer(nn.Module, BaseTunerLayer):
         self.update_layer(adapter_name, rank, alpha, config, mask)
 
     def update_layer(
-        self, adapter_name: str, rank: int, alpha: float, config: MaskedLoraConfig, mask: BitMask | None
+        self, adapter_name: str, rank: int, alpha: float, config: MaskedLoraConfig, mask: BitMask | Tensor | None
     ) -> None:
         """Adds an adapter; a per_weight one without a mask gets its bits when its file is read."""
         weight = self._base.weight
@@ -246,6 +260,7 @@ class MaskedLoraLayer(nn.Module, BaseTunerLayer):
         like = {"device": weight.device, "dtype": weight.dtype}
         self.r[adapter_name], self.scaling[adapter_name] = rank, float(alpha) / rank
         self.lora_dropout[adapter_name] = float(config.lora_dropout)
+        self.block[adapter_name] = config.block
         A, B = torch.empty(rank, cols, **like), torch.zeros(rows, rank, **like)
         if config.init_lora_weights == "kaiming":
             nn.init.kaiming_uniform_(A, a=math.sqrt(5))
@@ -255,8 +270,12 @@ class MaskedLoraLayer(nn.Module, BaseTunerLayer):
             nn.init.normal_(B, std=1 / rank)
         self.lora_A[adapter_name], self.lora_B[adapter_name] = nn.Parameter(A), nn.Parameter(B)
         if config.variant == "per_weight":
-            bits = torch.zeros(rows, (cols + 7) // 8, dtype=torch.uint8) if mask is None else mask.bits.clone()
-            self.lora_mask_bits[adapter_name] = bits.to(weight.device)
+            if config.block is not None:
+                shape, dtype = _tiles(rows, cols, config.block), torch.bool
+            else:
+                shape, dtype = (rows, (cols + 7) // 8), torch.uint8
+            bits = mask.bits if isinstance(mask, BitMask) else torch.zeros(shape, dtype=dtype) if mask is None else mask
+            self.lora_mask_bits[adapter_name] = bits.clone().to(weight.device)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     @property
@@ -264,15 +283,21 @@ class MaskedLoraLayer(nn.Module, BaseTunerLayer):
         return self.get_base_layer()
 
     def mask(self, adapter_name: str) -> BitMask | None:
-        """The adapter's mask; None for one without."""
+        """The adapter's mask, entry by entry; None for one without."""
         if adapter_name not in self.lora_mask_bits:
             return None
+        block = self.block[adapter_name]
+        if block is not None:
+            rows, cols = rows_cols(self._base.weight.shape)
+            tiles = self.lora_mask_bits[adapter_name].repeat_interleave(block, 0).repeat_interleave(block, 1)
+            return BitMask.pack(tiles[:rows, :cols].reshape(self._base.weight.shape))
         return BitMask._of(self.lora_mask_bits[adapter_name], self._base.weight.shape)
 
-    def _factors(self, adapter_name: str) -> tuple[Tensor, Tensor, BitMask | None, float]:
+    def _factors(self, adapter_name: str, mask: bool = True) -> tuple[Tensor, Tensor, BitMask | None, float]:
         if adapter_name not in self.lora_A:
             raise ValueError(f"adapter {adapter_name!r}: not on this layer, which has {sorted(self.lora_A)}")
-        return self.lora_A[adapter_name], self.lora_B[adapter_name], self.mask(adapter_name), self.scaling[adapter_name]
+        bits = self.mask(adapter_name) if mask else None
+        return self.lora_A[adapter_name], self.lora_B[adapter_name], bits, self.scaling[adapter_name]
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """s (B A) o M, of the base weight's shape and the factors' type."""
@@ -309,15 +334,17 @@ class MaskedLoraLayer(nn.Module, BaseTunerLayer):
 
     def _apply_layer(self, x: Tensor, weight: Tensor, bias: Tensor | None, name: str) -> Tensor:
         dropout = self.lora_dropout[name] if self.training else 0.0
-        base, factors = self._base, self._factors(name)
+        base, (A, B, _, scaling), block = self._base, self._factors(name, mask=False), self.block[name]
+        mask = self.mask(name) if block is None else self.lora_mask_bits[name]
+        factors, tile = (A, B, mask, scaling), block or 128
         if isinstance(base, nn.Conv2d):
             padding: Any = base.padding
             if base.padding_mode != "zeros":
                 x, padding = F.pad(x, base._reversed_padding_repeated_twice, mode=base.padding_mode), 0
             return ops.masked_lora_conv2d(
-                x, weight, *factors, bias, base.stride, padding, base.dilation, base.groups, dropout=dropout
+                x, weight, *factors, bias, base.stride, padding, base.dilation, base.groups, dropout=dropout, block=tile
             )
-        return ops.masked_lora_linear(x, weight, *factors, bias, dropout=dropout)
+        return ops.masked_lora_linear(x, weight, *factors, bias, dropout=dropout, block=tile)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if args or kwargs.pop("adapter_names", None) is not None:
@@ -393,7 +420,11 @@ class MaskedLoraModel(BaseTuner):
         self._replace_module(parent, target_name, layer, target)
 
 
-def _by_module(masks: Mapping[str, BitMask], model: nn.Module | None) -> dict[str, BitMask]:
+def _tiles(rows: int, cols: int, block: int) -> tuple[int, int]:
+    return -(-rows // block), -(-cols // block)
+
+
+def _by_module(masks: Mapping[str, Any], model: nn.Module | None) -> dict[str, Any]:
     """Masks by their module's name; with a model, only names of its parameters.
 
     Raises:
@@ -410,7 +441,7 @@ def _by_module(masks: Mapping[str, BitMask], model: nn.Module | None) -> dict[st
     return {_plain(name): mask for name, mask in masks.items()}
 
 
-def _chosen(config: Any, layers: Mapping[str, nn.Module], masks: Mapping[str, BitMask] | None) -> list[str]:
+def _chosen(config: Any, layers: Mapping[str, nn.Module], masks: Mapping[str, Any] | None) -> list[str]:
     """Full names of the modules that get an adapter.
 
     Raises:
@@ -440,9 +471,13 @@ def _chosen(config: Any, layers: Mapping[str, nn.Module], masks: Mapping[str, Bi
             raise ValueError(f"masks: target module {name!r} has no mask; give one for {name + '.weight'!r}")
         weight = getattr(layers[name], "weight", None)
         shape = tuple(weight.shape) if isinstance(weight, Tensor) else None
-        if shape is not None and tuple(masks[name].shape) != shape:
-            raise ValueError(f"masks: the mask of {name!r} is {tuple(masks[name].shape)}, its weight {shape}")
-    kept = [name for name in names if bool(masks[name].bits.any())]
+        if shape is None:
+            continue
+        want = shape if config.block is None else _tiles(*rows_cols(shape), config.block)
+        if tuple(masks[name].shape) != want:
+            tiles = "" if config.block is None else f", {list(want)} tiles of {config.block}"
+            raise ValueError(f"masks: the mask of {name!r} is {tuple(masks[name].shape)}, its weight {shape}{tiles}")
+    kept = [name for name in names if bool(getattr(masks[name], "bits", masks[name]).any())]
     if not kept:
         raise ValueError("masks: no bit is set in any target module, so nothing could move (an empty saliency?)")
     return kept
@@ -470,6 +505,62 @@ def masked_layers(model: nn.Module) -> Iterator[tuple[str, MaskedLoraLayer]]:
     if not found:
         raise ValueError("model: carries no masked adapter (get_peft_model(model, MaskedLoraConfig(...)) adds one)")
     return iter(found)
+
+
+# ---- pruned models --------------------------------------------------------------------------------------------------------
+
+
+def within_survivors(config: Any, survivors: Mapping[str, BitMask]) -> MaskedLoraConfig:
+    """A configuration whose adapter reaches no entry that pruning removed, so that the merged model is as sparse as the base.
+
+    Args:
+        config: without masks it takes the survivors as they are; its own masks lose what pruning removed.
+        survivors: parameter name -> mask of what pruning left.
+
+    Raises:
+        ValueError: an adapter of another kind, which would fill the zeros; tiles; modules that were not pruned.
+    """
+    if not isinstance(config, MaskedLoraConfig):
+        raise ValueError(
+            f"peft_config: a {type(config).__name__} would fill a pruned model's zeros when it is merged; want a MaskedLoraConfig, which "
+            "keeps them, or train the full weights (no peft_config)"
+        )
+    if config.block is not None:
+        raise ValueError(
+            "peft_config: tiles hold entries that pruning removed; want masks of single entries (block=None)"
+        )
+    masks = dict(survivors)
+    if config.masks is not None:
+        own = {f"{_plain(name)}.weight": mask for name, mask in config.masks.items()}
+        absent = [name for name in own if name not in survivors]
+        if absent:
+            raise ValueError(
+                f"peft_config: {absent[0]!r} has a mask and was not pruned; an adapter there is no part of the pattern"
+            )
+        masks = {
+            name: BitMask.pack(mask.unpack() & survivors[name].unpack().to(mask.device)) for name, mask in own.items()
+        }
+    out = copy.copy(config)
+    out.masks, out.variant = masks, "per_weight"
+    return out
+
+
+@torch.no_grad()
+def check_merged(model: nn.Module, survivors: Mapping[str, BitMask]) -> None:
+    """Whether merging every adapter of the model leaves what pruning removed at zero.
+
+    Raises:
+        ValueError: some entries would be filled; the layer is named.
+    """
+    for name, layer in masked_layers(model):
+        kept = survivors.get(f"{name}.weight")
+        for adapter in () if kept is None else layer.lora_A:
+            assert kept is not None
+            filled = int((layer.get_delta_weight(adapter)[~kept.unpack().to(layer._base.weight.device)] != 0).sum())
+            if filled:
+                raise ValueError(
+                    f"adapter {adapter!r}: merged, it fills {filled:,} entries of {name} that pruning removed"
+                )
 
 
 def _register() -> None:

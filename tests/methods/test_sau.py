@@ -292,3 +292,60 @@ def test_a_dense_model_that_does_not_fit_is_refused(tmp_path, dense):
 def test_the_docs_call_redistribution_a_reconstruction():
     assert "RECONSTRUCTION" in (sau_module.__doc__ or "")
     assert "reconstruction" in SAUConfig.__dataclass_fields__["redistribution"].metadata["help"]
+
+
+@pytest.mark.parametrize("chosen", [False, True])
+def test_an_adapter_keeps_to_the_survivors(tmp_path, chosen):
+    """Merged, the model has its pattern still; an ordinary adapter fills it, and is refused."""
+    peft = pytest.importorskip("peft")
+    from fastunlearn import MaskedLoraConfig
+    from fastunlearn.parametrize.masked_lora import check_merged, masked_layers
+
+    model = tiny_llama()
+    masks = half_masks(model)
+    pruned = copy.deepcopy(model)
+    own = (
+        {name: ops.nm_mask(mask.unpack().float().roll(1, 1), 2, 4) for name, mask in masks.items()} if chosen else None
+    )
+    peft_config = MaskedLoraConfig(r=4, masks=own, target_modules=["q_proj", "down_proj"])
+    args = config(tmp_path, num_train_epochs=2, learning_rate=1e-2, save_strategy="epoch")
+    trainer = SAUTrainer(model, args, FORGET, RETAIN, TOKENIZER, peft_config, masks=masks, pruning={"pattern": "2:4"})
+    trainer.train()
+    trainer.save_model()
+    assert {"adapter_config.json", "masks.safetensors", "pruning.json"} <= {
+        p.name for p in (tmp_path / "out").iterdir()
+    }
+    for name, layer in masked_layers(trainer.model):
+        assert not (layer.mask("default").unpack() & ~masks[f"{name}.weight"].unpack()).any()
+    again = SAUTrainer(
+        copy.deepcopy(pruned), config(tmp_path, num_train_epochs=3, learning_rate=1e-2, save_strategy="epoch"), FORGET, RETAIN,
+        TOKENIZER, peft_config, masks=masks, pruning={"pattern": "2:4"},
+    )  # fmt: skip
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 3
+    merged = trainer.model.merge_and_unload()
+    assert nm_violations(merged, masks, 2, 4) == []
+    moved = [name for name, tensor in weights(merged).items() if not torch.equal(tensor, weights(pruned)[name])]
+    assert moved
+    assert all("q_proj" in name or "down_proj" in name for name in moved)
+    save_checkpoint(tmp_path / "merged", merged, TOKENIZER, masks=masks, pruning={"pattern": "2:4"})
+
+    ordinary = peft.get_peft_model(
+        copy.deepcopy(pruned), MaskedLoraConfig(target_modules=["q_proj"], init_lora_weights="random")
+    )
+    with pytest.raises(ValueError, match=r"merged, it fills [\d,]+ entries of model.layers.0.self_attn.q_proj"):
+        check_merged(ordinary, masks)
+    assert nm_violations(ordinary.merge_and_unload(), masks, 2, 4)
+
+    def refused(words, adapter=peft_config, **options):
+        with pytest.raises(ValueError, match=words):
+            SAUTrainer(
+                copy.deepcopy(pruned), config(tmp_path, "other", **options), FORGET, RETAIN, TOKENIZER, adapter, masks=masks,
+                pruning={"pattern": "2:4"},
+            )  # fmt: skip
+
+    refused("a LoraConfig would fill a pruned model's zeros", peft.LoraConfig(target_modules=["q_proj"]))
+    refused("redistribution and train_unpruned change weights", train_unpruned=True)
+    refused("localize: chooses weights", localize="saliency")
+    tiles = {name: torch.ones(1, 1, dtype=torch.bool) for name in masks}
+    refused("tiles hold entries that pruning removed", MaskedLoraConfig(masks=tiles, block=128))

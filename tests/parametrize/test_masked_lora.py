@@ -429,3 +429,108 @@ def test_import_of_the_package_stays_light():
     code = "import sys, fastunlearn; assert 'peft' not in sys.modules and 'transformers' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
     assert fastunlearn.MaskedLoraConfig is MaskedLoraConfig
+
+
+@BOTH
+def test_tiles(tmp_path, kind):
+    """A mask of tiles is the mask of their entries: forward, gradients, merged, saved and reloaded."""
+
+    def tiled(block):
+        model, generator = MAKE[kind](), torch.Generator().manual_seed(4)
+        masks = {}
+        for name, p in model.named_parameters():
+            if p.dim() in (2, 4) and "embed_tokens" not in name and "lm_head" not in name:
+                rows, cols = p.shape[0], p[0].numel()
+                tiles = torch.rand(-(-rows // 8), -(-cols // 8), generator=generator) < 0.5
+                full = tiles.repeat_interleave(8, 0).repeat_interleave(8, 1)[:rows, :cols].reshape(p.shape)
+                masks[name] = tiles if block else BitMask.pack(full)
+        torch.manual_seed(7)
+        options = {"r": 3, "init_lora_weights": "random", "target_modules": ATTENTION[kind]}
+        return get_peft_model(model, MaskedLoraConfig(masks=masks, block=8 if block else None, **options)).eval()
+
+    tiles, entries = tiled(True), tiled(False)
+    torch.testing.assert_close(run(tiles), run(entries), rtol=1e-4, atol=1e-5)
+    run(tiles).square().mean().backward()
+    run(entries).square().mean().backward()
+    both = zip(tiles.named_parameters(), entries.named_parameters())
+    for (name, a), (_, b) in both:
+        if "lora_" in name:
+            torch.testing.assert_close(a.grad, b.grad, rtol=1e-3, atol=1e-6)
+    tiles.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(MAKE[kind](), tmp_path).eval()
+    assert torch.equal(run(again), run(tiles))
+    export.save_factors(tiles, tmp_path / "factors.safetensors")
+    want = run(tiles.merge_and_unload())
+    torch.testing.assert_close(want, run(entries.merge_and_unload()), rtol=1e-4, atol=1e-5)
+    assert torch.equal(run(export.apply_factors(MAKE[kind](), tmp_path / "factors.safetensors")), want)
+
+
+def test_tiles_that_do_not_fit():
+    name = "model.layers.0.self_attn.q_proj.weight"
+    with pytest.raises(TypeError, match="with block=8 want bool"):
+        MaskedLoraConfig(masks={name: BitMask.ones((32, 32))}, block=8)
+    with pytest.raises(ValueError, match="block: want a side of at least 1"):
+        MaskedLoraConfig(masks={name: torch.ones(4, 4, dtype=torch.bool)}, block=0)
+    with pytest.raises(ValueError, match=r"is \(3, 4\), its weight \(32, 32\), \[4, 4\] tiles of 8"):
+        get_peft_model(llama(), MaskedLoraConfig(masks={name: torch.ones(3, 4, dtype=torch.bool)}, block=8))
+
+
+EXPORTED = (
+    MODELS
+    + """
+import sys
+import fastunlearn
+from fastunlearn.parametrize import export
+kind, folder, form = sys.argv[1:]
+model = {"llama": llama, "unet": unet}[kind]()
+if form == "factors":
+    export.apply_factors(model, folder + "/factors.safetensors")
+elif form == "delta":
+    export.apply_sparse_delta(model, folder + "/delta.safetensors")
+elif form == "merged":
+    model = type(model).from_pretrained(folder + "/merged").eval()
+else:
+    model.load_lora_adapter(folder, weight_name=form + ".safetensors", prefix="unet")
+torch.save(run(model).detach(), folder + "/out.pt")
+"""
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "variant"), [("llama", "per_weight"), ("unet", "per_weight"), ("unet", "dense")])
+def test_every_export_in_a_clean_process(tmp_path, kind, variant, capsys):
+    model = adapted(kind, variant)
+    want = run(model)
+    export.save_factors(model, tmp_path / "factors.safetensors")
+    export.save_sparse_delta(model, tmp_path / "delta.safetensors")
+    forms = {"factors": 1e-5, "delta": 1e-5, "merged": 1e-5}
+    if kind == "unet":
+        # Of full rank nothing is lost; a plain loader knows no masks.
+        export.save_low_rank(model, tmp_path / "low_rank.safetensors", 64)
+        forms["low_rank"] = 1e-4
+        if variant == "dense":
+            export.save_lora(model, tmp_path / "lora.safetensors")
+            forms["lora"] = 1e-5
+        else:
+            with pytest.raises(ValueError, match="mask"):
+                export.save_lora(model, tmp_path / "lora.safetensors")
+    copy.deepcopy(model).merge_and_unload().save_pretrained(tmp_path / "merged")
+    for form, off in forms.items():
+        words = [sys.executable, "-c", EXPORTED, kind, str(tmp_path), form]
+        done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT)
+        assert done.returncode == 0, done.stderr[-3000:]
+        torch.testing.assert_close(torch.load(tmp_path / "out.pt"), want, rtol=10 * off, atol=off, msg=form)
+
+
+def test_files_whose_ranks_or_masks_do_not_fit(tmp_path):
+    """Factors of another rank than the adapter, bits of another shape than the weight: nothing is loaded."""
+    from safetensors.torch import load_file, save_file
+
+    adapted("llama").save_pretrained(tmp_path / "a")
+    path = tmp_path / "a" / "adapter_model.safetensors"
+    whole = load_file(path)
+    for part, change in (("lora_A", lambda t: t[:2]), ("lora_mask_bits", lambda t: t[:, :1])):
+        name = next(key for key in whole if part in key)
+        save_file(whole | {name: change(whole[name]).contiguous()}, path, {"format": "pt"})
+        with pytest.raises((ValueError, RuntimeError), match=r"size mismatch|shape"):
+            PeftModel.from_pretrained(llama(), tmp_path / "a")
