@@ -481,17 +481,18 @@ EXPORTED = (
 import sys
 import fastunlearn
 from fastunlearn.parametrize import export
-kind, folder, form = sys.argv[1:]
-model = {"llama": llama, "unet": unet}[kind]()
-if form == "factors":
-    export.apply_factors(model, folder + "/factors.safetensors")
-elif form == "delta":
-    export.apply_sparse_delta(model, folder + "/delta.safetensors")
-elif form == "merged":
-    model = type(model).from_pretrained(folder + "/merged").eval()
-else:
-    model.load_lora_adapter(folder, weight_name=form + ".safetensors", prefix="unet")
-torch.save(run(model).detach(), folder + "/out.pt")
+kind, folder, *forms = sys.argv[1:]
+for form in forms:
+    model = {"llama": llama, "unet": unet}[kind]()
+    if form == "factors":
+        export.apply_factors(model, folder + "/factors.safetensors")
+    elif form == "delta":
+        export.apply_sparse_delta(model, folder + "/delta.safetensors")
+    elif form == "merged":
+        model = type(model).from_pretrained(folder + "/merged").eval()
+    else:
+        model.load_lora_adapter(folder, weight_name=form + ".safetensors", prefix="unet")
+    torch.save(run(model).detach(), folder + f"/{form}.pt")
 """
 )
 
@@ -515,11 +516,11 @@ def test_every_export_in_a_clean_process(tmp_path, kind, variant, capsys):
             with pytest.raises(ValueError, match="mask"):
                 export.save_lora(model, tmp_path / "lora.safetensors")
     copy.deepcopy(model).merge_and_unload().save_pretrained(tmp_path / "merged")
+    words = [sys.executable, "-c", EXPORTED, kind, str(tmp_path), *forms]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-3000:]
     for form, off in forms.items():
-        words = [sys.executable, "-c", EXPORTED, kind, str(tmp_path), form]
-        done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT)
-        assert done.returncode == 0, done.stderr[-3000:]
-        torch.testing.assert_close(torch.load(tmp_path / "out.pt"), want, rtol=10 * off, atol=off, msg=form)
+        torch.testing.assert_close(torch.load(tmp_path / f"{form}.pt"), want, rtol=10 * off, atol=off, msg=form)
 
 
 def test_files_whose_ranks_or_masks_do_not_fit(tmp_path):
