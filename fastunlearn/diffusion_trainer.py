@@ -48,8 +48,8 @@ from fastunlearn.two_terms import TwoTermConfig, TwoTermTrainer, check_processes
 
 #: in a checkpoint: what trains, and what the timesteps of the forget term are drawn by
 TRAINED, DIVERGENCE = "trained.safetensors", "divergence.safetensors"
-#: what `save_model` writes: an adapter's folder, or the weights that moved
-ADAPTER, WEIGHTS = "adapter", "unet.safetensors"
+#: what `save_model` writes for an adapter; weights that moved are in unet.safetensors or transformer.safetensors
+ADAPTER = "adapter"
 TIMESTEPS = ("uniform", "interval", "importance")
 
 
@@ -426,7 +426,7 @@ class DiffusionTrainer(TwoTermTrainer):
                 parameter.copy_(kept[name])
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Writes the adapter's folder (adapter/) or the weights that moved (unet.safetensors); whole or not at all."""
+        """Writes the adapter's folder (adapter/) or the weights that moved (unet.safetensors, transformer.safetensors); whole or not at all."""
         if _internal_call:
             super().save_model(output_dir, _internal_call)
             return
@@ -435,7 +435,7 @@ class DiffusionTrainer(TwoTermTrainer):
             return
         folder = Path(output_dir or self.output)
         if not self._adapted:
-            save_partial_unet(self._trained(), folder / WEIGHTS, overwrite=True)
+            save_partial_unet(self._trained(), folder / f"{self.family.part}.safetensors", overwrite=True)
             return
         folder.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=".adapter.", suffix=".tmp", dir=folder))
