@@ -40,8 +40,8 @@ class Convolution(NamedTuple):
 
     @classmethod
     def of(cls, flat: list[int]) -> Convolution:
-        pairs = [(flat[i], flat[i + 1]) for i in range(0, 8, 2)]
-        return cls(*pairs, flat[8])
+        kernel, stride, padding, dilation = ((flat[i], flat[i + 1]) for i in range(0, 8, 2))
+        return cls(kernel, stride, padding, dilation, flat[8])
 
 
 class _Plan(NamedTuple):

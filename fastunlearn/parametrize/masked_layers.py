@@ -31,14 +31,14 @@ class Where(NamedTuple):
 
     Attributes:
         kind: dense, rows or tiles.
-        index: rows: int64 [n]; tiles: bool [ceil(rows / block), ceil(cols / block)]; None.
+        units: rows: int64 [n]; tiles: bool [ceil(rows / block), ceil(cols / block)]; None.
         block: side of a tile; 0 for another kind.
         off: bool of the weight's shape: what is made and must not move; None where there is none.
         share: of the dense product that is computed.
     """
 
     kind: str
-    index: Tensor | None
+    units: Tensor | None
     block: int
     off: Tensor | None
     share: float
@@ -63,8 +63,8 @@ def choose(may_move: Tensor) -> Where:
     if best.kind == ROWS:
         made = some[:, None].expand_as(flat)
     elif best.kind == TILES:
-        assert best.index is not None
-        made = spread(best.index, best.block, rows, cols)
+        assert best.units is not None
+        made = spread(best.units, best.block, rows, cols)
     if torch.equal(made, flat):
         return best
     return best._replace(off=(made & ~flat).view(may_move.shape))
@@ -101,7 +101,7 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> Any:
         x, weight, index, off = ctx.saved_tensors
         dx = dw = db = None
         flat = dy.reshape(-1, dy.shape[-1])
@@ -166,7 +166,7 @@ class _Conv2d(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> Any:
         x, weight, index, off = ctx.saved_tensors
         dx = dw = db = None
         if ctx.needs_input_grad[0]:
@@ -197,7 +197,7 @@ class _Masked(nn.Module):
             )
         where = choose(may_move.to(weight.device))
         self.kind, self.block, self.share = where.kind, where.block, where.share
-        self.register_buffer("_index", where.index, persistent=False)
+        self.register_buffer("_index", where.units, persistent=False)
         self.register_buffer("_off", where.off, persistent=False)
 
     def _amp(self, x: Tensor) -> Tensor:
@@ -237,7 +237,7 @@ class MaskedLinear(_Masked, nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         out: Tensor = _Linear.apply(
             self._amp(input), self.weight, self.bias, self.kind, self._index, self.block, self._off
-        )  # type: ignore[no-untyped-call]
+        )
         return out
 
 
@@ -267,15 +267,34 @@ class MaskedConv2d(_Masked, nn.Conv2d):
         options = (tuple(self.stride), tuple(padding), tuple(self.dilation), self.groups)
         out: Tensor = _Conv2d.apply(
             self._amp(input), weight, bias, self.kind, self._index, self.block, self._off, options
-        )  # type: ignore[no-untyped-call]
+        )
         return out
 
 
-def _swapped(cls: Any, layer: Any, mask: BitMask | Tensor) -> Any:
+def _recast(cls: Any, layer: Any) -> Any:
+    """The layer as another class, with its parameters and hooks."""
     new = cls.__new__(cls)
     # Containers of their own: what is registered on one is not on the other.
     new.__dict__.update({k: v.copy() if isinstance(v, dict) else v for k, v in layer.__dict__.items()})
+    return new
+
+
+def _swapped(cls: Any, layer: Any, mask: BitMask | Tensor) -> Any:
+    new = _recast(cls, layer)
     new._mask(mask)
+    return new
+
+
+def plain_layer(layer: nn.Module) -> nn.Module:
+    """nn.Linear or nn.Conv2d of a masked layer; any other layer as it is."""
+    if not isinstance(layer, (MaskedLinear, MaskedConv2d)):
+        return layer
+    new = _recast(nn.Linear if isinstance(layer, MaskedLinear) else nn.Conv2d, layer)
+    for name in ("_index", "_off"):
+        new._buffers.pop(name, None)
+        new._non_persistent_buffers_set = new._non_persistent_buffers_set - {name}
+    for name in ("kind", "block", "share"):
+        new.__dict__.pop(name, None)
     return new
 
 
@@ -340,11 +359,13 @@ def mask_model(model: nn.Module, masks: Mapping[str, BitMask | Tensor]) -> Maske
         whole += math.prod(weight.shape)
         if not sizes[id(weight)]:
             continue
-        new = cls.of(layer, of[id(weight)])  # type: ignore[attr-defined]
+        new = cls.of(layer, of[id(weight)])
         parent, _, own = name.rpartition(".")
         if not name:
             raise ValueError(f"model: is a single {type(layer).__name__}; use {cls.__name__}.of(layer, mask)")
-        setattr(model.get_submodule(parent), own, new)
+        # Where every entry may move torch's own layer does as well, and to the same bits.
+        whole_mask = new.kind == DENSE and new._off is None
+        setattr(model.get_submodule(parent), own, plain_layer(new) if whole_mask else new)
         made += new.share * math.prod(weight.shape)
         how = f"tiles of {new.block}" if new.kind == TILES else new.kind
         out.layers[name] = how if new.kind == DENSE else f"{how}, {new.share:.0%}"

@@ -187,6 +187,12 @@ def test_masks_again_and_what_stays():
     assert weight.requires_grad
     assert done.layers == {"layers.0": "tiles of 64, 17%"}
     assert "gradient: tiles of 64, 17%" in repr(model)
+    # Where all of it may move it is torch's own layer again.
+    done = mask_model(model, {"layers.0.weight": BitMask.ones(weight.shape)})
+    assert done.layers == {"layers.0": "dense"}
+    assert type(model.layers[0]) is nn.Linear
+    assert model.layers[0].weight is weight
+    assert not [name for name, _ in model.layers[0].named_buffers()]
 
 
 def test_autocast_checkpointing_and_compile():
