@@ -15,6 +15,7 @@ from fastunlearn.ops.mask import BitMask, load_masks, save_masks
 
 if TYPE_CHECKING:
     from fastunlearn.methods.hamu import HAMUConfig, HAMUTrainer
+    from fastunlearn.methods.pecker import PECKERConfig, PECKERTrainer
     from fastunlearn.methods.sau import SAUConfig, SAUTrainer
     from fastunlearn.methods.scapre import ScaPreConfig, scapre
     from fastunlearn.methods.spare import SPAREConfig, SPARETrainer, spare
@@ -29,6 +30,8 @@ __all__ = [
     "HAMUConfig",
     "HAMUTrainer",
     "MaskedLoraConfig",
+    "PECKERConfig",
+    "PECKERTrainer",
     "SAUConfig",
     "SAUTrainer",
     "SPAREConfig",
@@ -52,6 +55,8 @@ _LAZY = {
     "HAMUConfig": "fastunlearn.methods.hamu",
     "HAMUTrainer": "fastunlearn.methods.hamu",
     "MaskedLoraConfig": "fastunlearn.parametrize.masked_lora",
+    "PECKERConfig": "fastunlearn.methods.pecker",
+    "PECKERTrainer": "fastunlearn.methods.pecker",
     "SAUConfig": "fastunlearn.methods.sau",
     "SAUTrainer": "fastunlearn.methods.sau",
     "SPAREConfig": "fastunlearn.methods.spare",

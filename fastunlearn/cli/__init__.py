@@ -29,6 +29,7 @@ COMMANDS = {
     "rece": "the same, and again for the text that still finds the concept after it",
     "speed": "the same, in the null space of what is preserved",
     "scapre": "a text-to-image model draws anchors for any number of concepts, by one closed-form solve",
+    "pecker": "a diffusion model's one-step generator forgets a class or a concept, without data",
     "sample": "a grid of what a text-to-image model draws, before or after",
     "evaluate": "styles and objects unlearned one by one: what is gone, what is kept, what comes back",
     "plan": "memory and time of a run, on any number of GPUs, before anything is loaded",

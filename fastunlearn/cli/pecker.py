@@ -1,0 +1,160 @@
+"""`fastunlearn pecker`: a diffusion model's one-step generator forgets a class or a concept by masked score distillation."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fastunlearn.cli import _run
+from fastunlearn.cli._arguments import parse
+
+PROG = "fastunlearn pecker"
+EXAMPLE = """\
+examples:
+  fastunlearn pecker --model cifar-ddpm --forget_class 0 --override_class 1 --distill_steps 50000 --output out
+  fastunlearn pecker --model cifar-ddpm --generator out/distilled --forget_class 0 --override_class 1 --output out2 \\
+      granularity=tile density=0.1
+  fastunlearn pecker --erase_concept "Pop Art" --output out stages=single per_device_train_batch_size=8
+
+What the paper's abstract leaves open is an option, and a reconstruction (fastunlearn.methods.pecker says of what). The folder holds the
+averaged generator (unet/, scheduler/), masks.safetensors, pecker.json (how to sample it) and metrics.json. method=sfd is the same
+without a mask."""
+
+
+@dataclass
+class PeckerArguments:
+    """The model, what it forgets, and where the second stage starts."""
+
+    model_name_or_path: str = field(
+        default="canvas",
+        metadata={
+            "help": "A folder with a class-conditional unet/ and scheduler/, a text-to-image pipeline, or canvas."
+        },
+    )
+    generator: str | None = field(
+        default=None, metadata={"help": "Folder of a one-step generator of this model (an earlier run's)."}
+    )
+    distill_steps: int = field(
+        default=0,
+        metadata={"help": "Iterations of distillation that make the one-step generator first, in output/distilled."},
+    )
+    forget_class: list[int] | None = field(default=None, metadata={"help": "Labels to forget."})
+    override_class: list[int] | None = field(
+        default=None, metadata={"help": "What is drawn instead: one label, or one for each."}
+    )
+    retain_class: list[int] | None = field(default=None, metadata={"help": "Labels to keep; default: all others."})
+    erase_concept: str | None = field(default=None, metadata={"help": "The concept; of the canvas by its name alone."})
+    surrogate_concept: str | None = field(default=None, metadata={"help": "What is drawn instead."})
+    retain_concepts: list[str] | None = field(default=None, metadata={"help": "Concepts that must stay."})
+    template: list[str] | None = field(default=None, metadata={"help": "Prompts with {} for the concept."})
+
+
+@dataclass
+class _Work:
+    model: Any
+    forget: Any
+    override: Any
+    retain: Any
+
+
+def _load(asked: PeckerArguments) -> _Work:
+    from fastunlearn.methods._pecker_setup import load_unet
+
+    folder = Path(asked.model_name_or_path).expanduser()
+    config = folder / "unet" / "config.json"
+    by_class = config.is_file() and '"UNet2DConditionModel"' not in config.read_text(encoding="utf-8")
+    if by_class:
+        if asked.erase_concept is not None:
+            raise ValueError("erase_concept: this model draws classes; give --forget_class and --override_class")
+        if not asked.forget_class or not asked.override_class:
+            raise ValueError("forget_class, override_class: say which labels go and what is drawn instead")
+        unet, scheduler = load_unet(folder)
+        unet.scheduler = scheduler  # a pipeline without a pipeline: what the trainer looks for
+        return _Work(unet, list(asked.forget_class), list(asked.override_class), asked.retain_class)
+    from fastunlearn.cli import _diffusion
+
+    if asked.forget_class or asked.override_class:
+        raise ValueError("forget_class: this model draws prompts; give --erase_concept")
+    if asked.erase_concept is None:
+        raise ValueError("erase_concept: say what must be forgotten")
+    pipeline_arguments = _diffusion.PipelineArguments(model_name_or_path=asked.model_name_or_path)
+    prompts = _diffusion.prompts_of(
+        pipeline_arguments.concepts, asked.erase_concept, asked.surrogate_concept, asked.retain_concepts, asked.template
+    )  # fmt: skip
+    return _Work(pipeline_arguments.load(trained=True), prompts.forget, prompts.surrogate, prompts.retain)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs the command; 0, 2 for bad input (one line on standard error), 1 where training diverged."""
+
+    def run() -> int:
+        from fastunlearn.methods.pecker import PECKERConfig, PECKERTrainer
+        from fastunlearn.report.files import write_json
+
+        asked, config = parse(
+            (PeckerArguments, PECKERConfig), argv, PROG, epilog=EXAMPLE, required=("output_dir",),
+            description="Makes a one-step generator of a diffusion model forget a class or a concept, without data: score "
+            "distillation, by the weights that matter for what is forgotten.",
+        )  # fmt: skip
+        resume = _run.resume_of(config)
+        two = config.stages == "two" and config.method in ("pecker", "sfd", "gradient_ascent")
+        if asked.distill_steps < 0:
+            raise ValueError(f"distill_steps: want at least 0, got {asked.distill_steps}")
+        output = Path(config.output_dir)
+        work = _load(asked)
+        scheduler = getattr(work.model, "scheduler", None)
+        generator: Any = asked.generator
+        start = time.perf_counter()
+        if two and generator is None and asked.distill_steps:
+            generator = output / "distilled"
+            if not (resume and (generator / "pecker.json").is_file()):
+                generator = _distil(PECKERTrainer, config, work, scheduler, asked.distill_steps, generator, resume)
+        trainer = PECKERTrainer(
+            work.model, config, work.forget, work.retain, scheduler, override=work.override, generator=generator
+        )
+        if output.is_dir() and {p.name for p in output.iterdir()} <= {"distilled"}:
+            # What the first stage left is this run's own.
+            config.overwrite_output_dir = True
+        outcome = trainer.train(resume_from_checkpoint=resume or None)
+        trainer.save_model()
+        model = trainer.masked_model
+        if model is not None:
+            print(
+                f"gradients: {model.share:.0%} of the products of linear layers and convolutions, {len(model.frozen)} parameters frozen"
+            )
+        write_json(
+            output / "metrics.json",
+            {
+                "method": config.method, "model": asked.model_name_or_path, "train": outcome.metrics,
+                "gradient_products": None if model is None else model.share, "history": trainer.state.log_history,
+                "seconds": time.perf_counter() - start, "versions": _run.versions(), "command": _run.shown_command(PROG, argv),
+            },
+        )  # fmt: skip
+        print(f"saved to {output}: unet, scheduler, {'masks, ' if trainer.masks else ''}pecker.json, metrics.json")
+        return 0
+
+    return _run.guarded(PROG, run)
+
+
+def _distil(
+    trainer_class: Any, config: Any, work: _Work, scheduler: Any, steps: int, folder: Path, resume: Any
+) -> Path:
+    """The first stage: SiD alone, into its own folder."""
+    from fastunlearn.two_terms import last_checkpoint
+
+    changes = {"method": "sid", "max_steps": steps, "output_dir": str(folder)}
+    first = dataclasses.replace(config, **changes)
+    retain = work.retain
+    if isinstance(work.forget, list) and isinstance(retain, list):
+        # Of prompts everything is distilled: also what will be forgotten has to be drawn first.
+        retain = [*retain, *work.forget]
+    print(f"distilling a one-step generator, {steps:,} iterations ...", flush=True)
+    trainer = trainer_class(work.model, first, None, retain, scheduler)
+    going_on = bool(resume) and folder.is_dir() and last_checkpoint(folder) is not None
+    trainer.train(resume_from_checkpoint=True if going_on else None)
+    trainer.save_model()
+    return folder

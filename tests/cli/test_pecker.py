@@ -1,0 +1,97 @@
+"""The command: both stages, what it leaves behind, going on, a concept of a pipeline, one line for what is wrong."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+pytest.importorskip("diffusers")
+pytest.importorskip("transformers")
+
+from fastunlearn import load_masks
+from fastunlearn.cli import main
+from fastunlearn.cli import pecker as command
+from tests.methods.test_pecker import tiny_unet
+
+SMALL = [
+    "max_steps=2",
+    "per_device_train_batch_size=2",
+    "saliency_batches=1",
+    "use_cpu=true",
+    "report_to=none",
+    "save_strategy=no",
+]
+
+
+@pytest.fixture
+def model(tmp_path):
+    folder = tmp_path / "model"
+    for part, name in zip(tiny_unet(), ("unet", "scheduler")):
+        part.save_pretrained(folder / name)
+    return folder
+
+
+def test_two_stages(model, tmp_path, capsys):
+    out = tmp_path / "out"
+    argv = ["pecker", "--model", str(model), "--forget_class", "0", "--override_class", "1", "--output", str(out)]
+    assert main([*argv, "--distill_steps", "2", "granularity=tile", "block=64", "density=0.3", *SMALL]) == 0
+    assert "saved to" in capsys.readouterr().out
+    about = json.loads((out / "pecker.json").read_text())
+    assert (about["forget"], about["override"], about["retain"], about["one_step"]) == ([0], [1], [1, 2], True)
+    assert json.loads((out / "metrics.json").read_text())["gradient_products"] < 1
+    assert (out / "unet" / "config.json").is_file()
+    assert any(not m.density for m in load_masks(out / "masks.safetensors").values())
+    first = json.loads((out / "distilled" / "pecker.json").read_text())
+    assert (first["method"], first["retain"], first["forget"]) == ("sid", [0, 1, 2], None)
+    # The generator serves another run; what is there is not overwritten unasked.
+    other = [*argv[:-1], str(tmp_path / "other"), "--generator", str(out / "distilled"), "method=sfd", *SMALL]
+    assert main(other) == 0
+    assert not (tmp_path / "other" / "masks.safetensors").exists()
+    assert main(other) == 2
+    assert main([*other, "overwrite_output_dir=true"]) == 0
+
+
+def test_a_concept(tmp_path, monkeypatch):
+    from fastunlearn.cli import _diffusion
+    from tests.tiny_diffusion import tiny_pipeline
+
+    pipe = tiny_pipeline()
+    monkeypatch.setattr(_diffusion.PipelineArguments, "load", lambda self, trained=False: pipe)
+    argv = [
+        "pecker",
+        "--model",
+        "tiny",
+        "--erase_concept",
+        "Mosaic",
+        "--surrogate_concept",
+        "Photo",
+        "--retain_concepts",
+        "Van Gogh",
+    ]
+    argv += ["--template", "A Cat image in {} style.", "--output", str(tmp_path / "out"), "stages=single", *SMALL]
+    assert main(argv) == 0
+    assert json.loads((tmp_path / "out" / "pecker.json").read_text())["kappa"] == 4.5
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (
+            ["--forget_class", "9", "--override_class", "1", "stages=single"],
+            "forget_dataset: the model has classes 0 to 2, no class 9",
+        ),
+        (["--forget_class", "1", "--override_class", "1", "stages=single"], "override: 1 is to be forgotten"),
+        (["--forget_class", "0", "--override_class", "1"], "generator: stages=two starts from a one-step generator"),
+        (["--forget_class", "0"], "forget_class, override_class: say which labels"),
+        (["--erase_concept", "Van Gogh"], "erase_concept: this model draws classes"),
+        (["--forget_class", "0", "--override_class", "1", "stages=single", "density=1e-9"], "the mask selects nothing"),
+        (["--forget_class", "0", "--override_class", "1", "method=pekker"], "method: 'pekker' is unknown"),
+    ],
+)
+def test_bad_input(model, tmp_path, capsys, words, said):
+    status = command.main(["--model", str(model), "--output", str(tmp_path / "out"), *words, *SMALL])
+    assert status == 2
+    err = capsys.readouterr().err
+    assert said in err
+    assert err.startswith("fastunlearn pecker: ")
