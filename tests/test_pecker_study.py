@@ -1,0 +1,91 @@
+"""The study of class forgetting at its smallest: every part runs, a second call does nothing again, rows hold what they must."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+pytest.importorskip("diffusers")
+pytest.importorskip("pandas")
+
+from benchmarks import pecker
+from tests.data.test_cifar10 import write_cifar10
+
+
+@pytest.fixture
+def study(tmp_path):
+    return pecker.Study("tiny", tmp_path / "work", "cpu", data=write_cifar10(tmp_path / "cifar10", per_class=6))
+
+
+def test_a_whole_study(study, tmp_path, monkeypatch):
+    out = tmp_path / "pecker_tiny.json"
+    methods = ["sfd", "pecker, tile 10%", "gradient_ascent", "retrain"]
+    result = pecker.run(study, methods, [0], out)
+    assert [row["method"] for row in result["rows"]] == methods
+    assert set(result["before"]) == {"teacher", "generator"}
+    for row in result["rows"]:
+        assert 0 <= row["UA"] <= 100
+        assert row["fid_classifier_features"] >= 0
+        assert [point["iteration"] for point in row["curve"]] == ([] if row["method"] == "retrain" else [1, 2])
+    assert 0 < result["rows"][1]["gradient_products"] < 1
+    assert result["rows"][0]["gradient_products"] is None
+    assert json.loads(out.read_text())["rows"] == json.loads(json.dumps(result["rows"]))
+    # Nothing is done twice, and a run that is there is not made again.
+    monkeypatch.setattr(pecker.Study, "run", None)
+    again = pecker.run(pecker.Study("tiny", tmp_path / "work", "cpu", data=tmp_path / "cifar10"), methods, [0], out)
+    assert again["rows"] == json.loads(out.read_text())["rows"]
+    pecker.plot(again, out.with_suffix(".svg"))
+    assert b"<svg" in out.with_suffix(".svg").read_bytes()
+
+
+def test_others_may_join(study, tmp_path, monkeypatch):
+    row = {"UA": 100.0, "kept_accuracy": 90.0, "fid_classifier_features": 1.0, "seconds": 1.0, "curve": [], "seed": 0}
+    monkeypatch.setitem(pecker.OTHERS, "theirs", lambda s, seed: {"method": "theirs", **row, "same": s is study})
+    monkeypatch.setattr(pecker.Study, "before", lambda self: {})
+    result = pecker.run(study, ["theirs"], [0], tmp_path / "out.json")
+    assert result["rows"][0]["same"] is True
+
+
+def test_where_the_target_is_reached():
+    def curve(*points):
+        return [{"iteration": i, "seconds": i / 10, "UA": ua, "fid_x": fid} for i, ua, fid in points]
+
+    sfd = {"method": "sfd", "seed": 0, "curve": curve((10, 50, 9), (20, 99.5, 12), (30, 99.5, 10))}
+    fast = {"method": "pecker", "seed": 0, "curve": curve((10, 99.2, 10.4), (20, 99, 30), (30, 99, 30))}
+    never = {"method": "row", "seed": 0, "curve": curve((10, 98, 5), (20, 100, 10.6))}
+    other = {"method": "pecker", "seed": 1, "curve": curve((10, 99, 9))}
+    got = pecker.summary({"meta": {"fid": "fid_x"}, "rows": [sfd, fast, never, other]})
+    assert [(r["method"], r["iteration"], r["iteration_over_sfd"]) for r in got] == [
+        ("sfd", 30, 1.0),
+        ("pecker", 10, 10 / 30),
+        ("row", None, None),
+    ]
+    assert got[1]["seconds_over_sfd"] == pytest.approx(1 / 3)
+
+
+def test_the_model_is_small_enough():
+    for size in ("cifar10", "small"):
+        unet = pecker.Study.unet(type("Shape", (), {"size": pecker.SIZES[size]}))
+        assert sum(p.numel() for p in unet.parameters()) <= 10_000_000
+
+
+def test_no_data_is_said_in_a_line(tmp_path, capsys, monkeypatch):
+    with pytest.raises(SystemExit) as stopped:
+        pecker.main(
+            [
+                "run",
+                "--size",
+                "tiny",
+                "--work",
+                str(tmp_path / "w"),
+                "--data",
+                str(tmp_path),
+                "--device",
+                "cpu",
+                "--out",
+                str(tmp_path / "o.json"),
+            ]
+        )
+    assert stopped.value.code == 2
+    assert "there is no" in capsys.readouterr().err
