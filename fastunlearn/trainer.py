@@ -20,7 +20,15 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from fastunlearn.checkpoint import MASKS, PRUNING, check_masks, check_pattern, load_checkpoint, save_checkpoint
+from fastunlearn.checkpoint import (
+    MASKS,
+    PRUNING,
+    check_masks,
+    check_pattern,
+    load_checkpoint,
+    pattern_of,
+    save_checkpoint,
+)
 from fastunlearn.data.pairs import PairedCollator, PairedSet
 from fastunlearn.data.refusals import spread_alternates, with_refusals
 from fastunlearn.data.text import TextSet, check_disjoint, encode_rows, load_rows
@@ -32,7 +40,8 @@ from fastunlearn.objectives.make_references import load_references, make_referen
 from fastunlearn.objectives.references import References
 from fastunlearn.objectives.rmu import steered_module
 from fastunlearn.ops.mask import BitMask, save_masks
-from fastunlearn.parametrize import full_weights, lora
+from fastunlearn.parametrize import CompressedNM, full_weights, lora
+from fastunlearn.parametrize.compressed_nm import dense_state_dict
 from fastunlearn.two_terms import (
     STATE_FILE,
     DivergenceError,
@@ -112,6 +121,10 @@ class UnlearnConfig(TwoTermConfig):
     reference_model: str | None = field(
         default=None,
         metadata={"help": "Name or folder of the reference, a second model in memory, instead of states kept on disk."},
+    )
+    compressed: bool = field(
+        default=False,
+        metadata={"help": "Hold the survivors of an n:m model only: weights, gradients, optimiser state."},
     )
     max_length: int | None = field(default=1024, metadata={"help": "Tokens of a row; longer prompts lose their start."})
     system_prompt: str | None = field(default=None, metadata={"help": "System message of the chat template."})
@@ -204,6 +217,13 @@ class UnlearnTrainer(TwoTermTrainer):
             raise ValueError("pruning: given without masks; they say what pruning left")
         if pruning is not None and masks is not None:
             check_masks(module, masks)
+        self.compressed: CompressedNM | None = None
+        if args.compressed:
+            if peft_config is not None or hasattr(module, "disable_adapter"):
+                raise ValueError(
+                    "compressed: with an adapter the pruned weights do not move, and nothing is to be saved"
+                )
+            self._check_compressible(module, masks, optimizers)
         if peft_config is not None:
             if masks is not None:
                 from fastunlearn.parametrize.masked_lora import within_survivors
@@ -259,6 +279,43 @@ class UnlearnTrainer(TwoTermTrainer):
             self.movable = None
         if self.dual is not None:
             self.add_callback(_DualUpdates(self.dual))
+
+    # ---- compressed weights ------------------------------------------------------------------------------------------
+
+    def _check_compressible(self, model: nn.Module, masks: Mapping[str, BitMask] | None, optimizers: Any) -> None:
+        pattern = pattern_of(self.pruning)
+        if masks is None or pattern is None:
+            raise ValueError(
+                "compressed: wants a model pruned n:m, with its masks and its pattern (`fastunlearn prune ... pattern=2:4` writes "
+                "both); for any other leave compressed out"
+            )
+        if optimizers[0] is not None:
+            raise ValueError(
+                "optimizers: with compressed=true the optimiser is of other tensors: leave it to the trainer"
+            )
+        CompressedNM.check(model, masks, *pattern)
+
+    def before_steps(self) -> None:
+        """The pruned layers hold survivors only from here on; what looks at dense weights has done so."""
+        if self.args.compressed and self.compressed is None:
+            assert self.masks is not None
+            pattern = pattern_of(self.pruning)
+            assert pattern is not None
+            self.compressed = CompressedNM(self.model, self.masks, *pattern)
+            same = self.movable is self.masks
+            # The layers' own bits: a second copy is of no use.
+            self.masks = self.masks | {name: layer.mask for name, layer in self.compressed.layers.items()}
+            self.movable = self.masks if same else self.movable
+        super().before_steps()
+
+    def _compact_mask(self, name: str, mask: BitMask) -> BitMask | None:
+        if self.compressed is None:
+            return mask
+        whole = self.movable is self.masks and name in self.compressed.layers
+        return None if whole else self.compressed.compact_mask(name, mask)
+
+    def _compact_scale(self, name: str, scale: Tensor) -> Tensor:
+        return scale if self.compressed is None else self.compressed.compact(name, scale)
 
     # ---- data -------------------------------------------------------------------------------------------------------
 
@@ -398,6 +455,9 @@ class UnlearnTrainer(TwoTermTrainer):
             )
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        if self.compressed is not None:
+            # Every checkpoint is an ordinary model: dense, with its zeros.
+            state_dict = dense_state_dict(self.accelerator.unwrap_model(self.model))
         super()._save(output_dir, state_dict)
         if self.args.should_save and self.masks is not None and self.pruning is not None:
             folder = Path(output_dir or self.output)

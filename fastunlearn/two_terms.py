@@ -215,6 +215,8 @@ class TwoTermTrainer(Trainer):
         #: what the optimiser moves: the masks, or with localize="saliency" a part of them
         self.movable = self.masks
         self._chosen = False
+        #: name -> (mask of the whole parameter, what the optimiser takes)
+        self._placed: dict[str, tuple[BitMask, BitMask | None]] = {}
         self._sums: dict[str, Tensor] = {}
         self._terms = 0
         self._step_batches: list[dict[str, Any]] = []
@@ -346,7 +348,7 @@ class TwoTermTrainer(Trainer):
             if self.movable:
                 group["masks"] = [self._mask_of(n, p) for n, p in named]
             if scales:
-                group["lr_scale"] = [scales.get(_plain(n)) for n, _ in named]
+                group["lr_scale"] = [self._scale_of(scales, n) for n, _ in named]
             groups.append(group)
         common: dict[str, Any] = {
             "lr": args.learning_rate,
@@ -376,7 +378,25 @@ class TwoTermTrainer(Trainer):
             raise ValueError(
                 f"masks: none is of {name}, and what has no mask is frozen; names of a wrapped model differ?"
             )
-        return None if mask is None else mask.to(parameter.device)
+        if mask is None:
+            return None
+        kept = self._placed.get(name)
+        if kept is None or kept[0] is not mask:
+            compact = self._compact_mask(_plain(name), mask)
+            kept = self._placed[name] = (mask, None if compact is None else compact.to(parameter.device))
+        return kept[1]
+
+    def _compact_mask(self, name: str, mask: BitMask) -> BitMask | None:
+        """A mask in the shape that its parameter has now; None: everything may move."""
+        return mask
+
+    def _compact_scale(self, name: str, scale: Tensor) -> Tensor:
+        """Factors in the shape that their parameter has now."""
+        return scale
+
+    def _scale_of(self, scales: Mapping[str, Tensor], name: str) -> Tensor | None:
+        scale = scales.get(_plain(name))
+        return None if scale is None else self._compact_scale(_plain(name), scale)
 
     def _check_optimizer(self, own: Any) -> None:
         """A user's optimiser must freeze what the masks freeze."""
@@ -619,6 +639,7 @@ class TwoTermTrainer(Trainer):
                 self.certificates.start(0)
                 self._localize()
                 self.prepare_weights()
+            self.before_steps()
             # In early versions of transformers 5 clipping stands in the loop itself, where it cannot be overridden.
             inline = not hasattr(Trainer, "_clip_grad_norm") and self._own_optimizer()
             with _replaced(self.args, max_grad_norm=0.0) if inline else nullcontext():
@@ -635,6 +656,9 @@ class TwoTermTrainer(Trainer):
             same = self.movable is self.masks
             self.masks = {name: mask.to(devices.get(name, mask.device)) for name, mask in self.masks.items()}
             self.movable = self.masks if same else self.movable
+
+    def before_steps(self) -> None:
+        """When masks, factors and weights are what the first step finds; for methods to change what they are held in."""
 
     def prepare_weights(self) -> None:
         """Before the first step of a run that is not resumed; for methods to override."""

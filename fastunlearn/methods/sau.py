@@ -13,6 +13,9 @@ and off by default. Its kinds, with M the mask, D a change of the dense weights,
     retain  before training: survivors are corrected towards the dense model's outputs on the retain set:
             the same with D = W_dense - W and X_retain
 
+With `compressed` weights, gradients and optimiser state are held for survivors only, from the first step on (redistribution looks at
+the model before): the same run.
+
 The capacity meter, ||M g|| / ||g|| over the pruned layers, says which share of what the forget set asks for the mask lets through;
 g is the gradient of the forget term in the first micro-batch of a step, the mean over the steps since the last line of the log.
 """
@@ -70,7 +73,10 @@ class SAUConfig(UnlearnConfig):
         default=False, metadata={"help": "Train what was not pruned too: embeddings, norms, the output layer."}
     )
     capacity: bool = field(
-        default=True, metadata={"help": "Log the share of the forget gradient the mask lets through."}
+        default=True,
+        metadata={
+            "help": "Log the share of the forget gradient the mask lets through (compressed weights have no rest)."
+        },
     )
 
     def __post_init__(self) -> None:
@@ -260,7 +266,7 @@ class SAUTrainer(UnlearnTrainer):
 
     @torch.no_grad()
     def after_forget(self, model: nn.Module) -> None:
-        if not self.args.capacity or self.masks is None:
+        if not self.args.capacity or self.masks is None or self.compressed is not None:
             return
         pruned = [
             (p.grad, self.masks[n].to(p.grad.device))

@@ -155,19 +155,29 @@ class CompressedNM:
     def __init__(self, model: nn.Module, masks: Mapping[str, BitMask], n: int, m: int):
         self.model, self.n, self.m = model, n, m
         self.layers: dict[str, NMLinear] = {}
-        self.dense: dict[str, str] = {}
-        chosen = list(self._choose(masks))
-        for name, layer, mask in chosen:
-            _check_layer(name, layer, mask, n, m)
+        chosen, self.dense = self.check(model, masks, n, m)
         for name, layer, mask in chosen:
             self._replace(name, layer, mask)
-        if not self.layers:
-            why = "; ".join(f"{name}: {reason}" for name, reason in list(self.dense.items())[:3])
-            raise ValueError(f"masks: none is of a layer that can be compressed ({why or 'there are no masks'})")
 
-    def _choose(self, masks: Mapping[str, BitMask]) -> Iterator[tuple[str, nn.Linear, BitMask]]:
+    @classmethod
+    def check(
+        cls, model: nn.Module, masks: Mapping[str, BitMask], n: int, m: int
+    ) -> tuple[list[tuple[str, nn.Linear, BitMask]], dict[str, str]]:
+        """What would be compressed, and name -> why not of the others; raises as the constructor does and changes nothing."""
+        dense: dict[str, str] = {}
+        chosen = list(cls._choose(model, masks, dense))
+        for name, layer, mask in chosen:
+            _check_layer(name, layer, mask, n, m)
+        if not chosen:
+            why = "; ".join(f"{name}: {reason}" for name, reason in list(dense.items())[:3])
+            raise ValueError(f"masks: none is of a layer that can be compressed ({why or 'there are no masks'})")
+        return chosen, dense
+
+    @staticmethod
+    def _choose(
+        model: nn.Module, masks: Mapping[str, BitMask], dense: dict[str, str]
+    ) -> Iterator[tuple[str, nn.Linear, BitMask]]:
         """The layers to compress; notes why the others are not."""
-        model = self.model
         owners: dict[int, int] = {}
         for _, parameter in model.named_parameters(remove_duplicate=False):
             owners[id(parameter)] = owners.get(id(parameter), 0) + 1
@@ -179,11 +189,11 @@ class CompressedNM:
                 raise ValueError(f"masks: {name!r} is no parameter of the model; names look like {next(iter(known))!r}")
             module = modules.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
             if not isinstance(module, nn.Linear) or type(module).forward is not nn.Linear.forward:
-                self.dense[name] = f"of a {type(module).__name__}, not of an nn.Linear"
+                dense[name] = f"of a {type(module).__name__}, not of an nn.Linear"
             elif owners[id(module.weight)] > 1:
-                self.dense[name] = "tied to another weight"
+                dense[name] = "tied to another weight"
             elif any(module is end for end in ends):
-                self.dense[name] = "the losses read this embedding by itself"
+                dense[name] = "the losses read this embedding by itself"
             else:
                 yield name, module, mask
 

@@ -11,11 +11,12 @@ import torch
 pytest.importorskip("transformers")
 
 from fastunlearn import ops
-from fastunlearn.checkpoint import save_checkpoint
+from fastunlearn.checkpoint import load_checkpoint, save_checkpoint
 from fastunlearn.localize import nm_violations
 from fastunlearn.methods import SAUConfig, SAUTrainer
 from fastunlearn.methods import sau as sau_module
 from fastunlearn.objectives import answer_logprobs, token_nll
+from fastunlearn.parametrize.compressed_nm import compressed_layers, dense_state_dict
 from fastunlearn.trainer import last_checkpoint
 from tests.test_trainer import FORGET, RETAIN, half_masks, weights
 from tests.tiny_chat import CharTokenizer, tiny_llama
@@ -349,3 +350,131 @@ def test_an_adapter_keeps_to_the_survivors(tmp_path, chosen):
     refused("localize: chooses weights", localize="saliency")
     tiles = {name: torch.ones(1, 1, dtype=torch.bool) for name in masks}
     refused("tiles hold entries that pruning removed", MaskedLoraConfig(masks=tiles, block=128))
+
+
+# Compressed weights.
+
+
+def pair_of_runs(tmp_path, dtype=torch.float32, trainer_class=SAUTrainer, config_class=SAUConfig, **options):
+    """The weights after the same run dense with masks and compressed."""
+    out = []
+    for compressed in (False, True):
+        model = tiny_llama().to(dtype)
+        masks = half_masks(model)
+        settings = {**vars_of(tmp_path, f"{compressed}"), **options, "compressed": compressed}
+        trainer = trainer_class(
+            model, config_class(**settings), FORGET, RETAIN, TOKENIZER, masks=masks, pruning={"pattern": "2:4"}
+        )
+        trainer.train()
+        assert bool(compressed_layers(trainer.model)) == compressed
+        out.append((dense_state_dict(trainer.model), trainer))
+    return out
+
+
+def vars_of(tmp_path: Path, name: str) -> dict:
+    return {
+        "output_dir": str(tmp_path / name), "learning_rate": 1e-2, "num_train_epochs": 4, "per_device_train_batch_size": 3,
+        "gradient_accumulation_steps": 1, "warmup_epochs": 0, "save_strategy": "no", "disable_tqdm": True, "use_cpu": True,
+        "dataloader_pin_memory": False, "reference_cache_dir": str(tmp_path / "cache"),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"redistribution": "update"},
+        {"redistribution": "update", "importance": "weight_grad"},
+        {"localize": "saliency", "saliency_density": 0.2},
+        {"localize": "saliency", "saliency_density": 0.2, "redistribution": "update"},
+        {"redistribution": "retain"},
+        {"objective": "GradDiff", "update": "pcgrad"},
+        {"objective": "GradDiff", "update": "hamu-q", "hamu_share": 0.3, "optim": "sgd", "learning_rate": 1e-3},
+        {"train_unpruned": True},
+        {"gradient_checkpointing": True},
+    ],
+    ids=lambda options: "-".join(f"{v}" for v in options.values()) or "plain",
+)
+def test_compressed_is_the_same_run(tmp_path, dense, options):
+    if "redistribution" in options:
+        options = {**options, "dense_model": str(tmp_path / "dense")}
+    (a, _), (b, trainer) = pair_of_runs(tmp_path, **options)
+    start = tiny_llama().state_dict()
+    for name, tensor in a.items():
+        torch.testing.assert_close(b[name], tensor, rtol=1e-3, atol=2e-5, msg=name)
+    assert any(not torch.equal(a[name], start[name] * trainer.masks[name].unpack()) for name in trainer.masks)
+    assert all(layer.weight.numel() * 2 == layer.shape.numel() for layer in trainer.compressed.layers.values())
+
+
+def test_a_compressed_hamu_run(tmp_path):
+    from fastunlearn.methods import HAMUConfig, HAMUTrainer
+
+    (a, one), (b, two) = pair_of_runs(
+        tmp_path, trainer_class=HAMUTrainer, config_class=HAMUConfig, hamu_share=0.3, learning_rate=1e-3
+    )
+    for name, tensor in a.items():
+        torch.testing.assert_close(b[name], tensor, rtol=1e-4, atol=1e-6, msg=name)
+    assert one.certificates.summary()["held"] == two.certificates.summary()["held"]
+
+
+def test_a_compressed_run_is_saved_as_an_ordinary_model(tmp_path):
+    from tests.tiny_chat import char_tokenizer
+
+    transformers = pytest.importorskip("transformers")
+    model = tiny_llama()
+    masks = half_masks(model)
+    args = config(tmp_path, compressed=True, save_strategy="epoch")
+    trainer = SAUTrainer(model, args, FORGET, RETAIN, char_tokenizer(), masks=masks, pruning={"pattern": "2:4"})
+    trainer.train()
+    trainer.save_model()
+    ids = torch.arange(40).view(2, 20)
+    for folder in (tmp_path / "out", last_checkpoint(tmp_path / "out")):
+        again = transformers.AutoModelForCausalLM.from_pretrained(folder)
+        assert torch.equal(again(input_ids=ids).logits, trainer.model.eval()(input_ids=ids).logits)
+        assert nm_violations(again, masks, 2, 4) == []
+        assert load_checkpoint(folder, masks="require").masks.keys() == masks.keys()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_resumed_compressed_run_is_exact(tmp_path, dtype):
+    import shutil
+
+    def trainer(name):
+        model = tiny_llama().to(dtype)
+        return make(
+            tmp_path, model, half_masks(model), name, compressed=True, num_train_epochs=4, learning_rate=1e-2,
+            save_strategy="steps", save_steps=2,
+        )  # fmt: skip
+
+    whole = trainer("whole")
+    whole.train()
+    trainer("cut").train()
+    shutil.rmtree(tmp_path / "cut" / "checkpoint-4")
+    second = trainer("cut")
+    second.train(resume_from_checkpoint=True)
+    for name, tensor in whole.model.state_dict().items():
+        assert torch.equal(tensor, second.model.state_dict()[name]), name
+
+
+def test_what_cannot_be_compressed_is_refused_before_any_work(tmp_path):
+    model = tiny_llama()
+    masks = half_masks(model)
+    with pytest.raises(ValueError, match="compressed: wants a model pruned n:m"):
+        SAUTrainer(
+            model, config(tmp_path, compressed=True), FORGET, RETAIN, TOKENIZER, masks=masks, pruning={"pattern": "50%"}
+        )
+    with pytest.raises(ValueError, match="does not divide"):
+        SAUTrainer(
+            model, config(tmp_path, compressed=True), FORGET, RETAIN, TOKENIZER, masks=masks, pruning={"pattern": "3:7"}
+        )
+    pytest.importorskip("peft")
+    from fastunlearn import MaskedLoraConfig
+
+    args, adapter = config(tmp_path, compressed=True), MaskedLoraConfig(target_modules=["q_proj"])
+    with pytest.raises(ValueError, match="compressed: with an adapter the pruned weights do not move"):
+        SAUTrainer(model, args, FORGET, RETAIN, TOKENIZER, adapter, masks=masks, pruning={"pattern": "2:4"})
+    name = next(iter(masks))
+    with torch.no_grad():
+        model.get_parameter(name).add_(1)
+    with pytest.raises(ValueError, match="not zero outside the mask"):
+        make(tmp_path, model, masks, compressed=True)
