@@ -86,7 +86,6 @@ def test_a_concept(tmp_path, monkeypatch):
         (["--forget_class", "0"], "forget_class, override_class: say which labels"),
         (["--erase_concept", "Van Gogh"], "erase_concept: this model draws classes"),
         (["--forget_class", "0", "--override_class", "1", "stages=single", "density=1e-9"], "the mask selects nothing"),
-        (["--forget_class", "0", "--override_class", "1", "method=pekker"], "method: 'pekker' is unknown"),
     ],
 )
 def test_bad_input(model, tmp_path, capsys, words, said):
@@ -95,3 +94,21 @@ def test_bad_input(model, tmp_path, capsys, words, said):
     err = capsys.readouterr().err
     assert said in err
     assert err.startswith("fastunlearn pecker: ")
+
+
+def test_an_unknown_setting(model, tmp_path, capsys):
+    argv = [
+        "--model",
+        str(model),
+        "--output",
+        str(tmp_path / "out"),
+        "--forget_class",
+        "0",
+        "--override_class",
+        "1",
+        "method=pekker",
+    ]
+    with pytest.raises(SystemExit) as stopped:
+        command.main([*argv, *SMALL])
+    assert stopped.value.code == 2
+    assert "method: 'pekker' is unknown" in capsys.readouterr().err
