@@ -1,0 +1,197 @@
+"""The study of many concepts at once: 1, 2, 5, 10 and half of the canvas' styles (or objects) erased from one model.
+
+    python -m benchmarks.canvas_many --methods none uce time rece speed scapre --kind style --seed 0
+    python -m benchmarks.canvas_many --methods ablation
+
+Methods of `fastunlearn.methods.recipes.AT_ONCE` take all targets in one call; the others erase them one after another. Larger sets
+hold the smaller ones, drawn by the seed. `ablation` is what a public replication of ScaPre suggests: robust with the relevance that
+was measured, the same numbers on other rows, their mean for every row, and measured against the empty prompt in place of what is
+preserved. Writes benchmarks/results/quality/canvas_many.json after every row; rows that it holds already are not done again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks import RESULTS, machine
+from benchmarks.__main__ import write_json
+from fastunlearn.evaluation.canvas import Answers, AnswerSettings, answer_set, attacked
+from fastunlearn.evaluation.metrics import VALID_SHARE, Counts
+from fastunlearn.evaluation.worlds import Target, canvas_world
+from fastunlearn.methods.recipes import AT_ONCE, DEFAULTS, METHODS
+from fastunlearn.pipelines import load_pipeline
+from fastunlearn.report.cost import measured
+
+STUDY = RESULTS / "quality" / "canvas_many.json"
+#: name in the rows -> method, settings beside its defaults
+ABLATION: dict[str, tuple[str, dict[str, Any]]] = {
+    "scapre, relevance measured": ("scapre", {"relevance": "gaussian"}),
+    "scapre, relevance shuffled": ("scapre", {"relevance": "gaussian", "control": "shuffled"}),
+    "scapre, relevance constant": ("scapre", {"relevance": "gaussian", "control": "constant"}),
+    "scapre, relevance against the empty prompt": ("scapre", {"relevance": "gaussian", "negatives": "empty"}),
+    "scapre, no relevance": ("scapre", {"relevance": "none"}),
+}
+
+
+def several_metrics(counts: Counts, kind: str, erased: Sequence[int]) -> dict[str, Any]:
+    """UA, IRA, CRA (percent) of a model that erased several concepts of a kind, as `unlearning_metrics` has them of one.
+
+    UA is the mean over the erased ones, IRA over the others of their kind, CRA over all of the other kind.
+    """
+
+    def accuracy(right: Tensor, dim: int) -> Tensor:
+        return right.sum(dim).double() / counts.images.sum(dim)
+
+    own, cross = accuracy(counts.style, 1), accuracy(counts.object, 0)
+    if kind == "object":
+        own, cross = cross, own
+    gone = torch.zeros(len(own), dtype=torch.bool)
+    gone[list(erased)] = True
+    which = 0 if kind == "style" else 1
+    valid = counts.valid.sum(1 - which)[gone].sum() / counts.images.sum(1 - which)[gone].sum()
+    return {
+        "UA": 100 * float((1 - own[gone]).mean()),
+        "IRA": 100 * float(own[~gone].mean()),
+        "CRA": 100 * float(cross.mean()),
+        "valid": 100 * float(valid),
+        "noise": bool(valid < VALID_SHARE),
+    }
+
+
+def unlearn_all(
+    pipeline: Any, world: Any, targets: Sequence[Target], method: str, seed: int, settings: dict[str, Any]
+) -> dict[str, Tensor]:
+    """All targets from one model, at once where the method can -> what is kept."""
+    if method in AT_ONCE:
+        return METHODS[method](pipeline, world, list(targets), seed, **settings)
+    kept: dict[str, Tensor] = {}
+    for target in targets:
+        kept |= METHODS[method](pipeline, world, target, seed, **settings)
+    return kept
+
+
+def _settings(name: str, kind: str) -> dict[str, Any]:
+    """What a method of the rows, or of the ablation, runs with."""
+    method, chosen = ABLATION.get(name, (name, {}))
+    return DEFAULTS.get(method, {}).get(kind, {}) | chosen
+
+
+def counts_of(kind: str, world: Any) -> list[int]:
+    """1, 2, 5, 10 and half of the concepts of a kind, as far as there are so many."""
+    half = len(world.styles if kind == "style" else world.objects) // 2
+    return [n for n in (1, 2, 5, 10) if n < half] + [half]
+
+
+def run(
+    methods: Sequence[str], kind: str, seed: int, settings: AnswerSettings, *, model: str, out: Path, counts: Sequence[int] = (),
+    attack: int = 1,
+) -> dict[str, Any]:  # fmt: skip
+    """The rows, one a method and number of concepts; of the first `attack` targets of each what the attacks bring back."""
+    world, pipeline = canvas_world(), load_pipeline(model, dtype=torch.float32)
+    listed = list(counts) or counts_of(kind, world)
+    most = max(listed)
+    order = world.draw_targets(most if kind == "style" else 0, most if kind == "object" else 0, seed)
+    # What every row of one file has in common.
+    shared = {"model": model, "answer set": json.dumps({k: v for k, v in asdict(settings.of(world)).items() if k != "sample_batch_size"})}  # fmt: skip
+    found = json.loads(out.read_text()) if out.is_file() else {"rows": [], "meta": shared}
+    other = [key for key, value in shared.items() if found["meta"].get(key) != value]
+    if other:
+        raise ValueError(f"out: {out} holds rows of another {other[0]}; choose another file")
+    rows: list[dict[str, Any]] = found["rows"]
+    done = {(row["method"], row["kind"], row["concepts"], row["seed"]) for row in rows}
+    original = {name: tensor.clone() for name, tensor in pipeline.unet.state_dict().items()}
+    device = next(pipeline.unet.parameters()).device
+    names = [name for method in methods for name in (ABLATION if method == "ablation" else [method])]
+    facts = machine.meta(device)
+    result: dict[str, Any] = {}
+    for name in names:
+        method, chosen = ABLATION.get(name, (name, {}))
+        plain: Answers | None = None
+        for count in listed:
+            if (name, kind, count, seed) in done:
+                continue
+            targets = order[:count]
+            pipeline.unet.load_state_dict(original)
+            row: dict[str, Any] = {
+                "method": name,
+                "kind": kind,
+                "target": f"{count} {kind}{'s' if count > 1 else ''}",
+                "concepts": count,
+                "seed": seed,
+            }
+            begin = time.perf_counter()
+            if method != "none":
+                weights, cost = measured(lambda m=method, t=targets, c=chosen: unlearn_all(pipeline, world, t, m, seed, c), device)  # fmt: skip
+                storage = sum(w.numel() * w.element_size() for w in weights.values()) / 2**20
+                row |= {"seconds": round(cost.seconds, 2), "storage_mib": round(storage, 2)}
+            answers = plain or answer_set(pipeline, world, settings)
+            plain = answers if method == "none" else None
+            metrics = several_metrics(answers.counts, kind, [world.index(target) for target in targets])
+            row |= {key: round(value, 1) if isinstance(value, float) else value for key, value in metrics.items()}
+            edited = {key: tensor.clone() for key, tensor in pipeline.unet.state_dict().items()}
+            back: dict[str, list[float]] = {}
+            for target in targets[:attack] if settings.attacks else []:
+                for key, value in attacked(pipeline, world, target, settings, seed).items():
+                    back.setdefault(key, []).append(value)
+                pipeline.unet.load_state_dict(edited)
+            row |= {key: round(sum(values) / len(values), 1) for key, values in back.items()}
+            row["evaluation_seconds"] = round(time.perf_counter() - begin)
+            rows.append(row)
+            print(rows[-1], flush=True)
+            meta = {
+                **shared, "targets": ", ".join(target.name for target in order), "targets' seed": seed,
+                "attacked": f"the first {attack}",
+                "settings": "; ".join(f"{key}: {json.dumps(_settings(key, kind))}" for key in dict.fromkeys(r["method"] for r in rows)),
+                "machine": facts["device"], "torch": facts["torch"], "commit": facts["commit"],
+                "date": facts["date"],
+            }  # fmt: skip
+            result = {"meta": meta, "rows": rows}
+            write_json(out, result)
+    pipeline.unet.load_state_dict(original)
+    return result or {"meta": found["meta"], "rows": rows}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.canvas_many", description=(__doc__ or "").split("\n\n")[0]
+    )
+    parser.add_argument("--methods", nargs="+", choices=("none", "ablation", *METHODS), default=["none", *AT_ONCE])
+    parser.add_argument("--kind", choices=("style", "object"), default="style")
+    parser.add_argument("--counts", nargs="+", type=int, default=[], help="default: 1, 2, 5, 10 and half of them")
+    parser.add_argument("--seed", type=int, default=0, help="of the targets and of the methods")
+    parser.add_argument("--model", default="canvas")
+    parser.add_argument("--attacks", nargs="*", default=[], help="embedding, relearning")
+    parser.add_argument("--attack", type=int, default=1, help="of how many targets the attacks are tried")
+    parser.add_argument("--seeds", nargs="+", type=int, help="of the answer set")
+    parser.add_argument("--thin", type=int, default=1, help="every so many-th pair of style and object")
+    parser.add_argument("--fp32", action="store_true", help="no autocast on a CPU")
+    parser.add_argument("--out", type=Path, default=STUDY)
+    args = parser.parse_args(argv)
+    try:
+        settings = AnswerSettings(
+            seeds=tuple(args.seeds) if args.seeds else None,
+            bf16=not args.fp32,
+            attacks=tuple(args.attacks),
+            thin=args.thin,
+        )
+        run(
+            args.methods, args.kind, args.seed, settings, model=args.model, out=args.out, counts=args.counts,
+            attack=args.attack,
+        )  # fmt: skip
+    except (ValueError, FileNotFoundError) as error:
+        parser.exit(2, f"python -m benchmarks.canvas_many: {error}\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

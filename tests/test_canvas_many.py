@@ -1,0 +1,116 @@
+"""The study of many concepts at once: its metrics, larger sets hold smaller ones, one call or one after another, what it writes."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from tests.tiny_diffusion import tiny_pipeline, tiny_world
+
+pytest.importorskip("diffusers")
+from benchmarks import canvas_many
+from fastunlearn.evaluation.canvas import AnswerSettings
+from fastunlearn.evaluation.metrics import Counts, unlearning_metrics
+from fastunlearn.evaluation.worlds import Target
+from fastunlearn.methods.recipes import AT_ONCE, METHODS
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    monkeypatch.setattr(canvas_many, "canvas_world", tiny_world)
+    monkeypatch.setattr(canvas_many, "load_pipeline", lambda name, dtype: tiny_pipeline())
+
+
+def test_metrics_of_one_are_those_of_the_benchmark():
+    images = torch.full((4, 3), 10)
+    style, thing, valid = (torch.randint(0, 11, (4, 3)) for _ in range(3))
+    counts = Counts(images, style, thing, valid)
+    for kind, index in (("style", 2), ("object", 1)):
+        want = unlearning_metrics(counts, kind, index)
+        got = canvas_many.several_metrics(counts, kind, [index])
+        assert got == pytest.approx(want)
+    got = canvas_many.several_metrics(counts, "style", [0, 3])
+    acc = style.sum(1) / 30
+    assert got["UA"] == pytest.approx(100 * float(1 - (acc[0] + acc[3]) / 2))
+    assert got["IRA"] == pytest.approx(100 * float((acc[1] + acc[2]) / 2))
+    assert got["CRA"] == pytest.approx(100 * float((thing.sum(0) / 40).mean()))
+
+
+def test_numbers_of_concepts():
+    assert canvas_many.counts_of("style", tiny_world()) == [1]
+    world = tiny_world()
+    world.themes = tuple(f"s{i}" for i in range(24))
+    world.seed_theme = "s0"
+    assert canvas_many.counts_of("style", world) == [1, 2, 5, 10, 11]
+
+
+@pytest.mark.parametrize("method", AT_ONCE)
+def test_all_at_once_is_one_edit(method):
+    world, pipeline, other = tiny_world(), tiny_pipeline(), tiny_pipeline()
+    targets = [Target("style", "Mosaic"), Target("style", "Van Gogh")]
+    METHODS[method](pipeline, world, targets, 0)
+    METHODS[method](other, world, targets[::-1], 0)
+    before = tiny_pipeline().unet.state_dict()
+    for (name, a), b in zip(pipeline.unet.state_dict().items(), other.unet.state_dict().values()):
+        torch.testing.assert_close(a, b, rtol=2e-3, atol=2e-3)
+        assert torch.isfinite(a).all(), name
+    assert any(not torch.equal(t, before[name]) for name, t in pipeline.unet.state_dict().items())
+    with pytest.raises(ValueError, match="target: want styles or objects, at least one, got"):
+        METHODS[method](pipeline, world, [targets[0], Target("object", "Cat")], 0)
+
+
+def test_objects_become_one_that_stays():
+    world = tiny_world()
+    seen = {}
+    pipeline = tiny_pipeline()
+    from fastunlearn.methods import recipes
+
+    edit = recipes._edit_of("uce", recipes.UCEConfig, lambda p, names, guides, kept, c: seen.update(names=names, guides=guides, kept=kept) or {})  # fmt: skip
+    edit(pipeline, world, [Target("object", "Cat"), Target("object", "Tree")], 0)
+    assert seen == {"names": ["Cat", "Tree"], "guides": ["Fish", "Fish"], "kept": ["Fish"]}
+    edit(pipeline, world, Target("style", "Mosaic"), 0)
+    assert (seen["guides"], seen["kept"]) == (["Photo"], ["Photo", "Pop Art", "Van Gogh"])
+
+
+def test_rows_are_kept_and_not_done_again(tiny, tmp_path, capsys):
+    out = tmp_path / "many.json"
+    arguments = {"kind": "style", "seed": 1, "settings": AnswerSettings(), "model": "canvas", "out": out}
+    first = canvas_many.run(["none", "uce"], counts=[1, 2], **arguments)
+    assert [(row["method"], row["concepts"]) for row in first["rows"]] == [
+        ("none", 1),
+        ("none", 2),
+        ("uce", 1),
+        ("uce", 2),
+    ]
+    capsys.readouterr()
+    again = canvas_many.run(["none", "uce", "ablation"], counts=[2], **arguments)
+    assert len(capsys.readouterr().out.splitlines()) == len(canvas_many.ABLATION)
+    assert again["rows"][:4] == first["rows"]
+    stored = json.loads(out.read_text())
+    assert stored["rows"] == again["rows"]
+    for row in stored["rows"]:
+        assert {"UA", "IRA", "CRA", "valid", "noise", "evaluation_seconds"} <= set(row)
+    assert [row["method"] for row in stored["rows"][4:]] == list(canvas_many.ABLATION)
+    assert '"control": "shuffled"' in stored["meta"]["settings"]
+
+
+def test_rows_of_another_answer_set_are_refused(tiny, tmp_path):
+    arguments = {"kind": "style", "seed": 1, "model": "canvas", "out": tmp_path / "x.json", "counts": [1]}
+    canvas_many.run(["none"], settings=AnswerSettings(), **arguments)
+    with pytest.raises(ValueError, match=r"x\.json holds rows of another answer set; choose another file"):
+        canvas_many.run(["uce"], settings=AnswerSettings(seeds=(7,)), **arguments)
+
+
+def test_attacks_leave_the_next_method_alone(tiny, tmp_path):
+    settings = AnswerSettings(attacks=("embedding",))
+    out = canvas_many.run(["uce"], "style", 1, settings, model="canvas", out=tmp_path / "x.json", counts=[1], attack=1)
+    assert 0 <= out["rows"][0]["recovered_embedding"] <= 100
+
+
+def test_bad_arguments(tiny, capsys, tmp_path):
+    with pytest.raises(SystemExit) as stop:
+        canvas_many.main(["--counts", "40", "--out", str(tmp_path / "x.json")])
+    assert stop.value.code == 2
+    assert "styles: want 0 to 3, got 40" in capsys.readouterr().err
