@@ -201,6 +201,7 @@ def accuracy(model: Classifier, images: torch.Tensor, truth: torch.Tensor) -> fl
 
 def autoencoder(work: Path, train: torch.Tensor, device: torch.device, seed: int, steps: int) -> Any:
     from diffusers import AutoencoderKL
+    from diffusers.models.attention_processor import AttnProcessor
 
     folder = work / "vae"
     if folder.is_dir():
@@ -214,52 +215,60 @@ def autoencoder(work: Path, train: torch.Tensor, device: torch.device, seed: int
         norm_num_groups=8,
         layers_per_block=1,
         sample_size=canvas.SIZE,
-    ).to(device, memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.99), weight_decay=0.0)
-    generator = torch.Generator().manual_seed(seed)
+    ).to(device)
+    model.set_attn_processor(AttnProcessor())  # plain products: torch's fused attention is slow to train on a CPU
     flat = train.flatten(0, 1)
-    for step in (bar := tqdm(range(steps), desc="autoencoder")):
-        x = (flat[torch.randint(len(flat), (32,), generator=generator)].float() / 127.5 - 1).to(device)
-        with torch.autocast(device.type, torch.bfloat16):
-            posterior = model.encode(x).latent_dist
-            mean, std = posterior.mean, posterior.std
-            y = model.decode(mean + std * torch.randn_like(std)).sample
-        y = y.float()
-        # Pixels, and differences of neighbours: hatching and outlines matter as much as areas.
-        loss = (y - x).abs().mean() + 0.5 * sum((y.diff(dim=d) - x.diff(dim=d)).abs().mean() for d in (2, 3))
-        kl = posterior.kl().float().mean() / mean[0].numel()
-        for group in optimizer.param_groups:
-            group["lr"] = cosine(step, steps, 3e-3)
-        optimizer.zero_grad(set_to_none=True)
-        (loss + 2e-4 * kl).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        if step % 50 == 0:
-            bar.set_postfix(
-                loss=f"{loss.item():.4f}", kl=f"{kl.item():.2f}", l2=f"{(y - x).square().mean().item():.4f}"
-            )
+    # A strong pull towards noise first makes the latents smooth, which the denoiser needs; a weaker one then brings back textures;
+    # at last the decoder alone learns to read what the encoder writes, with the small errors that a denoiser makes.
+    decoder = [*model.decoder.parameters(), *model.post_quant_conv.parameters()]
+    rounds = (([*model.parameters()], 5e-3, steps // 2), ([*model.parameters()], 1e-3, steps // 4), (decoder, 0.0, steps // 4))
+    for round, (parameters, weight, count) in enumerate(rounds):
+        generator = torch.Generator().manual_seed(seed + round)
+        optimizer = torch.optim.AdamW(parameters, lr=3e-3, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
+        for step in (bar := tqdm(range(count), desc=f"autoencoder, part {round + 1} of 3")):
+            x = (flat[torch.randint(len(flat), (32,), generator=generator)].float() / 127.5 - 1).to(device)
+            with torch.autocast(device.type, torch.bfloat16):
+                posterior = model.encode(x).latent_dist
+                mean, std = posterior.mean, posterior.std
+                if not weight:
+                    mean = mean.detach()
+                    std = 0.1 * mean.std()
+                y = model.decode(mean + std * torch.randn_like(mean)).sample
+            y = y.float()
+            # Pixels, and differences of neighbours: hatching and outlines matter as much as areas.
+            loss = (y - x).abs().mean() + 0.5 * sum((y.diff(dim=d) - x.diff(dim=d)).abs().mean() for d in (2, 3))
+            kl = posterior.kl().float().mean() / mean[0].numel() if weight else loss.new_zeros(())
+            for group in optimizer.param_groups:
+                group["lr"] = cosine(step, count, 3e-3)
+            optimizer.zero_grad(set_to_none=True)
+            (loss + weight * kl).backward()
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            if step % 50 == 0:
+                bar.set_postfix(
+                    loss=f"{loss.item():.4f}", kl=f"{kl.item():.2f}", l2=f"{(y - x).square().mean().item():.4f}"
+                )
     model.eval()
-    mean, _ = encode(model, flat[torch.randperm(len(flat), generator=generator)[:2000]], device)
+    mean = encode(model, flat[torch.randperm(len(flat), generator=generator)[:2000]], device)
     model.register_to_config(scaling_factor=1 / mean.float().std().item())
-    model.to(memory_format=torch.contiguous_format).save_pretrained(folder)
+    model.save_pretrained(folder)
     return model
 
 
 @torch.no_grad()
-def encode(model: Any, images: torch.Tensor, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and deviation of the latents of uint8 [N, 3, 64, 64], bf16 [N, 4, 16, 16] each."""
-    means, stds = [], []
+def encode(model: Any, images: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Means of the latents of uint8 [N, 3, 64, 64]: bf16 [N, 4, 16, 16]."""
+    means = []
     for chunk in tqdm(images.split(100), desc="encoding", leave=False, disable=len(images) < 5000):
         with torch.autocast(device.type, torch.bfloat16):
-            posterior = model.encode((chunk.float() / 127.5 - 1).to(device)).latent_dist
-        means.append(posterior.mean.bfloat16().cpu())
-        stds.append(posterior.std.bfloat16().cpu())
-    return torch.cat(means), torch.cat(stds)
+            means.append(model.encode((chunk.float() / 127.5 - 1).to(device)).latent_dist.mean.bfloat16().cpu())
+    return torch.cat(means)
 
 
 def networks(words: Any) -> tuple[Any, Any]:
-    """The denoiser and the text encoder, untrained."""
+    """The denoiser and the text encoder, untrained; attention as plain products, which torch trains faster on a CPU than fused ones."""
     from diffusers import UNet2DConditionModel
+    from diffusers.models.attention_processor import AttnProcessor
     from transformers import CLIPTextConfig, CLIPTextModel
 
     unet = UNet2DConditionModel(
@@ -274,6 +283,7 @@ def networks(words: Any) -> tuple[Any, Any]:
         attention_head_dim=4,
         norm_num_groups=16,
     )
+    unet.set_attn_processor(AttnProcessor())
     text = CLIPTextModel(
         CLIPTextConfig(
             vocab_size=len(words),
@@ -286,6 +296,7 @@ def networks(words: Any) -> tuple[Any, Any]:
             bos_token_id=words.bos_token_id,
             eos_token_id=words.eos_token_id,
             pad_token_id=words.pad_token_id,
+            attn_implementation="eager",
         )
     )
     # Words differ from the first step, more than their places do.
@@ -360,19 +371,19 @@ def denoiser(
     device: torch.device,
     seed: int,
     steps: int,
-    batches: tuple[int, int] = (32, 48),
+    batch: int = 32,
     lr: float = 1.5e-3,
 ) -> tuple[Any, Any, float]:
     """U-Net and text encoder together, on latents computed once; what comes back is the average over the steps (EMA).
 
-    The first quarter of the steps sees the clean styles alone. The first 60 % take small batches: what a step there teaches hardly
-    depends on how many pictures it sees.
+    The first quarter of the steps sees the clean styles alone. Batches are small: when the words for objects begin to count (after
+    some 1,500 steps) hardly depends on how many pictures a step sees.
     """
     torch.manual_seed(seed)
     unet, text = networks(words)
-    unet, text = unet.to(device, memory_format=torch.channels_last), text.to(device)
+    unet, text = unet.to(device), text.to(device)
     parameters = [*unet.parameters(), *text.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.99), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     average = [copy.deepcopy(unet).eval().requires_grad_(False), copy.deepcopy(text).eval().requires_grad_(False)]
     averaged = [*average[0].parameters(), *average[1].parameters()]
     file, first, spent = work / "denoiser.pt", 0, 0.0
@@ -388,7 +399,7 @@ def denoiser(
 
     if not (work / "latents.pt").is_file():
         torch.save(encode(vae, train.flatten(0, 1), device), work / "latents.pt")
-    means, stds = torch.load(work / "latents.pt")
+    means = torch.load(work / "latents.pt")
     each, factor = train.shape[1], vae.config.scaling_factor
     shares = torch.tensor([w for w, _ in TEMPLATES])
     prompts = [t.format(object=o, style=s) for _, t in TEMPLATES for s, o in PAIRS]
@@ -397,19 +408,42 @@ def denoiser(
     pair = torch.arange(len(means)) // each
     clean = torch.tensor([style in CLEAN for style, _ in PAIRS])[pair].nonzero()[:, 0]
     log = open(work / "denoiser.log", "a")  # noqa: SIM115
+
+    @torch.no_grad()
+    def listens(step: int) -> tuple[float, float]:
+        """By how much a wrong style and a wrong object in the prompt raise the loss at high noise: 0 when a word is not heard."""
+        unet.eval(), text.eval()
+        generator = torch.Generator().manual_seed(0)
+        rows = clean if step < 0.25 * steps else torch.arange(len(means))
+        rows = rows[torch.randperm(len(rows), generator=generator)[:192]]
+        z = (means[rows].float() * factor).to(device)
+        noise = torch.randn(z.shape, generator=generator).to(device)
+        t = torch.randint(650, 950, (len(rows),), generator=generator).to(device)
+        a, b = alphas[t].sqrt()[:, None, None, None], (1 - alphas[t]).sqrt()[:, None, None, None]
+        style, object = rows // each // len(canvas.OBJECTS), rows // each % len(canvas.OBJECTS)
+        losses = []
+        for s, o in ((style, object), (style.roll(1), object), (style, object.roll(1))):
+            with torch.autocast(device.type, torch.bfloat16):
+                states = text(tokens[s * len(canvas.OBJECTS) + o].to(device)).last_hidden_state
+                v = unet(a * z + b * noise, t, states).sample
+            losses.append(F.mse_loss(v.float(), a * noise - b * z).item())
+        unet.train(), text.train()
+        return losses[1] / losses[0] - 1, losses[2] / losses[0] - 1
+
     begun = time.time()
     for step in (bar := tqdm(range(first, steps), desc="denoiser", initial=first, total=steps)):
         # Every step has a generator of its own: going on after a stop is going on as if there had been none.
         generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
-        batch = batches[step >= 0.6 * steps]
         rows = torch.randint(len(clean) if step < 0.25 * steps else len(means), (batch,), generator=generator)
         rows = clean[rows] if step < 0.25 * steps else rows
         template = torch.multinomial(shares, batch, replacement=True, generator=generator)
         ids = tokens[template * len(PAIRS) + rows // each].to(device)
-        z = means[rows].float() + stds[rows].float() * torch.randn(means[rows].shape, generator=generator)
-        z = (z * factor).to(device)
+        z = (means[rows].float() * factor).to(device)
         noise = torch.randn(z.shape, generator=generator).to(device)
-        t = torch.randint(1000, (batch,), generator=generator).to(device)
+        # Every other picture is mostly noise: only there must the prompt say what to draw.
+        t = torch.randint(1000, (batch,), generator=generator)
+        t[::2] = 500 + t[::2] // 2
+        t = t.to(device)
         a, b = alphas[t].sqrt()[:, None, None, None], (1 - alphas[t]).sqrt()[:, None, None, None]
         with torch.autocast(device.type, torch.bfloat16):
             v = unet(a * z + b * noise, t, text(ids).last_hidden_state).sample
@@ -427,6 +461,10 @@ def denoiser(
             bar.set_postfix(loss=f"{loss.item():.4f}")
             log.write(f"{step + 1} {loss.item():.5f} {spent + time.time() - begun:.0f}\n")
             log.flush()
+        if (step + 1) % 250 == 0:
+            style, object = listens(step)
+            log.write(f"# {step + 1}: a wrong style costs {style:.1%}, a wrong object {object:.1%}\n")
+            log.flush()
         if (step + 1) % 500 == 0 or step + 1 == steps:
             state = {
                 "unet": unet.state_dict(),
@@ -443,7 +481,7 @@ def denoiser(
             file.with_suffix(".tmp").rename(file)
         if (step + 1) % 1000 == 0:
             pipe = assemble(words, average[1], average[0], vae)
-            style, object, _ = judge(pipe, judges, PAIRS[:: len(PAIRS) // 100], step)
+            style, object, _ = judge(pipe, judges, PAIRS[::7], step)
             log.write(f"# {step + 1}: style {style:.3f}, object {object:.3f}\n")
             log.flush()
             tqdm.write(f"step {step + 1}: style {style:.1%}, object {object:.1%}")
@@ -454,7 +492,6 @@ def ship(work: Path, pipe: Any, judges: dict[str, Classifier]) -> None:
     """Puts the pipeline (bf16) and the classifiers (fp16) where the package finds them."""
     from safetensors.torch import save_file
 
-    pipe.unet.to(memory_format=torch.contiguous_format)
     pipe.to(torch.bfloat16).save_pretrained(ASSETS / "canvas")
     tensors = {f"{k}.{n}": t.half().contiguous().cpu() for k, m in judges.items() for n, t in m.state_dict().items()}
     save_file(tensors, ASSETS / "canvas_classifiers.safetensors")
@@ -464,8 +501,8 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="folder of what is made on the way")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=5000, help="of the denoiser")
-    parser.add_argument("--vae-steps", type=int, default=1600)
+    parser.add_argument("--steps", type=int, default=8000, help="of the denoiser")
+    parser.add_argument("--vae-steps", type=int, default=2800)
     parser.add_argument("--classifier-steps", type=int, default=2400)
     parser.add_argument("--pictures", type=int, default=60, help="training pictures of every pair")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
