@@ -86,6 +86,8 @@ def test_without_a_compiler(tmp_path):
     assert lines[3] == "fastunlearn._C is not built"
     assert (site / "fastunlearn" / "kernels" / "_common.py").is_file()
     assert (site / "fastunlearn" / "gpu_runs.json").is_file()
+    assert (site / "fastunlearn" / "assets" / "canvas" / "unet" / "diffusion_pytorch_model.safetensors").is_file()
+    assert (site / "fastunlearn" / "assets" / "canvas_classifiers.safetensors").is_file()
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="no g++ on this machine")

@@ -18,7 +18,7 @@ COMMANDS = {
     "hamu": "a language model forgets by steps that come with a certificate, and flag damage that cannot be avoided",
     "prune": "a model to 2:4, any n:m or a share of its weights, by magnitude, Wanda or SparseGPT",
     "sau": "a pruned model forgets a set and keeps its sparsity pattern",
-    "unlearn": "any language model forgets a set: NPO, SimNPO, GradDiff, GradAscent, IdkDPO",
+    "unlearn": "any language model forgets a set: GradDiff, NPO, RMU, UNDIAL and nine other objectives",
     "spare": "a text-to-image model draws a surrogate for a concept, through a sparse low-rank adapter",
     "esd": "a text-to-image model is pushed away from a concept (baseline)",
     "ablate": "a concept of a text-to-image model comes to mean its anchor: concept ablation (baseline)",
