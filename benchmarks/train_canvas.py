@@ -221,7 +221,11 @@ def autoencoder(work: Path, train: torch.Tensor, device: torch.device, seed: int
     # A strong pull towards noise first makes the latents smooth, which the denoiser needs; a weaker one then brings back textures;
     # at last the decoder alone learns to read what the encoder writes, with the small errors that a denoiser makes.
     decoder = [*model.decoder.parameters(), *model.post_quant_conv.parameters()]
-    rounds = (([*model.parameters()], 5e-3, steps // 2), ([*model.parameters()], 1e-3, steps // 4), (decoder, 0.0, steps // 4))
+    rounds = (
+        ([*model.parameters()], 5e-3, steps // 2),
+        ([*model.parameters()], 1e-3, steps // 4),
+        (decoder, 0.0, steps // 4),
+    )
     for round, (parameters, weight, count) in enumerate(rounds):
         generator = torch.Generator().manual_seed(seed + round)
         optimizer = torch.optim.AdamW(parameters, lr=3e-3, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
@@ -376,7 +380,8 @@ def denoiser(
 ) -> tuple[Any, Any, float]:
     """U-Net and text encoder together, on latents computed once; what comes back is the average over the steps (EMA).
 
-    The first quarter of the steps sees the clean styles alone. Batches are small: when the words for objects begin to count (after
+    The learning rate falls twice, the second time from two thirds of the first. The first quarter of the first fall sees the clean
+    styles alone. Batches are small: when the words for objects begin to count (after
     some 1,500 steps) hardly depends on how many pictures a step sees.
     """
     torch.manual_seed(seed)
@@ -407,6 +412,7 @@ def denoiser(
     alphas = scheduler().alphas_cumprod.to(device)
     pair = torch.arange(len(means)) // each
     clean = torch.tensor([style in CLEAN for style, _ in PAIRS])[pair].nonzero()[:, 0]
+    cycle = steps * 16 // 21
     log = open(work / "denoiser.log", "a")  # noqa: SIM115
 
     @torch.no_grad()
@@ -414,7 +420,7 @@ def denoiser(
         """By how much a wrong style and a wrong object in the prompt raise the loss at high noise: 0 when a word is not heard."""
         unet.eval(), text.eval()
         generator = torch.Generator().manual_seed(0)
-        rows = clean if step < 0.25 * steps else torch.arange(len(means))
+        rows = clean if step < cycle // 4 else torch.arange(len(means))
         rows = rows[torch.randperm(len(rows), generator=generator)[:192]]
         z = (means[rows].float() * factor).to(device)
         noise = torch.randn(z.shape, generator=generator).to(device)
@@ -434,8 +440,8 @@ def denoiser(
     for step in (bar := tqdm(range(first, steps), desc="denoiser", initial=first, total=steps)):
         # Every step has a generator of its own: going on after a stop is going on as if there had been none.
         generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
-        rows = torch.randint(len(clean) if step < 0.25 * steps else len(means), (batch,), generator=generator)
-        rows = clean[rows] if step < 0.25 * steps else rows
+        rows = torch.randint(len(clean) if step < cycle // 4 else len(means), (batch,), generator=generator)
+        rows = clean[rows] if step < cycle // 4 else rows
         template = torch.multinomial(shares, batch, replacement=True, generator=generator)
         ids = tokens[template * len(PAIRS) + rows // each].to(device)
         z = (means[rows].float() * factor).to(device)
@@ -449,7 +455,9 @@ def denoiser(
             v = unet(a * z + b * noise, t, text(ids).last_hidden_state).sample
         loss = F.mse_loss(v.float(), a * noise - b * z)
         for group in optimizer.param_groups:
-            group["lr"] = cosine(step, steps, lr, 200)
+            group["lr"] = (
+                cosine(step, cycle, lr, 200) if step < cycle else cosine(step - cycle, steps - cycle, 2 / 3 * lr, 200)
+            )
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -501,7 +509,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="folder of what is made on the way")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=8000, help="of the denoiser")
+    parser.add_argument("--steps", type=int, default=10_500, help="of the denoiser")
     parser.add_argument("--vae-steps", type=int, default=2800)
     parser.add_argument("--classifier-steps", type=int, default=2400)
     parser.add_argument("--pictures", type=int, default=60, help="training pictures of every pair")
