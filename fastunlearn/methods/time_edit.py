@@ -3,7 +3,7 @@
     W_new = (lamb W + sum v* c^T) (lamb I + sum c c^T)^-1,   v* = W c*
 
 with the tokens c of the source prompt and c* of the destination that stand in their places; what holds on to everything else is
-lamb alone. As in the authors' code a concept comes in a few prompts besides its name, at equal weight.
+lamb alone. As with the authors a concept comes in a few prompts besides its name, at equal weight; which prompts is our choice.
 """
 
 from __future__ import annotations
