@@ -1,6 +1,6 @@
 """Text-to-image pipelines by name: the canvas pipeline of this package, a folder, or a model of the Hugging Face hub.
 
-The canvas pipeline is a diffusers `StableDiffusionPipeline` (4.9 M parameters, bf16, 64 x 64 pixels) trained by
+The canvas pipeline is a diffusers `StableDiffusionPipeline` (4.8 M parameters, bf16, 64 x 64 pixels) trained by
 `python -m benchmarks.train_canvas` on the drawn world of `fastunlearn.data.canvas`; it is the default of every diffusion command.
 """
 
