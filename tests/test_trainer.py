@@ -519,7 +519,7 @@ def test_resuming_under_other_masks_is_refused(tmp_path):
     trainer.train()
     other = resumable(tmp_path / "out")
     name = next(iter(other.masks))
-    other.masks = dict(other.masks)
+    other.masks = other.movable = dict(other.masks)
     other.masks[name] = BitMask.zeros(other.masks[name].shape)
     with pytest.raises(ValueError, match="holds other masks than this run's"):
         other.train(resume_from_checkpoint=True)
