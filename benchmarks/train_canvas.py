@@ -1,6 +1,6 @@
 """Trains everything the canvas ships: its pipeline and its two classifiers.
 
-    python -m benchmarks.train_canvas --work FOLDER [--seed 0] [--steps 5000] [--device cpu]
+    python -m benchmarks.train_canvas --work FOLDER [--seed 0] [--steps 10500] [--device cpu]
 
 Five parts, each saved in the work folder and skipped when it is there: pictures, tokenizer, classifiers, autoencoder, denoiser (which
 goes on from its last checkpoint). At the end the pipeline (bf16) and the classifiers (fp16) go to fastunlearn/assets; then
@@ -381,8 +381,7 @@ def denoiser(
     """U-Net and text encoder together, on latents computed once; what comes back is the average over the steps (EMA).
 
     The learning rate falls twice, the second time from two thirds of the first. The first quarter of the first fall sees the clean
-    styles alone. Batches are small: when the words for objects begin to count (after
-    some 1,500 steps) hardly depends on how many pictures a step sees.
+    styles alone.
     """
     torch.manual_seed(seed)
     unet, text = networks(words)
