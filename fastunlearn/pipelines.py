@@ -22,10 +22,12 @@ PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 def pipeline_folder(name: str | os.PathLike[str]) -> str:
     """Where the pipeline of that name lies: "canvas" becomes the folder inside this package, all else stays what it is.
 
+    A folder called canvas with a pipeline in it, where the program runs, goes before; one without a pipeline does not count.
+
     Raises:
         FileNotFoundError: this installation came without the canvas pipeline.
     """
-    if str(name) != CANVAS or Path(name).is_dir():
+    if str(name) != CANVAS or (Path(name) / "model_index.json").is_file():
         return str(name)
     folder = _ASSETS / CANVAS
     if not (folder / "model_index.json").is_file():

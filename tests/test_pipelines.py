@@ -109,3 +109,11 @@ def test_a_pipeline_without_a_denoiser_is_refused(monkeypatch):
 
 def test_classifier_width():
     assert Classifier(("a", "b"), width=8).head.in_features == 48
+
+
+def test_a_folder_called_canvas_counts_only_with_a_pipeline_in_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "canvas").mkdir()
+    assert pipelines.pipeline_folder("canvas") == str(pipelines._ASSETS / "canvas")
+    (tmp_path / "canvas" / "model_index.json").write_text("{}")
+    assert pipelines.pipeline_folder("canvas") == "canvas"
