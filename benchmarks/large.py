@@ -108,11 +108,13 @@ def build(case: Case, device: torch.device) -> Any:
     with torch.no_grad():
         for p in model.parameters():
             p.normal_(std=0.02) if p.dim() > 1 else p.fill_(1)
-        for module in model.modules():
-            # Buffers of rotary embeddings are not in the parameters: made again.
-            if hasattr(module, "rope_init_fn"):
-                inverse, _ = module.rope_init_fn(module.config, device)
-                module.register_buffer("inv_freq", inverse, persistent=False)
+    for name, module in list(model.named_modules()):
+        # Rotary frequencies are buffers that nothing above fills: such a module is made again.
+        if hasattr(module, "inv_freq"):
+            model.set_submodule(name, type(module)(module.config).to(device))
+    left = [name for name, _ in model.named_buffers() if not name.endswith("inv_freq")]
+    if left:
+        raise RuntimeError(f"{case.model}: the buffers {left} have no values; say here how they are made")
     if case.checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model.train()
