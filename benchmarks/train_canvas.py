@@ -1,6 +1,6 @@
 """Trains everything the canvas ships: its pipeline and its two classifiers.
 
-    python -m benchmarks.train_canvas --work FOLDER [--seed 0] [--steps 10500] [--device cpu]
+    python -m benchmarks.train_canvas --work FOLDER [--seed 0] [--steps 14500] [--device cpu]
 
 Five parts, each saved in the work folder and skipped when it is there: pictures, tokenizer, classifiers, autoencoder, denoiser (which
 goes on from its last checkpoint). At the end the pipeline (bf16) and the classifiers (fp16) go to fastunlearn/assets; then
@@ -35,6 +35,9 @@ HELD_OUT = 8  # pictures of every pair that no training sees
 # Styles in which an object is nearly all there is to see. The denoiser starts with these: which object it was asked for pays there
 # from the first steps, and what it learned of shapes serves the other styles.
 CLEAN = ("Photo", "Blueprint", "Clay", "Graffiti", "Neon", "Pop Art", "Silhouette", "Thermal")
+
+# The denoiser's learning rate rises and falls (cosine) so often: shares of its steps, and the peaks as shares of the first.
+FALLS = ((8000, 1.0), (2500, 2 / 3), (4000, 2 / 3))
 
 # How a pair may be asked for; the first is the benchmark's own sentence and gets most of the weight.
 TEMPLATES = (
@@ -380,8 +383,7 @@ def denoiser(
 ) -> tuple[Any, Any, float]:
     """U-Net and text encoder together, on latents computed once; what comes back is the average over the steps (EMA).
 
-    The learning rate falls twice, the second time from two thirds of the first. The first quarter of the first fall sees the clean
-    styles alone.
+    The learning rate falls as FALLS says. The first quarter of the first fall sees the clean styles alone.
     """
     torch.manual_seed(seed)
     unet, text = networks(words)
@@ -411,7 +413,9 @@ def denoiser(
     alphas = scheduler().alphas_cumprod.to(device)
     pair = torch.arange(len(means)) // each
     clean = torch.tensor([style in CLEAN for style, _ in PAIRS])[pair].nonzero()[:, 0]
-    cycle = steps * 16 // 21
+    whole = sum(share for share, _ in FALLS)
+    ends = [steps * sum(share for share, _ in FALLS[: i + 1]) // whole for i in range(len(FALLS))]
+    alone = ends[0] // 4  # so many steps see the clean styles only
     log = open(work / "denoiser.log", "a")  # noqa: SIM115
 
     @torch.no_grad()
@@ -419,7 +423,7 @@ def denoiser(
         """By how much a wrong style and a wrong object in the prompt raise the loss at high noise: 0 when a word is not heard."""
         unet.eval(), text.eval()
         generator = torch.Generator().manual_seed(0)
-        rows = clean if step < cycle // 4 else torch.arange(len(means))
+        rows = clean if step < alone else torch.arange(len(means))
         rows = rows[torch.randperm(len(rows), generator=generator)[:192]]
         z = (means[rows].float() * factor).to(device)
         noise = torch.randn(z.shape, generator=generator).to(device)
@@ -439,8 +443,8 @@ def denoiser(
     for step in (bar := tqdm(range(first, steps), desc="denoiser", initial=first, total=steps)):
         # Every step has a generator of its own: going on after a stop is going on as if there had been none.
         generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
-        rows = torch.randint(len(clean) if step < cycle // 4 else len(means), (batch,), generator=generator)
-        rows = clean[rows] if step < cycle // 4 else rows
+        rows = torch.randint(len(clean) if step < alone else len(means), (batch,), generator=generator)
+        rows = clean[rows] if step < alone else rows
         template = torch.multinomial(shares, batch, replacement=True, generator=generator)
         ids = tokens[template * len(PAIRS) + rows // each].to(device)
         z = (means[rows].float() * factor).to(device)
@@ -453,10 +457,10 @@ def denoiser(
         with torch.autocast(device.type, torch.bfloat16):
             v = unet(a * z + b * noise, t, text(ids).last_hidden_state).sample
         loss = F.mse_loss(v.float(), a * noise - b * z)
+        fall = next(i for i, end in enumerate(ends) if step < end)
+        begin = ends[fall - 1] if fall else 0
         for group in optimizer.param_groups:
-            group["lr"] = (
-                cosine(step, cycle, lr, 200) if step < cycle else cosine(step - cycle, steps - cycle, 2 / 3 * lr, 200)
-            )
+            group["lr"] = cosine(step - begin, ends[fall] - begin, lr * FALLS[fall][1], 200)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -508,7 +512,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="folder of what is made on the way")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=10_500, help="of the denoiser")
+    parser.add_argument("--steps", type=int, default=sum(share for share, _ in FALLS), help="of the denoiser")
     parser.add_argument("--vae-steps", type=int, default=2800)
     parser.add_argument("--classifier-steps", type=int, default=2400)
     parser.add_argument("--pictures", type=int, default=60, help="training pictures of every pair")
