@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fastunlearn.data.prompts import encode_prompts
 from fastunlearn.objectives.diffusion import NoiseSchedule
 from fastunlearn.objectives.score_distillation import Conditions, Timesteps
-from fastunlearn.parametrize.masked_layers import MaskedConv2d, MaskedLinear, plain_layer
+from fastunlearn.parametrize.masked_layers import plain_model
 
 #: SFD's runs (papers and code of tqch/score-forgetting-distillation): class-conditional, and Stable Diffusion
 _CLASSES = {
@@ -56,12 +56,7 @@ class Setup:
 
 def copy_of(network: nn.Module) -> Any:
     """A copy in eval mode (no dropout: scores that are equal are equal), whose every parameter trains, without masks."""
-    made = copy.deepcopy(network).eval().requires_grad_(True)
-    for name, layer in list(made.named_modules()):
-        if isinstance(layer, (MaskedLinear, MaskedConv2d)):
-            parent, _, own = name.rpartition(".")
-            setattr(made.get_submodule(parent), own, plain_layer(layer))
-    return made
+    return plain_model(copy.deepcopy(network).eval().requires_grad_(True))
 
 
 def _parts(model: Any, scheduler: Any, what: str) -> tuple[nn.Module, Any]:

@@ -35,7 +35,7 @@ from fastunlearn.objectives.score_distillation import (
 )
 from fastunlearn.ops.mask import BitMask
 from fastunlearn.optim.ema import EMA
-from fastunlearn.parametrize.masked_layers import MaskedModel, mask_model
+from fastunlearn.parametrize.masked_layers import MaskedModel, mask_model, plain_model
 from fastunlearn.two_terms import DivergenceError, last_checkpoint, resumes_in
 
 
@@ -193,7 +193,8 @@ class PECKERTrainer(Trainer):
 
     def localize(self, iteration: int = 0) -> None:
         """Takes the mask from the forget term of the generator as it is now, and puts it on."""
-        self.generator.requires_grad_(True)
+        # Masked layers make no gradient off the mask before: nothing could come into this one.
+        plain_model(self.generator).requires_grad_(True)
         scores = self._saliency(iteration)
         args = self.args
         unit = cast(Granularity, args.granularity)

@@ -298,6 +298,15 @@ def plain_layer(layer: nn.Module) -> nn.Module:
     return new
 
 
+def plain_model(model: nn.Module) -> nn.Module:
+    """The model, changed in place: torch's own layers for masked ones, whose gradients are whole again; its parameters stay."""
+    for name, layer in list(model.named_modules()):
+        if name and isinstance(layer, (MaskedLinear, MaskedConv2d)):
+            parent, _, own = name.rpartition(".")
+            setattr(model.get_submodule(parent), own, plain_layer(layer))
+    return model
+
+
 @dataclass
 class MaskedModel:
     """What `mask_model` did.

@@ -214,6 +214,17 @@ def test_every_option_does_something(tmp_path, plain_run, name):
         assert max(float((after[n] - before[n]).abs().max()) for n in after) > 0
 
 
+@pytest.mark.parametrize("networks", ["generator", "both"])
+def test_a_new_mask_lets_other_weights_in(tmp_path, networks):
+    run = trainer(tmp_path, refresh_every=2, max_steps=2, density=0.3, mask_networks=networks)
+    run.train()
+    first = {name: mask.unpack() for name, mask in run.masks.items()}
+    run.localize(2)
+    new = {name: mask.unpack() & ~first[name] for name, mask in run.masks.items()}
+    assert any(bool(mask.any()) for mask in new.values() if mask.dim() == 4)
+    assert any(bool(mask.any()) for mask in new.values() if mask.dim() == 2)
+
+
 def test_two_stages_and_gradient_ascent(tmp_path):
     model = tiny_unet()
     first = PECKERTrainer(model[0], config(tmp_path / "sid", method="sid", max_steps=2), processing_class=model[1])
