@@ -106,6 +106,11 @@ class PECKERConfig(TrainingArguments):
             raise ValueError(
                 "refresh_every: a weight that leaves the mask would go on moving by momentum or decay; want adam_beta1=0, weight_decay=0"
             )
+        if self.refresh_every and self.mask_values == "soft" and self.mask_terms == "all":
+            raise ValueError(
+                "refresh_every: mask_values=soft would scale gradients there, and Adam divides any scale out again: it has no effect; "
+                "want mask_values=hard, refresh_every=0 (soft on the update) or mask_terms=forget (soft between the terms)"
+            )
         if self.fp16:
             raise ValueError("fp16: two optimisers take turns, one loss scale does not serve both; use bf16")
         # Draws come from the seed and the iteration: a resumed run needs nothing to be skipped.

@@ -391,6 +391,7 @@ def test_a_mask_that_selects_nothing(tmp_path):
         ({"density": 0}, r"density: want a number in \(0, 1\], got 0"),
         ({"granularity": "pixel"}, "granularity: want one of weight, tile, row, module"),
         ({"refresh_every": 2, "adam_beta1": 0.9}, "refresh_every: a weight that leaves the mask would go on moving"),
+        ({"refresh_every": 2, "mask_values": "soft"}, "refresh_every: mask_values=soft .* has no effect"),
         ({"gradient_accumulation_steps": 2}, "gradient_accumulation_steps: two networks take turns"),
         ({"clip_value": 0.0}, "clip_value: want a positive number or None"),
         ({"mask_terms": "retain"}, "mask_terms: 'retain' is unknown"),
