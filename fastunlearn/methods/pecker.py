@@ -318,9 +318,8 @@ class PECKERTrainer(Trainer):
             if p.grad is None:
                 continue
             if self.soft:
-                p.grad *= self.soft[name]
-            else:
-                p.grad.masked_fill_(~self.masks[name].unpack().to(p.device), 0)
+                p.grad *= self.soft[name].to(p.device)
+            p.grad.masked_fill_(~self.masks[name].unpack().to(p.device), 0)
 
     def _pseudo_step(self, iteration: int) -> None:
         for p in self._pseudo_trains:

@@ -225,6 +225,18 @@ def test_a_new_mask_lets_other_weights_in(tmp_path, networks):
     assert any(bool(mask.any()) for mask in new.values() if mask.dim() == 2)
 
 
+def test_a_soft_mask_of_the_forget_term_masks(tmp_path):
+    run = trainer(tmp_path, mask_values="soft", mask_terms="forget", density=0.3)
+    run.localize()
+    for p in run.generator.parameters():
+        p.grad = torch.ones_like(p)
+    run._mask_gradients()
+    for name, p in run.generator.named_parameters():
+        mask = run.masks[name].unpack()
+        assert_equal(p.grad, torch.where(mask, run.soft[name], 0.0))
+    assert any(bool((soft[~run.masks[name].unpack()] > 0).any()) for name, soft in run.soft.items())
+
+
 def test_two_stages_and_gradient_ascent(tmp_path):
     model = tiny_unet()
     first = PECKERTrainer(model[0], config(tmp_path / "sid", method="sid", max_steps=2), processing_class=model[1])
