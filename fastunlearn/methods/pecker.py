@@ -287,7 +287,8 @@ class PECKERTrainer(Trainer):
                 for p in params:
                     p.grad = None
             draw = self._draw(which, iteration, purpose)
-            with self.compute_loss_context_manager():
+            # Of all three networks: what the Trainer wraps is the generator alone.
+            with self.accelerator.autocast():
                 loss = self._term(name, draw)
             self._check_finite(name, loss)
             self.accelerator.backward(loss * factor)
@@ -334,7 +335,7 @@ class PECKERTrainer(Trainer):
             if which is None or not factor:
                 continue
             draw = self._draw(which, iteration, purpose)
-            with self.compute_loss_context_manager():
+            with self.accelerator.autocast():
                 loss = self.distillation.pseudo_loss(self.model, draw)
             self._check_finite("pseudo-score", loss)
             self.accelerator.backward(loss * factor)

@@ -237,6 +237,17 @@ def test_a_soft_mask_of_the_forget_term_masks(tmp_path):
     assert any(bool((soft[~run.masks[name].unpack()] > 0).any()) for name, soft in run.soft.items())
 
 
+def test_bf16_is_of_all_three_networks(tmp_path):
+    run = trainer(tmp_path, bf16=True, max_steps=1, density=0.3)
+    seen = {}
+    for name, network in (("theta", run.generator), ("psi", run.pseudo), ("phi", run.teacher)):
+        seen[name] = set()
+        network.conv_in.register_forward_hook(lambda _, __, out, dtypes=seen[name]: dtypes.add(out.dtype))
+    run.train()
+    assert seen == {name: {torch.bfloat16} for name in ("theta", "psi", "phi")}
+    assert all(p.dtype == torch.float32 for p in run.generator.parameters())
+
+
 def test_two_stages_and_gradient_ascent(tmp_path):
     model = tiny_unet()
     first = PECKERTrainer(model[0], config(tmp_path / "sid", method="sid", max_steps=2), processing_class=model[1])
