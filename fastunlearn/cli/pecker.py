@@ -61,7 +61,7 @@ class _Work:
     retain: Any
 
 
-def _load(asked: PeckerArguments) -> _Work:
+def _load(asked: PeckerArguments, method: str) -> _Work:
     from fastunlearn.methods._pecker_setup import load_unet
 
     folder = Path(asked.model_name_or_path).expanduser()
@@ -70,11 +70,11 @@ def _load(asked: PeckerArguments) -> _Work:
     if by_class:
         if asked.erase_concept is not None:
             raise ValueError("erase_concept: this model draws classes; give --forget_class and --override_class")
-        if not asked.forget_class or not asked.override_class:
+        if method != "sid" and (not asked.forget_class or not asked.override_class):
             raise ValueError("forget_class, override_class: say which labels go and what is drawn instead")
         unet, scheduler = load_unet(folder)
         unet.scheduler = scheduler  # a pipeline without a pipeline: what the trainer looks for
-        return _Work(unet, list(asked.forget_class), list(asked.override_class), asked.retain_class)
+        return _Work(unet, asked.forget_class, asked.override_class, asked.retain_class)
     from fastunlearn.cli import _diffusion
 
     if asked.forget_class or asked.override_class:
@@ -105,7 +105,9 @@ def main(argv: Sequence[str]) -> int:
         if asked.distill_steps < 0:
             raise ValueError(f"distill_steps: want at least 0, got {asked.distill_steps}")
         output = Path(config.output_dir)
-        work = _load(asked)
+        work = _load(asked, config.method)
+        if config.method == "sid":
+            work = _Work(work.model, None, None, _everything(work))
         scheduler = getattr(work.model, "scheduler", None)
         generator: Any = asked.generator
         start = time.perf_counter()
@@ -140,6 +142,13 @@ def main(argv: Sequence[str]) -> int:
     return _run.guarded(PROG, run)
 
 
+def _everything(work: _Work) -> list[Any] | None:
+    """What distillation draws: all that is named, for what will be forgotten has to be drawn first, too. None: all labels."""
+    if work.retain is None:
+        return None
+    return list(dict.fromkeys([*work.retain, *(work.forget or ())]))
+
+
 def _distil(
     trainer_class: Any, config: Any, work: _Work, scheduler: Any, steps: int, folder: Path, resume: Any
 ) -> Path:
@@ -148,12 +157,8 @@ def _distil(
 
     changes = {"method": "sid", "max_steps": steps, "output_dir": str(folder)}
     first = dataclasses.replace(config, **changes)
-    retain = work.retain
-    if isinstance(work.forget, list) and isinstance(retain, list):
-        # Of prompts everything is distilled: also what will be forgotten has to be drawn first.
-        retain = [*retain, *work.forget]
     print(f"distilling a one-step generator, {steps:,} iterations ...", flush=True)
-    trainer = trainer_class(work.model, first, None, retain, scheduler)
+    trainer = trainer_class(work.model, first, None, _everything(work), scheduler)
     going_on = bool(resume) and folder.is_dir() and last_checkpoint(folder) is not None
     trainer.train(resume_from_checkpoint=True if going_on else None)
     trainer.save_model()

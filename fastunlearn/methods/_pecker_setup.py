@@ -184,7 +184,10 @@ def conditions_of(
         ValueError: see `PECKERTrainer`.
     """
     gone, instead, kept = _as_list(forget), _as_list(override), _as_list(retain)
-    if needs_forget:
+    if not needs_forget:
+        # Distillation alone: what is named to be forgotten is no less a part of all that there is.
+        gone, instead = [], []
+    else:
         if not gone:
             raise ValueError("forget_dataset: want what must be forgotten, got nothing")
         if not instead:
@@ -206,7 +209,7 @@ def conditions_of(
         raise ValueError(
             "retain_dataset: want prompts of what must stay, got none (k_retain=0 keeps nothing on purpose)"
         )
-    shared = next((v for v in kept if v in gone), None) if needs_forget else None
+    shared = next((v for v in kept if v in gone), None)
     if shared is not None:
         raise ValueError(f"retain_dataset: {shared!r} is to be forgotten")
 
@@ -217,6 +220,4 @@ def conditions_of(
             return Conditions(torch.tensor(values, dtype=torch.int64))
         return Conditions(encode_prompts(setup.pipeline, values).float())
 
-    if not needs_forget:
-        return None, None, made(kept)
     return made(gone), made(instead), made(kept)

@@ -52,6 +52,34 @@ def test_two_stages(model, tmp_path, capsys):
     assert main([*other, "overwrite_output_dir=true"]) == 0
 
 
+@pytest.mark.parametrize(
+    ("words", "retain"),
+    [
+        ([], [0, 1, 2]),
+        (["--forget_class", "0", "--override_class", "1"], [0, 1, 2]),
+        (["--forget_class", "0", "--override_class", "1", "--retain_class", "2"], [2, 0]),
+    ],
+)
+def test_distillation_alone_draws_what_will_be_forgotten(model, tmp_path, words, retain):
+    out = tmp_path / "out"
+    assert main(["pecker", "--model", str(model), "--output", str(out), *words, "method=sid", *SMALL]) == 0
+    about = json.loads((out / "pecker.json").read_text())
+    assert (about["forget"], about["override"], about["retain"]) == (None, None, retain)
+
+
+def test_distillation_alone_of_a_concept(tmp_path, monkeypatch):
+    from fastunlearn.cli import _diffusion
+    from tests.tiny_diffusion import tiny_pipeline
+
+    pipe = tiny_pipeline()
+    monkeypatch.setattr(_diffusion.PipelineArguments, "load", lambda self, trained=False: pipe)
+    argv = ["pecker", "--model", "tiny", "--erase_concept", "Mosaic", "--surrogate_concept", "Photo", "--retain_concepts", "Van Gogh"]
+    argv += ["--template", "A Cat image in {} style.", "--output", str(tmp_path / "out"), "method=sid", *SMALL]
+    assert main(argv) == 0
+    about = json.loads((tmp_path / "out" / "pecker.json").read_text())
+    assert (about["forget"], len(about["retain"])) == (None, 2)
+
+
 def test_a_concept(tmp_path, monkeypatch):
     from fastunlearn.cli import _diffusion
     from tests.tiny_diffusion import tiny_pipeline

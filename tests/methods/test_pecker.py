@@ -248,6 +248,11 @@ def test_bf16_is_of_all_three_networks(tmp_path):
     assert all(p.dtype == torch.float32 for p in run.generator.parameters())
 
 
+def test_distillation_alone_is_of_all_labels(tmp_path):
+    run = trainer(tmp_path, method="sid", max_steps=1)
+    assert (run.forget, run.override, run.retain.values.tolist()) == (None, None, [0, 1, 2])
+
+
 def test_two_stages_and_gradient_ascent(tmp_path):
     model = tiny_unet()
     first = PECKERTrainer(model[0], config(tmp_path / "sid", method="sid", max_steps=2), processing_class=model[1])
