@@ -113,6 +113,7 @@ def main(argv: Sequence[str]) -> int:
         start = time.perf_counter()
         if two and generator is None and asked.distill_steps:
             generator = output / "distilled"
+            _check(config, work, scheduler, output, resume)
             if not (resume and (generator / "pecker.json").is_file()):
                 generator = _distil(PECKERTrainer, config, work, scheduler, asked.distill_steps, generator, resume)
         trainer = PECKERTrainer(
@@ -140,6 +141,19 @@ def main(argv: Sequence[str]) -> int:
         return 0
 
     return _run.guarded(PROG, run)
+
+
+def _check(config: Any, work: _Work, scheduler: Any, output: Path, resume: Any) -> None:
+    """Raises before the first stage what the second would raise after it."""
+    from fastunlearn.checkpoint import claim_output
+    from fastunlearn.methods._pecker_setup import make_setup, named_conditions
+    from fastunlearn.two_terms import resumes_in
+
+    # The model stands for the generator that is still to be made.
+    setup = make_setup(work.model, scheduler, config, work.model)
+    named_conditions(setup, work.forget, work.override, work.retain, needs_forget=True, k_retain=config.k_retain)
+    if not output.is_dir() or {p.name for p in output.iterdir()} - {"distilled"}:
+        claim_output(output, overwrite=config.overwrite_output_dir, resume=resumes_in(output, resume or None)).check()
 
 
 def _everything(work: _Work) -> list[Any] | None:

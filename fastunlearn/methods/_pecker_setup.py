@@ -175,10 +175,10 @@ def _as_list(value: Any) -> list[Any]:
     return list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value]
 
 
-def conditions_of(
+def named_conditions(
     setup: Setup, forget: Any, override: Any, retain: Any, *, needs_forget: bool, k_retain: float
-) -> tuple[Conditions | None, Conditions | None, Conditions | None]:
-    """(forget, override, retain) as the networks take them.
+) -> tuple[list[Any], list[Any], list[Any]]:
+    """(forget, override, retain) as labels or prompts, without any work.
 
     Raises:
         ValueError: see `PECKERTrainer`.
@@ -212,6 +212,20 @@ def conditions_of(
     shared = next((v for v in kept if v in gone), None)
     if shared is not None:
         raise ValueError(f"retain_dataset: {shared!r} is to be forgotten")
+    return gone, instead, kept
+
+
+def conditions_of(
+    setup: Setup, forget: Any, override: Any, retain: Any, *, needs_forget: bool, k_retain: float
+) -> tuple[Conditions | None, Conditions | None, Conditions | None]:
+    """(forget, override, retain) as the networks take them.
+
+    Raises:
+        ValueError: see `PECKERTrainer`.
+    """
+    gone, instead, kept = named_conditions(
+        setup, forget, override, retain, needs_forget=needs_forget, k_retain=k_retain
+    )
 
     def made(values: list[Any]) -> Conditions | None:
         if not values:

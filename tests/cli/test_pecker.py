@@ -124,6 +124,33 @@ def test_bad_input(model, tmp_path, capsys, words, said):
     assert err.startswith("fastunlearn pecker: ")
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--forget_class", "9", "--override_class", "1"], "forget_dataset: the model has classes 0 to 2, no class 9"),
+        (["--forget_class", "0", "--override_class", "7"], "override: the model has classes 0 to 2, no class 7"),
+        (["--forget_class", "1", "--override_class", "1"], "override: 1 is to be forgotten"),
+        (["--forget_class", "0", "--override_class", "1", "--retain_class", "0"], "retain_dataset: 0 is to be forgotten"),
+        (["--forget_class", "0", "--override_class", "1", "t_min=800"], "t_min, t_init, t_max: want"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_found_before_the_first_stage(model, tmp_path, capsys, words, said):
+    out = tmp_path / "out"
+    assert command.main(["--model", str(model), "--output", str(out), *words, "--distill_steps", "2", *SMALL]) == 2
+    assert said in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_a_full_folder_is_refused_before_the_first_stage(model, tmp_path, capsys):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "mine.txt").write_text("mine")
+    argv = ["--model", str(model), "--output", str(out), "--forget_class", "0", "--override_class", "1"]
+    assert command.main([*argv, "--distill_steps", "2", *SMALL]) == 2
+    assert "holds something already (mine.txt)" in capsys.readouterr().err
+    assert [path.name for path in out.iterdir()] == ["mine.txt"]
+
+
 def test_an_unknown_setting(model, tmp_path, capsys):
     argv = [
         "--model",
