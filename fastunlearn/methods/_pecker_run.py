@@ -24,7 +24,8 @@ MOVABLE, STATE, OPTIMIZER, RUN = "movable.safetensors", "pecker.safetensors", "p
 ABOUT = "pecker.json"
 _SAME = (
     "method", "stages", "density", "granularity", "block", "saliency_loss", "saliency_reduce", "mask_values", "mask_networks",
-    "mask_terms", "refresh_every", "seed", "per_device_train_batch_size", "forget_batch_size", "k_retain",
+    "mask_terms", "refresh_every", "seed", "per_device_train_batch_size", "forget_batch_size", "k_retain", "saliency_batches",
+    "freeze_below", "clip_value", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "lr_scheduler_type",
 )  # fmt: skip
 
 
@@ -32,13 +33,14 @@ def about(trainer: Any) -> dict[str, Any]:
     """What a run is of, as JSON."""
     setup, args = trainer.setup, trainer.args
 
+    def plain(value: Any) -> Any:
+        return getattr(value, "value", value)
+
     def shown(conditions: Any) -> Any:
-        if conditions is None:
-            return None
-        return conditions.values.tolist() if setup.classes is not None else len(conditions)
+        return None if conditions is None else list(conditions.names)
 
     return {
-        **{name: getattr(args, name) for name in _SAME},
+        **{name: plain(getattr(args, name)) for name in _SAME},
         **{name: getattr(setup, name) for name in (
             "t_min", "t_init", "t_max", "k_forget", "alpha", "kappa", "learning_rate", "pseudo_learning_rate", "ema_decay")},
         "forget": shown(trainer.forget), "override": shown(trainer.override), "retain": shown(trainer.retain),

@@ -231,7 +231,7 @@ def conditions_of(
         if not values:
             return None
         if setup.classes is not None:
-            return Conditions(torch.tensor(values, dtype=torch.int64))
-        return Conditions(encode_prompts(setup.pipeline, values).float())
+            return Conditions(torch.tensor(values, dtype=torch.int64), names=tuple(values))
+        return Conditions(encode_prompts(setup.pipeline, values).float(), names=tuple(values))
 
     return made(gone), made(instead), made(kept)

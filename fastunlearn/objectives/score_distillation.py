@@ -50,16 +50,18 @@ class Conditions:
     Attributes:
         values: one for each condition.
         empty: text features [1, length, width] of the empty prompt, for guidance; None: there is none.
+        names: the prompts or labels themselves, one for each; empty: nobody said.
     """
 
     values: Tensor
     empty: Tensor | None = None
+    names: tuple[Any, ...] = ()
 
     def __len__(self) -> int:
         return len(self.values)
 
     def to(self, device: torch.device) -> Conditions:
-        return Conditions(self.values.to(device), None if self.empty is None else self.empty.to(device))
+        return Conditions(self.values.to(device), None if self.empty is None else self.empty.to(device), self.names)
 
     def draw(self, count: int, generator: torch.Generator) -> Tensor:
         """Positions of `count` conditions, each as likely."""

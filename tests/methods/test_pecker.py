@@ -342,11 +342,42 @@ def test_text_with_guidance(tmp_path):
         before = weights(run.generator)
         run.train()
         run.save_model()
+        about = json.loads((tmp_path / str(kappa) / "pecker.json").read_text())
+        assert (about["forget"], about["override"], about["retain"]) == (forget, override, retain)
         made[kappa] = weights(run.generator)
         for n, mask in run.masks.items():
             assert_equal(made[kappa][n][~mask.unpack()], before[n][~mask.unpack()])
     assert any(not torch.equal(made[None][n], made[1.0][n]) for n in made[None])
     assert type(load_unet(tmp_path / "None")[0]).__name__ == "UNet2DConditionModel"
+
+
+def test_going_on_with_another_concept(tmp_path):
+    from tests.tiny_diffusion import prompt, tiny_pipeline
+
+    pipe, options = tiny_pipeline(), {"max_steps": 2, "save_strategy": "steps", "save_steps": 1, "density": 0.3}
+    sets = [[prompt("Cat", style)] for style in ("Mosaic", "Van Gogh", "Photo")]
+    PECKERTrainer(pipe, config(tmp_path, **options), sets[0], sets[1], override=sets[2]).train()
+    other = [prompt("Cat", "Pop Art")]
+    for forget, retain, override, name in (
+        (other, sets[1], sets[2], "forget"), (sets[0], other, sets[2], "retain"), (sets[0], sets[1], other, "override"),
+    ):  # fmt: skip
+        run = PECKERTrainer(pipe, config(tmp_path, **options), forget, retain, override=override)
+        with pytest.raises(ValueError, match=rf"is of another run: {name} was \['.*'\], is \['.*Pop Art"):
+            run.train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "other"),
+    [
+        ("saliency_batches", 3), ("freeze_below", 0.1), ("clip_value", 0.5), ("weight_decay", 0.1), ("adam_beta1", 0.5),
+        ("adam_beta2", 0.9), ("adam_epsilon", 1e-6), ("lr_scheduler_type", "linear"),
+    ],
+)  # fmt: skip
+def test_going_on_with_other_settings(tmp_path, name, other):
+    common = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1, "density": 0.3}
+    trainer(tmp_path, **common).train()
+    with pytest.raises(ValueError, match=f"is of another run: {name} was "):
+        trainer(tmp_path, **common, **{name: other}).train(resume_from_checkpoint=True)
 
 
 def _bad(tmp_path, *, model=None, generator=None, forget=0, override=1, retain=None, **options):
