@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fastunlearn.data.prompts import encode_prompts
+from fastunlearn.methods._pecker_run import ABOUT
 from fastunlearn.objectives.diffusion import NoiseSchedule
 from fastunlearn.objectives.score_distillation import Conditions, Timesteps
 from fastunlearn.parametrize.masked_layers import plain_model
@@ -97,12 +99,12 @@ def make_setup(model: Any, scheduler: Any, args: Any, generator: Any) -> Setup:
     schedule = NoiseSchedule.of(scheduler)
     text = getattr(unet.config, "cross_attention_dim", None) is not None and hasattr(model, "text_encoder")
     classes = None if text else _classes(unet)
-    start = _generator(generator, unet, schedule, args)
     defaults: dict[str, Any] = dict(_TEXT if text else _CLASSES)
     for name in ("t_min", "t_init", "t_max"):
         defaults[name] = round(defaults[name] * len(schedule) / _STEPS)
     given = {name: defaults[name] if getattr(args, name) is None else getattr(args, name) for name in defaults}
     Timesteps(given["t_min"], given["t_init"], given["t_max"]).check(schedule)
+    start = _generator(generator, unet, schedule, args, given["t_init"])
     single = args.stages == "single" or args.method == "sid"
     pseudo = args.pseudo_learning_rate
     if pseudo is None:
@@ -133,7 +135,23 @@ def _classes(unet: nn.Module) -> int:
     return int(count)
 
 
-def _generator(generator: Any, unet: nn.Module, schedule: NoiseSchedule, args: Any) -> nn.Module | None:
+def _check_about(folder: Path, t_init: int) -> None:
+    """A generator draws from the noise it was made for; where it says which, it has to be this run's."""
+    if not (folder / ABOUT).is_file():
+        return
+    said = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
+    if said.get("one_step") is False:
+        raise ValueError(
+            f"generator: {folder / ABOUT} has one_step false (method {said.get('method')}): it draws in many steps; want one_step true"
+        )
+    if said.get("t_init", t_init) != t_init:
+        raise ValueError(
+            f"generator: {folder / ABOUT} has t_init {said['t_init']}, this run t_init {t_init}: it draws from another noise; "
+            f"want t_init={said['t_init']}"
+        )
+
+
+def _generator(generator: Any, unet: nn.Module, schedule: NoiseSchedule, args: Any, t_init: int) -> nn.Module | None:
     if generator is None:
         if args.method in ("pecker", "sfd") and args.stages == "two":
             raise ValueError(
@@ -146,6 +164,7 @@ def _generator(generator: Any, unet: nn.Module, schedule: NoiseSchedule, args: A
             )
         return None
     if isinstance(generator, str | Path):
+        _check_about(Path(generator).expanduser(), t_init)
         other, scheduler = load_unet(generator)
     else:
         other, scheduler = _parts(generator, None, "generator")

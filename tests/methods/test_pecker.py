@@ -429,6 +429,22 @@ def test_generators_that_differ(tmp_path):
         _bad(tmp_path, model=(_unconditional(), tiny_unet()[1]))
 
 
+def test_generators_that_draw_otherwise(tmp_path):
+    run = trainer(tmp_path / "sid", method="sid", max_steps=1, t_init=400)
+    run.train()
+    run.save_model()
+    with pytest.raises(ValueError, match=r"generator: .*pecker.json has t_init 400, this run t_init 440"):
+        _bad(tmp_path, generator=tmp_path / "sid", stages="two")
+    _bad(tmp_path, generator=tmp_path / "sid", stages="two", t_init=400)
+    ascent = trainer(
+        tmp_path / "ascent", generator=tmp_path / "sid", method="gradient_ascent", stages="two", t_init=400, max_steps=1
+    )
+    ascent.train()
+    ascent.save_model()
+    with pytest.raises(ValueError, match=r"pecker.json has one_step false \(method gradient_ascent\).*want one_step true"):
+        _bad(tmp_path, generator=str(tmp_path / "ascent"), stages="two", t_init=400)
+
+
 def _unconditional():
     from diffusers import UNet2DModel
 
