@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import TrainerCallback
 
-from fastunlearn._modes import evaluating
+from fastunlearn._modes import checkpoint_blocks, evaluating
 from fastunlearn.data.concept_images import ConceptImages, Encoded, IndexCollator
 from fastunlearn.data.pairs import PairedSet
 from fastunlearn.families import Family, family_of
@@ -181,9 +181,7 @@ class DiffusionTrainer(TwoTermTrainer):
         self._drawn = (-1, 0)
         #: of the factors and masks, once an adapter is on; 0: none
         self.adapter_bytes = 0
-        if args.gradient_checkpointing:
-            network.enable_gradient_checkpointing()
-            args.gradient_checkpointing = False
+        checkpoint_blocks(args, network)
         pair = PairedSet(self.sets["forget"], self.sets.get("retain"))
         super().__init__(network, args, pair, IndexCollator(), callbacks=callbacks, optimizers=optimizers)
         if peft_config is not None:

@@ -83,6 +83,21 @@ def test_a_step_is_the_step_written_out(tmp_path):
     assert pipeline.unet is trainer.family.network
 
 
+@pytest.mark.parametrize("name", ["gradient_checkpointing", "activation_checkpointing"])
+def test_checkpointed_blocks_give_the_same_weights(tmp_path, name):
+    if not hasattr(DiffusionConfig(str(tmp_path), **QUICK), name):
+        pytest.skip(f"these arguments have no {name}")
+    moved = {}
+    for on in (False, True):
+        trainer = make(tmp_path / str(on), max_steps=2, train_method="full", **{name: on})
+        assert trainer.family.network.is_gradient_checkpointing is on
+        assert not any(getattr(trainer.args, n, False) for n in ("gradient_checkpointing", "activation_checkpointing"))
+        trainer.train()
+        moved[on] = trainer.merge()
+    for n, tensor in moved[False].items():
+        torch.testing.assert_close(moved[True][n], tensor, rtol=1e-4, atol=1e-6)
+
+
 def test_batches_are_of_their_counter_alone(tmp_path):
     one, two, other = make(tmp_path / "a"), make(tmp_path / "b"), make(tmp_path / "c", seed=7)
     rows = {"forget": {"index": torch.tensor([0, 3])}, "retain": {"index": torch.tensor([1, 2])}}

@@ -22,6 +22,7 @@ from transformers import Trainer
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerCallback
 
 from fastunlearn import optim
+from fastunlearn._modes import checkpoint_blocks
 from fastunlearn.checkpoint import claim_output
 from fastunlearn.localize.granularity import Granularity, structured_masks
 from fastunlearn.methods._pecker_config import PECKERConfig as PECKERConfig
@@ -105,6 +106,7 @@ class PECKERTrainer(Trainer):
         setup = self.setup
         first = setup.generator if setup.generator is not None else setup.unet
         theta = copy_of(setup.unet if args.method == "gradient_ascent" else first)
+        self.teacher, self.pseudo = copy_of(setup.unet).requires_grad_(False), copy_of(setup.unet)
         self.masks: dict[str, BitMask] | None = None
         self.soft: dict[str, Tensor] = {}
         self.masked_model: MaskedModel | None = None
@@ -113,14 +115,15 @@ class PECKERTrainer(Trainer):
         self._pseudo_trains: list[nn.Parameter] = []
         self._sums: dict[str, Tensor] = {}
         self._noted = 0
+        checkpoint_blocks(args, theta, self.pseudo, self.teacher)
         super().__init__(
             model=cast(Any, theta), args=args, data_collator=lambda items: {"iteration": torch.tensor(items)},
             train_dataset=cast(Any, range(args.max_steps)), callbacks=callbacks,
         )  # fmt: skip
         self.model_accepts_loss_kwargs = False
         device = args.device
-        self.teacher = copy_of(setup.unet).to(device).requires_grad_(False)
-        self.pseudo = copy_of(setup.unet).to(device)
+        self.teacher.to(device)
+        self.pseudo.to(device)
         self.start: Any = copy_of(first).to(device).requires_grad_(False) if args.method == "gradient_ascent" else None
         self.forget, self.override, self.retain = (
             None if c is None else c.to(device) for c in (self.forget, self.override, self.retain)

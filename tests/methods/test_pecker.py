@@ -253,6 +253,21 @@ def test_distillation_alone_is_of_all_labels(tmp_path):
     assert (run.forget, run.override, run.retain.values.tolist()) == (None, None, [0, 1, 2])
 
 
+@pytest.mark.parametrize("name", ["gradient_checkpointing", "activation_checkpointing"])
+def test_checkpointed_blocks_give_the_same_weights(tmp_path, name):
+    if not hasattr(config(tmp_path), name):
+        pytest.skip(f"these arguments have no {name}")
+    runs = {}
+    for on in (False, True):
+        run = trainer(tmp_path / str(on), max_steps=2, density=0.3, **{name: on})
+        assert all(network.is_gradient_checkpointing is on for network in (run.generator, run.pseudo, run.teacher))
+        assert not any(getattr(run.args, n, False) for n in ("gradient_checkpointing", "activation_checkpointing"))
+        run.train()
+        runs[on] = weights(run.generator)
+    for n, p in runs[False].items():
+        torch.testing.assert_close(runs[True][n], p)
+
+
 def test_two_stages_and_gradient_ascent(tmp_path):
     model = tiny_unet()
     first = PECKERTrainer(model[0], config(tmp_path / "sid", method="sid", max_steps=2), processing_class=model[1])
