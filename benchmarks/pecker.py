@@ -44,7 +44,8 @@ FORGET, OVERRIDE = 0, 1
 
 @dataclass
 class Size:
-    """What a study costs. Iterations are those of each part; images of a measurement and of the final one."""
+    """What a study costs. Iterations are those of each part; images of a measurement and of the final one; save_every: a multiple of
+    every, so that the time a run has taken is known at each of its checkpoints."""
 
     classes: tuple[int, ...]
     pixels: int
@@ -275,7 +276,20 @@ class Study:
 
         output = Path(trainer.args.output_dir)
         going_on = output.is_dir() and last_checkpoint(output) is not None
+        # What is there without a checkpoint is a run's that was killed before its first one.
+        trainer.args.overwrite_output_dir = not going_on
         trainer.train(resume_from_checkpoint=True if going_on else None)
+
+    @staticmethod
+    def kept_curve(folder: Path) -> list[dict[str, float]]:
+        """Measurements of a run that was killed, up to the checkpoint it goes on from: what came after is done, and timed, again."""
+        from fastunlearn.two_terms import last_checkpoint
+
+        file, checkpoint = folder / "curve.json", last_checkpoint(folder)
+        if checkpoint is None or not file.is_file():
+            return []
+        step = int(Path(checkpoint).name.rpartition("-")[2])
+        return [row for row in json.loads(file.read_text()) if row["iteration"] <= step]
 
     def generator(self) -> Path:
         """The first stage: one for all methods and seeds."""
@@ -316,8 +330,20 @@ class Study:
         )
         one_step = trainer.setup.t_init if RUNS[method]["method"] != "gradient_ascent" else None
         curve_file = folder / "curve.json"
-        curve: list[dict[str, float]] = json.loads(curve_file.read_text()) if curve_file.is_file() else []
+        # Checkpoints are at multiples of `every`: the last row that is kept holds the seconds up to its checkpoint.
+        curve = self.kept_curve(folder)
         spent = [curve[-1]["seconds"] if curve else 0.0, 0.0]
+        localize = trainer.localize
+
+        def timed(iteration: int = 0) -> None:
+            study._wait()
+            start = time.perf_counter()
+            localize(iteration)
+            study._wait()
+            # One that is taken anew is a part of its iteration, which is timed as a whole.
+            spent[0] += time.perf_counter() - start if iteration == 0 else 0.0
+
+        trainer.localize = timed
 
         class Measure(TrainerCallback):
             def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import time
 
 import pytest
 
@@ -37,6 +39,54 @@ def test_a_whole_study(study, tmp_path, monkeypatch):
     assert again["rows"] == json.loads(out.read_text())["rows"]
     pecker.plot(again, out.with_suffix(".svg"))
     assert b"<svg" in out.with_suffix(".svg").read_bytes()
+
+
+def test_seconds_hold_the_mask(study, monkeypatch):
+    from fastunlearn import PECKERTrainer
+
+    localize = PECKERTrainer.localize
+
+    def slow(self, iteration=0):
+        time.sleep(2.0)
+        localize(self, iteration)
+
+    monkeypatch.setattr(PECKERTrainer, "localize", slow)
+    row = study.run("pecker", 0)
+    assert row["curve"][0]["seconds"] > 2.0
+    assert row["seconds"] > 2.0
+
+
+@pytest.mark.parametrize(("killed_at", "goes_on"), [(1, False), (3, True)])
+def test_seconds_of_a_killed_run_count_once(study, monkeypatch, killed_at, goes_on):
+    from fastunlearn import PECKERTrainer
+
+    study.size = dataclasses.replace(study.size, steps=4)
+    step = PECKERTrainer.training_step
+
+    def killed(self, *given, **named):
+        if self.args.method == "sfd" and self.state.global_step == killed_at:
+            raise RuntimeError("killed")
+        return step(self, *given, **named)
+
+    monkeypatch.setattr(PECKERTrainer, "training_step", killed)
+    with pytest.raises(RuntimeError, match="killed"):
+        study.run("sfd", 0)
+    monkeypatch.setattr(PECKERTrainer, "training_step", step)
+    # What comes after the last checkpoint took long; the seconds before it count.
+    file = study.work / "sfd-0" / "curve.json"
+    curve = json.loads(file.read_text())
+    assert [row["iteration"] for row in curve] == list(range(1, killed_at + 1))
+    curve[-1]["seconds"] = 1e6
+    if goes_on:
+        curve[1]["seconds"] = 1e3
+    file.write_text(json.dumps(curve))
+    row = study.run("sfd", 0)
+    assert [point["iteration"] for point in row["curve"]] == [1, 2, 3, 4]
+    assert (1e3 if goes_on else 0) < row["curve"][2]["seconds"] < row["seconds"] < (2e3 if goes_on else 1e3)
+
+
+def test_every_checkpoint_has_a_measurement():
+    assert all(size.save_every % size.every == 0 for size in pecker.SIZES.values())
 
 
 def test_others_may_join(study, tmp_path, monkeypatch):
