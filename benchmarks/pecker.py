@@ -89,7 +89,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "pecker, tile": {"method": "pecker", "granularity": "tile", "block": 64, "density": 0.5},
     "pecker, tile 10%": {"method": "pecker", "granularity": "tile", "block": 64, "density": 0.1},
     "pecker, forget term": {"method": "pecker", "mask_terms": "forget", "density": 0.5},
-    "gradient_ascent": {"method": "gradient_ascent"},
+    "gradient_ascent": {"method": "gradient_ascent", "k_forget": 1.0},
 }
 
 

@@ -85,6 +85,11 @@ def test_seconds_of_a_killed_run_count_once(study, monkeypatch, killed_at, goes_
     assert (1e3 if goes_on else 0) < row["curve"][2]["seconds"] < row["seconds"] < (2e3 if goes_on else 1e3)
 
 
+def test_gradient_ascent_forgets_at_full_strength(study, tmp_path):
+    args = study.config(tmp_path, 0, **pecker.RUNS["gradient_ascent"])
+    assert (args.method, args.k_forget) == ("gradient_ascent", 1.0)
+
+
 def test_every_checkpoint_has_a_measurement():
     assert all(size.save_every % size.every == 0 for size in pecker.SIZES.values())
 

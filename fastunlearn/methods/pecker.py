@@ -162,7 +162,8 @@ class PECKERTrainer(Trainer):
         size = self.args.per_device_train_batch_size
         if which is self.forget:
             size = self.args.forget_batch_size or size
-        return self.distillation.draw(which, size, self._random(iteration, purpose))
+        whole = self.args.method == "gradient_ascent"
+        return self.distillation.draw(which, size, self._random(iteration, purpose), whole=whole)
 
     def _forget_loss(self, draw: Draw) -> Tensor:
         assert self.override is not None
@@ -175,7 +176,7 @@ class PECKERTrainer(Trainer):
             assert self.forget is not None
             draw = self.distillation.draw(
                 self.forget, self.args.forget_batch_size or self.args.per_device_train_batch_size,
-                self._random(-1 - iteration * self.args.saliency_batches - number, 7),
+                self._random(-1 - iteration * self.args.saliency_batches - number, 7), whole=self.args.saliency_loss == "denoising",
             )  # fmt: skip
             with self.accelerator.autocast():
                 if self.args.saliency_loss == "sid":

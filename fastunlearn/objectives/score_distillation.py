@@ -147,10 +147,12 @@ class Distillation:
     kappa_real: float = 1.0
     empty: Tensor | None = None
 
-    def draw(self, conditions: Conditions, count: int, generator: torch.Generator) -> Draw:
-        """Of `count` images; on the CPU, so that a seed gives the same on every device."""
+    def draw(self, conditions: Conditions, count: int, generator: torch.Generator, *, whole: bool = False) -> Draw:
+        """Of `count` images; on the CPU, so that a seed gives the same on every device. whole: timesteps of all the schedule, as a
+        model that draws in many steps sees them, not of `times`."""
         z, noise = (torch.randn(count, *self.shape, generator=generator) for _ in range(2))
-        timesteps = torch.randint(self.times.low, self.times.high, (count,), generator=generator)
+        low, high = (0, len(self.schedule)) if whole else (self.times.low, self.times.high)
+        timesteps = torch.randint(low, high, (count,), generator=generator)
         index = conditions.draw(count, generator)
         device = conditions.values.device
         return Draw(z.to(device), noise.to(device), timesteps.to(device), index, conditions.values[index.to(device)])

@@ -268,6 +268,26 @@ def test_checkpointed_blocks_give_the_same_weights(tmp_path, name):
         torch.testing.assert_close(runs[True][n], p)
 
 
+def test_denoising_is_over_the_whole_schedule(tmp_path):
+    common = {"t_min": 400, "t_max": 410, "per_device_train_batch_size": 16, "max_steps": 2}
+    drawn = {}
+    for name, options in (
+        ("ascent", {"method": "gradient_ascent", "generator": tiny_unet(1)[0]}),
+        ("denoising", {"saliency_loss": "denoising"}),
+        ("sid", {}),
+    ):
+        run = trainer(tmp_path / name, **common, **options)
+        draw, drawn[name] = run.distillation.draw, []
+        run.distillation.draw = lambda *given, _draw=draw, _seen=drawn[name], **named: _seen.append(_draw(*given, **named)) or _seen[-1]
+        if name == "ascent":
+            run.train()
+        else:
+            run.localize()
+    times = {name: torch.cat([draw.timesteps for draw in draws]) for name, draws in drawn.items()}
+    assert all(int(times[name].min()) < 200 and int(times[name].max()) > 800 for name in ("ascent", "denoising"))
+    assert 400 <= int(times["sid"].min()) <= int(times["sid"].max()) < 410
+
+
 def test_two_stages_and_gradient_ascent(tmp_path):
     model = tiny_unet()
     first = PECKERTrainer(model[0], config(tmp_path / "sid", method="sid", max_steps=2), processing_class=model[1])
