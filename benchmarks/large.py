@@ -40,6 +40,7 @@ from fastunlearn.updates import make_update
 
 ARMS = {"a": "open-unlearning's way", "b": "ours, dense", "c": "ours, 2:4 compressed", "d": "SAU + HAMU, compressed"}
 LABEL = "random weights of the published configuration"
+OUT_OF_MEMORY = "out of memory"
 
 
 @dataclass(frozen=True)
@@ -259,24 +260,27 @@ def _write(path: Path, result: dict[str, Any]) -> None:
 
 
 def run(cases: list[Case], out: Path) -> dict[str, Any]:
-    """Measures every case that `out` does not hold yet, each in a process of its own."""
+    """Measures every case that `out` does not hold yet, each in a process of its own; one that failed is tried again, unless it was
+    out of memory, which is a result."""
     result: dict[str, Any] = {"rows": []}
     if out.exists():
         result = json.loads(out.read_text())
-    result["meta"] = machine.meta(torch.device(cases[0].device)) | {"weights": LABEL}
-    done = {row["key"] for row in result["rows"]}
+    facts = machine.meta(torch.device(cases[0].device))
+    result["meta"] = facts | {"weights": LABEL}
+    done = {row["key"] for row in result["rows"] if row.get("failed", OUT_OF_MEMORY) == OUT_OF_MEMORY}
     for case in cases:
         if case.key in done:
             print(f"there already: {case.model}, arm {case.arm}", flush=True)
             continue
         print(f"{case.model}, arm {case.arm} ({ARMS[case.arm]}) ...", flush=True)
-        child = [sys.executable, "-m", "benchmarks.large", json.dumps(vars(case))]
-        made = subprocess.run(child, stdout=subprocess.PIPE, text=True)
+        command = [sys.executable, "-m", "benchmarks.large", json.dumps(vars(case))]
+        made = subprocess.run(command, stdout=subprocess.PIPE, text=True)
         lines = [line for line in made.stdout.splitlines() if line.startswith("{")]
-        row: dict[str, Any] = {"key": case.key}
+        row: dict[str, Any] = {"key": case.key, "commit": facts["commit"], "date": facts["date"]}
         if made.returncode or not lines:
-            # Out of memory is a result too.
-            row |= {**vars(case), "failed": f"exit status {made.returncode}"}
+            said = json.loads(lines[-1]) if lines else {}
+            row |= {**vars(case), "failed": f"exit status {made.returncode}"} | said
+            print(f"  {row['failed']}", flush=True)
         else:
             row |= json.loads(lines[-1])
             shown = ", ".join(f"{part} {1e3 * s:.0f} ms" for part, s in row["seconds"].items())
@@ -284,10 +288,23 @@ def run(cases: list[Case], out: Path) -> dict[str, Any]:
                 f"  {row['tokens_per_second']:,.0f} tokens/s, peak {row['peak_bytes'] / 2**20:,.0f} MiB; {shown}",
                 flush=True,
             )
-        result["rows"].append(row)
+        result["rows"] = [other for other in result["rows"] if other["key"] != case.key] + [row]
         _write(out, result)
     return result
 
 
+def child(text: str) -> int:
+    """The row of a case on standard output; where memory runs out, that (an allocator of torch says it in words)."""
+    try:
+        print(json.dumps(measure(Case(**json.loads(text)))))
+    except (MemoryError, RuntimeError) as error:
+        words = ("out of memory", "can't allocate memory", "not enough memory")
+        if not isinstance(error, MemoryError) and not any(word in str(error).lower() for word in words):
+            raise
+        print(json.dumps({"failed": OUT_OF_MEMORY, "said": str(error).partition("\n")[0]}))
+        return 1
+    return 0
+
+
 if __name__ == "__main__":
-    print(json.dumps(measure(Case(**json.loads(sys.argv[1])))))
+    raise SystemExit(child(sys.argv[1]))

@@ -452,7 +452,8 @@ def run(study: Study, methods: Sequence[str], seeds: Sequence[int], out: Path) -
             if any(row["method"] == method and row["seed"] == seed for row in result["rows"]):
                 continue
             row = OTHERS[method](study, seed) if method in OTHERS else study.run(method, seed)
-            result["rows"].append(row)
+            # Of the row: the file's own facts are those of its latest run.
+            result["rows"].append({**row, "commit": facts["commit"], "date": facts["date"]})
             result["summary"] = summary(result)
             write_json(out, result)
             shown = ", ".join(

@@ -30,6 +30,8 @@ def test_a_whole_study(study, tmp_path, monkeypatch):
         assert 0 <= row["UA"] <= 100
         assert row["fid_classifier_features"] >= 0
         assert [point["iteration"] for point in row["curve"]] == ([] if row["method"] == "retrain" else [1, 2])
+        assert (row["commit"], row["date"]) == (result["meta"]["commit"], result["meta"]["date"])
+        assert row["date"]
     assert 0 < result["rows"][1]["gradient_products"] < 1
     assert result["rows"][0]["gradient_products"] is None
     assert json.loads(out.read_text())["rows"] == json.loads(json.dumps(result["rows"]))
