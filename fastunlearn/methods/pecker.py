@@ -13,6 +13,7 @@ the one-step generator that the second stage starts from).
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any, cast
 
@@ -133,6 +134,13 @@ class PECKERTrainer(Trainer):
             self.teacher, self.pseudo, setup.schedule, setup.shape, Timesteps(setup.t_min, setup.t_init, setup.t_max),
             setup.alpha, setup.kappa, setup.kappa, setup.kappa, empty,
         )  # fmt: skip
+        start_share = setup.ema_decay**args.max_steps
+        if start_share > 0.1:
+            warnings.warn(
+                f"ema_decay: after {args.max_steps:,} iterations {start_share:.0%} of the average that is saved is still the start "
+                f"({setup.ema_decay} ** {args.max_steps}); want a smaller ema_decay (0: the last weights) or more iterations",
+                stacklevel=2,
+            )
         self.ema = EMA(self.model, setup.ema_decay)
         self.remove_callback(ProgressCallback)
         self.remove_callback(PrinterCallback)

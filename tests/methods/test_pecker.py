@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -163,6 +164,16 @@ def test_the_average_is_that_of_the_weights(tmp_path):
     with run.ema.applied(run.generator):
         assert_equal(weights(run.generator), run.ema.averages)
     assert_equal(weights(run.generator), after)
+
+
+@pytest.mark.parametrize(("decay", "steps", "warns"), [(0.9999, 1000, True), (0.9999, 50_000, False), (0.0, 1, False)])
+def test_an_average_that_is_mostly_the_start_is_said(tmp_path, decay, steps, warns):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer(tmp_path, ema_decay=decay, max_steps=steps)
+    said = [str(w.message) for w in caught if str(w.message).startswith("ema_decay")]
+    assert len(said) == warns
+    assert not said or "after 1,000 iterations 90% of the average that is saved is still the start" in said[0]
 
 
 OPTIONS = {
