@@ -15,6 +15,7 @@ _CHOICES = {
     "method": METHODS, "stages": ("two", "single"), "saliency_loss": SALIENCY_LOSSES, "saliency_reduce": SALIENCY_SUMS,
     "mask_values": ("hard", "soft"), "mask_networks": ("generator", "both"), "mask_terms": ("all", "forget"),
 }  # fmt: skip
+_ADAMW = ("adamw_torch", "adamw_torch_fused")
 
 
 @dataclass
@@ -70,7 +71,7 @@ class PECKERConfig(TrainingArguments):
     per_device_train_batch_size: int = field(default=128, metadata={"help": "Images of the retain terms (text: 8)."})
     weight_decay: float = field(default=0.0, metadata={"help": "Decoupled weight decay of both networks."})
     adam_beta1: float = field(default=0.0, metadata={"help": "Of both optimisers."})
-    max_grad_norm: float = field(default=0.0, metadata={"help": "Unused: gradients are cut by value."})
+    max_grad_norm: float = field(default=0.0, metadata={"help": "0: gradients are cut by value (clip_value), not by norm."})
     lr_scheduler_type: str = field(default="constant", metadata={"help": "Of both learning rates."})
     save_strategy: str = field(default="steps", metadata={"help": "When to save a checkpoint: no, steps."})
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints that are kept."})
@@ -102,6 +103,13 @@ class PECKERConfig(TrainingArguments):
             )
         if self.clip_value is not None and not self.clip_value > 0:
             raise ValueError(f"clip_value: want a positive number or None, got {self.clip_value}")
+        if self.max_grad_norm:
+            raise ValueError(
+                f"max_grad_norm: gradients are cut by value here, see clip_value; want 0, got {self.max_grad_norm}"
+            )
+        chosen = str(getattr(self.optim, "value", self.optim))
+        if chosen not in _ADAMW:
+            raise ValueError(f"optim: both networks take steps of AdamW; want {' or '.join(_ADAMW)}, got {chosen}")
         if self.refresh_every and (self.adam_beta1 or self.weight_decay):
             raise ValueError(
                 "refresh_every: a weight that leaves the mask would go on moving by momentum or decay; want adam_beta1=0, weight_decay=0"
