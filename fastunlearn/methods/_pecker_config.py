@@ -71,7 +71,9 @@ class PECKERConfig(TrainingArguments):
     per_device_train_batch_size: int = field(default=128, metadata={"help": "Images of the retain terms (text: 8)."})
     weight_decay: float = field(default=0.0, metadata={"help": "Decoupled weight decay of both networks."})
     adam_beta1: float = field(default=0.0, metadata={"help": "Of both optimisers."})
-    max_grad_norm: float = field(default=0.0, metadata={"help": "0: gradients are cut by value (clip_value), not by norm."})
+    max_grad_norm: float = field(
+        default=0.0, metadata={"help": "0: gradients are cut by value (clip_value), not by norm."}
+    )
     lr_scheduler_type: str = field(default="constant", metadata={"help": "Of both learning rates."})
     save_strategy: str = field(default="steps", metadata={"help": "When to save a checkpoint: no, steps."})
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints that are kept."})

@@ -73,7 +73,17 @@ def test_distillation_alone_of_a_concept(tmp_path, monkeypatch):
 
     pipe = tiny_pipeline()
     monkeypatch.setattr(_diffusion.PipelineArguments, "load", lambda self, trained=False: pipe)
-    argv = ["pecker", "--model", "tiny", "--erase_concept", "Mosaic", "--surrogate_concept", "Photo", "--retain_concepts", "Van Gogh"]
+    argv = [
+        "pecker",
+        "--model",
+        "tiny",
+        "--erase_concept",
+        "Mosaic",
+        "--surrogate_concept",
+        "Photo",
+        "--retain_concepts",
+        "Van Gogh",
+    ]
     argv += ["--template", "A Cat image in {} style.", "--output", str(tmp_path / "out"), "method=sid", *SMALL]
     assert main(argv) == 0
     about = json.loads((tmp_path / "out" / "pecker.json").read_text())

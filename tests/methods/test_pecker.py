@@ -100,6 +100,33 @@ def test_noise_predictions_are_those_of_the_formula():
         torch.testing.assert_close(got, noise, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize("guidance", [4.5, 0.0, 1.0])
+def test_guidance_is_that_of_the_noise(kind, guidance):
+    schedule = NoiseSchedule(NoiseSchedule.of(tiny_unet()[1]).alphas_cumprod, kind)
+    noised, t = torch.randn(4, 1, 8, 8), torch.tensor([10, 200, 500, 900])
+    given, empty = torch.randn(4, 3, 2), torch.randn(1, 3, 2)
+
+    def noise_of(condition):
+        return condition.mean((1, 2)).view(-1, 1, 1, 1).expand(len(condition), 1, 8, 8)
+
+    class Says(torch.nn.Module):
+        """What it was trained to predict, of the noise that its condition says."""
+
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(1))
+
+        def forward(self, x, steps, encoder_hidden_states, return_dict):
+            (a, s), e = schedule.scales(steps), noise_of(encoder_hidden_states)
+            assert not return_dict
+            return ({"epsilon": e, "v_prediction": (e - s * x) / a, "sample": (x - s * e) / a}[kind],)
+
+    got = predict_noise(Says(), schedule, noised, t, given, empty, guidance)
+    e1, e0 = noise_of(given), noise_of(empty.expand(4, 3, 2))
+    torch.testing.assert_close(got, e0 + guidance * (e1 - e0), rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.parametrize(("granularity", "steps"), [("weight", 100), ("tile", 100), ("row", 5), ("module", 5)])
 def test_masked_weights_after_100_steps(tmp_path, granularity, steps):
     model = tiny_unet()
@@ -221,8 +248,26 @@ def test_every_option_does_something(tmp_path, plain_run, name):
             assert_equal(run.pseudo.get_parameter(n).detach()[~mask.unpack()], pseudo[n][~mask.unpack()])
     if name == "floor":
         assert all(float(m.density) == 0 or float(m.density) >= 0.4 for m in run.masks.values())
-    if name == "clipped":
-        assert max(float((after[n] - before[n]).abs().max()) for n in after) > 0
+
+
+@pytest.mark.parametrize("clip", [1e-3, None])
+def test_both_networks_gradients_are_cut(tmp_path, clip):
+    run = trainer(tmp_path, max_steps=2, density=0.3, k_forget=1.0, clip_value=clip)
+    cut, seen = run._cut, []
+
+    def watched(parameters):
+        parameters = list(parameters)
+        before = [p.grad.clone() for p in parameters if p.grad is not None]
+        cut(parameters)
+        seen.append((before, [p.grad for p in parameters if p.grad is not None]))
+        for old, p in zip(*seen[-1], strict=True):
+            assert_equal(p, old if clip is None else old.clamp(-clip, clip))
+        assert max(float(g.abs().max()) for g in before) > 1e-3
+
+    run._cut = watched
+    run.train()
+    # The pseudo-score and the generator, in both iterations.
+    assert len(seen) == 4
 
 
 @pytest.mark.parametrize("networks", ["generator", "both"])
@@ -289,7 +334,9 @@ def test_denoising_is_over_the_whole_schedule(tmp_path):
     ):
         run = trainer(tmp_path / name, **common, **options)
         draw, drawn[name] = run.distillation.draw, []
-        run.distillation.draw = lambda *given, _draw=draw, _seen=drawn[name], **named: _seen.append(_draw(*given, **named)) or _seen[-1]
+        run.distillation.draw = lambda *given, _draw=draw, _seen=drawn[name], **named: (
+            _seen.append(_draw(*given, **named)) or _seen[-1]
+        )
         if name == "ascent":
             run.train()
         else:
@@ -487,7 +534,9 @@ def test_generators_that_draw_otherwise(tmp_path):
     )
     ascent.train()
     ascent.save_model()
-    with pytest.raises(ValueError, match=r"pecker.json has one_step false \(method gradient_ascent\).*want one_step true"):
+    with pytest.raises(
+        ValueError, match=r"pecker.json has one_step false \(method gradient_ascent\).*want one_step true"
+    ):
         _bad(tmp_path, generator=str(tmp_path / "ascent"), stages="two", t_init=400)
 
 
