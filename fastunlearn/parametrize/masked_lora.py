@@ -46,7 +46,6 @@ if not hasattr(BaseTuner, "_replace_module"):
 PEFT_TYPE = "FASTUNLEARN_MASKED_LORA"
 VARIANTS = ("per_weight", "per_module", "dense")
 INITS = ("gaussian", "kaiming", "random")
-_PROBES = 16
 
 
 @dataclass
@@ -180,18 +179,17 @@ def _checked_masks(masks: Any, block: int | None) -> dict[str, Any]:
 
 
 def _probe(weights: Mapping[str, Tensor]) -> list[float]:
-    """A few entries, by which bases of two types can be compared."""
-    names = sorted(weights)
+    """An entry of every weight, by which bases of two types can be compared."""
     out = []
-    for i in range(_PROBES):
-        flat = weights[names[i * len(names) // _PROBES]].detach().reshape(-1)
+    for i, name in enumerate(sorted(weights)):
+        flat = weights[name].detach().reshape(-1)
         if flat.numel():
             out.append(float(flat[(i * 2654435761) % flat.numel()]))
     return out
 
 
 def base_identity(weights: Mapping[str, Tensor]) -> dict[str, Any]:
-    """What an adapter says of the weights it was made for: a hash of all their bytes, their type, a few entries."""
+    """What an adapter says of the weights it was made for: a hash of all their bytes, their type, an entry of each."""
     digest = hashlib.sha256()
     for name in tqdm(sorted(weights), desc="hashing the base", disable=None, delay=3, leave=False):
         weight = weights[name].detach()
@@ -215,11 +213,13 @@ def check_base(weights: Mapping[str, Tensor], made_for: Mapping[str, Any]) -> No
         why = "their hash differs"
     else:
         epsilon = max(torch.finfo(getattr(torch, d)).eps for d in (*dtypes, *made_for["dtypes"]))
-        pairs = list(zip(_probe(weights), made_for["probe"], strict=True))
-        wrong = [p for p in pairs if not abs(p[0] - p[1]) <= 2 * epsilon * abs(p[1]) + 1e-7]
-        if not wrong:
+        mine, theirs = _probe(weights), made_for["probe"]
+        wrong = [p for p in zip(mine, theirs) if not abs(p[0] - p[1]) <= 2 * epsilon * abs(p[1]) + 1e-7]
+        if not wrong and len(mine) == len(theirs):
             return
-        why = f"{len(wrong)} of {len(pairs)} sampled entries differ by more than a rounding to {dtypes[0]}"
+        why = f"{len(wrong)} of {len(theirs)} sampled entries differ by more than a rounding to {dtypes[0]}"
+        if len(mine) != len(theirs):
+            why = f"an entry of each of {len(theirs)} weights is known, these are {len(mine)}"
     raise ValueError(
         f"base: the adapter was made for other weights than this model's ({why}); load the model it was trained on"
     )
