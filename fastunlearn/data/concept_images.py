@@ -33,7 +33,7 @@ class ConceptImages:
     Attributes:
         prompts: texts.
         surrogates: one for each prompt, what it is to draw instead; None: a retain set.
-        images: files, or uint8 tensors [3, H, W] of any size; None: the model draws its own. Or `Latents`, encoded already, with the
+        images: files, uint8 tensors [3, H, W] of any size; None: the model draws its own. Or `Latents`, encoded already, with the
             numbers of their prompts.
         prompt: for each image the number of its prompt.
 
@@ -54,11 +54,12 @@ class ConceptImages:
                 raise ValueError(
                     f"surrogates: want one for each of the {len(self.prompts)} prompts, got {len(self.surrogates)}"
                 )
-            same = [a for a, b in zip(self.prompts, self.surrogates) if a.split() == b.split()]
+            same = [a for a, b in zip(self.prompts, self.surrogates) if a.casefold().split() == b.casefold().split()]
             if same:
                 raise ValueError(f"surrogates: {same[0]!r} is its own surrogate; nothing would be erased")
         if self.images is None or isinstance(self.images, Latents):
             return
+        self.images = [Path(i).expanduser() if isinstance(i, str | os.PathLike) else i for i in self.images]
         if not len(self.images) or len(self.images) != len(self.prompt or ()):
             raise ValueError(
                 f"images: want at least one, and a prompt for each, got {len(self.images)} with {len(self.prompt or ())}"
@@ -171,7 +172,8 @@ class ConceptImages:
             family.encode(prompts).to(device, dtype) for prompts in (self.prompts, self.surrogates or ()) if prompts
         ]
         asked = [family.name, family.resolution, self.digest(), base]
-        asked += [] if self.images is not None else [count, *(draw[k] for k in ("seed", "steps", "guidance_scale"))]
+        drawn = [draw[k] for k in ("seed", "steps", "guidance_scale")]
+        asked += [] if self.images is not None else [count, *drawn, str(draw.get("autocast"))]
         key = hashlib.sha256(json.dumps(asked).encode()).hexdigest()
         path = None if cache_dir is None else Path(cache_dir).expanduser() / f"{key}.safetensors"
         if path is not None and path.is_file():
@@ -191,15 +193,17 @@ class ConceptImages:
         if self.images is None:
             drawn: Latents = family.draw(self.prompts, count, **draw)
             return drawn
-        size, numbers, pixels = family.resolution, self.prompt or [], []
-        files = ImageFiles([image for image in self.images if isinstance(image, Path)], [])
+        size, pixels, numbers = family.resolution, [], []
+        files, read = ImageFiles([image for image in self.images if isinstance(image, Path)], []), {}
         if files.paths:
-            images, read = files.read(size)
-            at = {path: i for i, path in enumerate(read)}
-            kept = [(images[at[p]], n) for p, n in zip(self.images, numbers) if isinstance(p, Path) and p in at]
-        else:
-            kept = [(_scaled(image, size), n) for image, n in zip(self.images, numbers) if isinstance(image, Tensor)]
-        pixels, numbers = [image for image, _ in kept], [n for _, n in kept]
+            images, paths = files.read(size)
+            read = dict(zip(paths, images))
+        for image, number in zip(self.images, self.prompt or []):
+            # A file that cannot be read was warned of.
+            found = read.get(image) if isinstance(image, Path) else _scaled(image, size)
+            if found is not None:
+                pixels.append(found)
+                numbers.append(number)
         return Latents(family.encode_images(torch.stack(pixels)), torch.tensor(numbers))
 
 
