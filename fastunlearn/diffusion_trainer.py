@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -35,7 +36,6 @@ from fastunlearn.objectives.cached_logprobs import adapter_off
 from fastunlearn.objectives.diffusion import (
     Denoiser,
     TimestepSampler,
-    denoising_loss,
     importance_timesteps,
     interval_timesteps,
     self_distillation_loss,
@@ -98,7 +98,12 @@ class DiffusionConfig(TwoTermConfig):
     num_forget_images: int = field(default=64, metadata={"help": "Images of the concept that the model draws itself."})
     num_retain_images: int = field(default=128, metadata={"help": "Images of what must stay, likewise."})
     sampling_steps: int = field(default=30, metadata={"help": "Steps of an image that is drawn to learn from."})
-    guidance_scale: float = field(default=7.5, metadata={"help": "Guidance of an image that is drawn to learn from."})
+    guidance_scale: float | None = field(
+        default=None,
+        metadata={
+            "help": "Guidance of an image that is drawn to learn from; default: 7.5, of SDXL 5, of SD3 7, of FLUX 3.5."
+        },
+    )
     resolution: int | None = field(default=None, metadata={"help": "Pixels of a side; the pipeline's own by default."})
     cache_dir: str | None = field(default=None, metadata={"help": "Latents are kept in this folder and found again."})
 
@@ -168,8 +173,13 @@ class DiffusionTrainer(TwoTermTrainer):
         if self.family.device != args.device:
             model.to(args.device)
         network = self.family.network
+        # Found before any image is drawn.
+        self.check_targets(network, args)
+        if peft_config is not None:
+            _check_adapter(peft_config, args)
         self._required = {name: p.requires_grad for name, p in network.named_parameters()}
-        self._digest = _beginnings(network)
+        required = [(p, p.requires_grad) for p in network.parameters()]
+        self._digest = _identity(self.family)
         forget, retain = self._sources(forget_dataset, retain_dataset, args)
         with evaluating(network):
             self.sets = self._encode(forget, retain, args)
@@ -183,9 +193,14 @@ class DiffusionTrainer(TwoTermTrainer):
         self.adapter_bytes = 0
         checkpoint_blocks(args, network)
         pair = PairedSet(self.sets["forget"], self.sets.get("retain"))
-        super().__init__(network, args, pair, IndexCollator(), callbacks=callbacks, optimizers=optimizers)
-        if peft_config is not None:
-            self.adapt(peft_config)
+        try:
+            super().__init__(network, args, pair, IndexCollator(), callbacks=callbacks, optimizers=optimizers)
+            if peft_config is not None:
+                self.adapt(peft_config)
+        except BaseException:
+            for parameter, flag in required:
+                parameter.requires_grad_(flag)
+            raise
 
     # ---- data -------------------------------------------------------------------------------------------------------
 
@@ -209,16 +224,20 @@ class DiffusionTrainer(TwoTermTrainer):
         return forget, retain if args.retain_alpha else None
 
     def _encode(self, forget: ConceptImages, retain: ConceptImages | None, args: DiffusionConfig) -> dict[str, Encoded]:
+        return self._encode_each({"forget": forget} | ({} if retain is None else {"retain": retain}), args)
+
+    def _encode_each(self, given: Mapping[str, ConceptImages], args: DiffusionConfig) -> dict[str, Encoded]:
+        """By the name of the set; each draws as many images as the settings say of it."""
         low = torch.bfloat16 if args.bf16 else None
+        guidance = self.family.guidance_scale if args.guidance_scale is None else args.guidance_scale
         draw = {
-            "seed": args.seed, "steps": args.sampling_steps, "guidance_scale": args.guidance_scale, "autocast": low,
+            "seed": args.seed, "steps": args.sampling_steps, "guidance_scale": guidance, "autocast": low,
             "progress": not args.disable_tqdm,
         }  # fmt: skip
-        given = {"forget": (forget, args.num_forget_images)}
-        given |= {} if retain is None else {"retain": (retain, args.num_retain_images)}
+        counts = {"forget": args.num_forget_images, "retain": args.num_retain_images}
         return {
-            name: images.encode(self.family, count, cache_dir=args.cache_dir, base=self._digest, **draw)
-            for name, (images, count) in given.items()
+            name: images.encode(self.family, counts[name], cache_dir=args.cache_dir, base=self._digest, **draw)
+            for name, images in given.items()
         }
 
     def data_digests(self) -> dict[str, str]:
@@ -229,17 +248,30 @@ class DiffusionTrainer(TwoTermTrainer):
 
     # ---- what trains ------------------------------------------------------------------------------------------------
 
-    def _choose_weights(self, network: nn.Module, args: DiffusionConfig) -> None:
-        """Freezes all but what train_method names; an adapter's parameters are its own."""
+    def check_targets(self, network: nn.Module, args: Any) -> None:
+        """Whether what is to train is there; for methods to extend.
+
+        Raises:
+            ValueError: the network has no such weights, or has them as float16.
+        """
         chosen = {} if args.train_method is None else unet_parameters(network, args.train_method)
         if any(p.dtype == torch.float16 for p in chosen.values()):
             raise ValueError("model: float16 weights lose most small updates; load the pipeline as float32 or bfloat16")
+
+    def _choose_weights(self, network: nn.Module, args: DiffusionConfig) -> None:
+        """Freezes all but what train_method names; an adapter's parameters are its own."""
+        chosen = {} if args.train_method is None else unet_parameters(network, args.train_method)
         network.requires_grad_(False)
         for parameter in chosen.values():
             parameter.requires_grad_(True)
 
     def adapt(self, peft_config: Any) -> None:
-        """Puts an adapter on the network; only it trains. The same seed gives the same factors."""
+        """Puts an adapter on the network; only it trains. The same seed gives the same factors.
+
+        Raises:
+            ValueError: it trains more than its factors (bias, modules_to_save), or weights are to be chosen by saliency, too.
+        """
+        _check_adapter(peft_config, self.args)
         devices = [self.args.device] if self.args.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
             torch.manual_seed(self.args.seed)
@@ -260,16 +292,23 @@ class DiffusionTrainer(TwoTermTrainer):
     def saliency_loss(self, rows: Any) -> Tensor:
         part = self._part("forget", torch.tensor(list(rows)), self._generator(-1, int(rows[0])), uniform=True)
         with self.accelerator.autocast():
-            student = self.family.denoiser(self.model)
-            return denoising_loss(
-                student, self.family.schedule, part["latents"], part["text"], part["noise"], part["timesteps"]
-            )
+            return self.denoising_term(self.family.denoiser(self.model), part)
+
+    def denoising_term(self, student: Denoiser, part: Mapping[str, Any]) -> Tensor:
+        """Mean squared error of the prediction (Ho et al. 2020, eq. 14), asked in the network's own type; fp32 scalar."""
+        predicted = student(part["noised"], part["timesteps"], part["text"]).float()
+        target = self.family.schedule.target(part["latents"], part["noise"], part["timesteps"])
+        return F.mse_loss(predicted, target.float())
 
     # ---- batches ----------------------------------------------------------------------------------------------------
 
     def _generator(self, *counter: int) -> torch.Generator:
-        """Of the CPU: the same numbers on every device, for every counter others."""
-        words = ",".join(map(str, (self.args.seed, self.args.process_index, *counter)))
+        """Of the CPU: the same numbers on every device, for every counter others.
+
+        A step's are each process' own. What is measured before the first one (counter below 0) all processes must find alike.
+        """
+        process = self.args.process_index if counter[0] >= 0 else 0
+        words = ",".join(map(str, (self.args.seed, process, *counter)))
         return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(words.encode()).digest()[:7], "little"))
 
     def _part(self, name: str, rows: Tensor, generator: torch.Generator, *, uniform: bool = False) -> dict[str, Any]:
@@ -316,12 +355,12 @@ class DiffusionTrainer(TwoTermTrainer):
 
     def teacher(self, model: Any) -> Denoiser:
         """The network before unlearning."""
-        if self._frozen is not None:
-            return self.family.denoiser(self._frozen)
-        inner = self.family.denoiser(model)
+        frozen = self._frozen
+        inner = self.family.denoiser(model if frozen is None else frozen)
 
         def predict(*given: Any) -> Tensor:
-            with self._adapter_off(model):
+            # The student's precision is its wrapper's; a copy has none.
+            with self._adapter_off(model) if frozen is None else self.accelerator.autocast():
                 return inner(*given)
 
         return predict
@@ -380,7 +419,8 @@ class DiffusionTrainer(TwoTermTrainer):
     # ---- the run ----------------------------------------------------------------------------------------------------
 
     def before_training(self, checkpoint: str | None) -> None:
-        if not self._adapted and self.args.train_method is not None and self.needs_frozen:
+        # A second run goes on from the first: its teacher stays the network before both.
+        if self._frozen is None and not self._adapted and self.args.train_method is not None and self.needs_frozen:
             self._frozen = copy.deepcopy(self.family.network).eval().requires_grad_(False)
 
     def prepare_weights(self) -> None:
@@ -402,6 +442,12 @@ class DiffusionTrainer(TwoTermTrainer):
     def _trained(self) -> dict[str, Tensor]:
         model = self.accelerator.unwrap_model(self.model)
         return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+    @property
+    def trained_count(self) -> int:
+        """Entries that train: of masked weights those of the mask, of an adapter its factors."""
+        masks = self.movable or {}
+        return sum(int(masks[name].count()) if name in masks else p.numel() for name, p in self._trained().items())
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         if self.args.should_save:
@@ -437,13 +483,21 @@ class DiffusionTrainer(TwoTermTrainer):
             return
         folder.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=".adapter.", suffix=".tmp", dir=folder))
+        aside = temporary.with_suffix(".old")
         try:
             self.accelerator.unwrap_model(self.model).save_pretrained(temporary)
+            # The old one is aside until the new one is in its place.
             if (folder / ADAPTER).exists():
-                shutil.rmtree(folder / ADAPTER)
-            temporary.rename(folder / ADAPTER)
+                (folder / ADAPTER).rename(aside)
+            try:
+                temporary.rename(folder / ADAPTER)
+            except BaseException:
+                if aside.exists():
+                    aside.rename(folder / ADAPTER)
+                raise
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(aside, ignore_errors=True)
 
     def merge(self) -> dict[str, Tensor]:
         """Gives the pipeline its network back as one without an adapter, with what was learned in its weights.
@@ -489,7 +543,7 @@ class DiffusionTrainer(TwoTermTrainer):
         """The pipeline as it was: without an adapter, with these weights."""
         model: Any = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
         model = model.unload() if self._adapted else model
-        self._adapted = []
+        self._adapted, self._frozen = [], None
         setattr(self.pipeline, self.family.part, model)
         for name, parameter in model.named_parameters():
             if name in before:
@@ -510,10 +564,38 @@ def _layers_off(layers: Sequence[Any]) -> Iterator[None]:
             layer._disable_adapters = False
 
 
-def _beginnings(network: nn.Module) -> str:
+def _check_adapter(peft_config: Any, args: DiffusionConfig) -> None:
+    if getattr(peft_config, "bias", "none") != "none":
+        raise ValueError(
+            f"peft_config: bias={peft_config.bias!r} trains what merging and the adapter's teacher do not take back; want none"
+        )
+    if getattr(peft_config, "modules_to_save", None):
+        raise ValueError(
+            f"peft_config: modules_to_save={list(peft_config.modules_to_save)} train whole, beside the adapter; want none of them"
+        )
+    if args.localize == "saliency":
+        raise ValueError("localize: saliency chooses among the network's own weights; with an adapter leave it at all")
+
+
+def _identity(family: Family) -> str:
+    """A hash of all that images, latents and text features depend on: the network, VAE, text encoders, the scheduler's settings."""
+    said, pipeline = hashlib.sha256(), family.pipeline
+    for part in (family.part, "vae", "text_encoder", "text_encoder_2", "text_encoder_3"):
+        module = getattr(pipeline, part, None)
+        if module is not None:
+            said.update(f"{part} {_beginnings(module)}\n".encode())
+    settings = {k: v for k, v in dict(pipeline.scheduler.config).items() if k[0] != "_" or k == "_class_name"}
+    settings["class"] = type(pipeline.scheduler).__name__
+    said.update(json.dumps(settings, sort_keys=True, default=str).encode())
+    settings = {k: v for k, v in dict(pipeline.vae.config).items() if k.endswith("_factor")}
+    said.update(json.dumps(settings, sort_keys=True, default=str).encode())
+    return said.hexdigest()
+
+
+def _beginnings(module: nn.Module) -> str:
     """A hash of names, shapes and the first entries of all parameters: enough to know a model by."""
     said = hashlib.sha256()
-    for name, parameter in network.named_parameters():
+    for name, parameter in module.named_parameters():
         said.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}\n".encode())
         said.update(json.dumps(parameter.detach().flatten()[:256].double().tolist()).encode())
     return said.hexdigest()

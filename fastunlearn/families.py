@@ -60,6 +60,8 @@ class Family:
     """
 
     name = "Stable Diffusion"
+    #: classifier-free guidance that its pipeline draws with by default
+    guidance_scale = 7.5
     #: the pipeline's part that denoises
     part = "unet"
 
@@ -153,6 +155,7 @@ class SDXL(Family):
     """Two text encoders side by side, a pooled text, and the size an image is said to have."""
 
     name = "SDXL"
+    guidance_scale = 5.0
 
     def encode(self, prompts: Sequence[str]) -> Texts:
         hidden, _, pooled, _ = _encoded(self.pipeline, prompts, do_classifier_free_guidance=False)
@@ -179,6 +182,7 @@ class SD3(Family):
     """A transformer over latents and text together, trained by flow matching."""
 
     name = "Stable Diffusion 3"
+    guidance_scale = 7.0
     part = "transformer"
 
     def make_schedule(self) -> Schedule:
@@ -210,6 +214,7 @@ class Flux(SD3):
     """Packed latents, positions of tokens, and for the distilled model the guidance it was distilled at."""
 
     name = "FLUX"
+    guidance_scale = 3.5
     #: that FLUX.1-dev is asked with while it is trained on
     guidance = 3.5
 

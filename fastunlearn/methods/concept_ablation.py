@@ -16,7 +16,6 @@ from torch import Tensor
 
 from fastunlearn.data.concept_images import ConceptImages, Encoded
 from fastunlearn.diffusion_trainer import DiffusionConfig, DiffusionTrainer
-from fastunlearn.objectives.diffusion import denoising_loss
 
 
 @dataclass
@@ -55,7 +54,4 @@ class ConceptAblationTrainer(DiffusionTrainer):
         return made
 
     def retain_term(self, model: Any, inputs: Mapping[str, Any]) -> Tensor:
-        part, student = inputs["retain"], self.family.denoiser(model)
-        return denoising_loss(
-            student, self.family.schedule, part["latents"], part["text"], part["noise"], part["timesteps"]
-        )
+        return self.denoising_term(self.family.denoiser(model), inputs["retain"])

@@ -9,6 +9,7 @@ steps; there are neither images nor a retain set. The variants are train_method 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -53,6 +54,8 @@ class ESDConfig(DiffusionConfig):
             raise ValueError(f"ddim_steps: want at least 1, got {self.ddim_steps}")
         if self.timesteps == "importance":
             raise ValueError("timesteps: importance compares a concept with its surrogate, and ESD has none")
+        if self.localize == "saliency" and self.points == "trajectory":
+            raise ValueError("localize: saliency asks at noised images, and a trajectory has none; want points=images")
         super().__post_init__()
 
 
@@ -65,11 +68,14 @@ class ESDTrainer(DiffusionTrainer):
     def _encode(self, forget: ConceptImages, retain: ConceptImages | None, args: Any) -> dict[str, Encoded]:
         self._empty = self.family.encode([""]).to(self.family.device, next(self.family.network.parameters()).dtype)
         if args.points == "trajectory" and forget.images is None:
-            rest = {} if retain is None else super()._encode(retain, None, args)
             texts = self.family.encode(forget.prompts).to(self.family.device, self._empty.hidden.dtype)
-            nothing = torch.zeros(len(texts), *self.family.latent_shape, device=self.family.device)
-            made = Encoded(nothing, torch.arange(len(texts)), texts, texts, forget.digest())
-            return {"forget": made} | ({"retain": rest["forget"]} if rest else {})
+            # Prompts that are fewer than a batch come again until every batch is whole.
+            size, prompts = args.per_device_train_batch_size, len(texts)
+            count = math.lcm(prompts, size) if prompts < size else prompts
+            nothing = torch.zeros(1, *self.family.latent_shape, device=self.family.device)
+            nothing = nothing.expand(count, *nothing.shape[1:])
+            made = Encoded(nothing, torch.arange(count) % prompts, texts, texts, forget.digest())
+            return {"forget": made} | ({} if retain is None else self._encode_each({"retain": retain}, args))
         return super()._encode(forget, retain, args)
 
     def forget_term(self, model: Any, inputs: Mapping[str, Any]) -> Tensor:
@@ -77,8 +83,9 @@ class ESDTrainer(DiffusionTrainer):
         z, t, text = part["noised"], part["timesteps"], part["text"]
         empty = self._empty[torch.zeros(len(z), dtype=torch.int64, device=z.device)]
         if args.points == "trajectory":
-            # One point of the way for a batch, drawn by its own timesteps.
-            taken = int(int(t[0]) * args.ddim_steps / len(self.family.schedule))
+            # One point of the way for a batch, drawn by its own timesteps; the way leads from the last timestep down.
+            count = len(self.family.schedule)
+            taken = int((count - 1 - int(t[0])) * args.ddim_steps / count)
             z, t = trajectory(
                 student, self.family.schedule, part["noise"].to(z.dtype), text, empty, steps=args.ddim_steps, taken=taken,
                 guidance_scale=args.start_guidance,

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastunlearn.diffusion_trainer import DiffusionConfig, DiffusionTrainer
-from fastunlearn.objectives.diffusion import denoising_loss, self_distillation_loss
+from fastunlearn.objectives.diffusion import self_distillation_loss
 from fastunlearn.objectives.language import closest
 
 RECIPES = ("salun", "unlearncanvas")
@@ -26,7 +26,7 @@ RECIPES = ("salun", "unlearncanvas")
 
 @dataclass
 class SalUnConfig(DiffusionConfig):
-    """Arguments of `SalUnTrainer`; defaults are the authors'."""
+    """Arguments of `SalUnTrainer`; rate, epochs, guidance and alpha as the authors' (whose batch is 8)."""
 
     learning_rate: float = field(default=1e-5, metadata={"help": "Peak learning rate."})
     num_train_epochs: float = field(default=5.0, metadata={"help": "Passes over the forget images."})
@@ -65,14 +65,12 @@ class SalUnTrainer(DiffusionTrainer):
             if w:
                 empty = self.family.encode([""] * len(part["noised"])).to(predicted.device, part["text"].hidden.dtype)
                 predicted = (1 + w) * predicted - w * student(part["noised"], part["timesteps"], empty).float()
-        return F.mse_loss(predicted, self.family.schedule.target(part["latents"], part["noise"], part["timesteps"]))
+        target = self.family.schedule.target(part["latents"], part["noise"], part["timesteps"])
+        return F.mse_loss(predicted, target.float())
 
     def forget_term(self, model: Any, inputs: Mapping[str, Any]) -> Tensor:
         part, student = inputs["forget"], self.family.denoiser(model)
         return self_distillation_loss(student, student, part["noised"], part["timesteps"], part["text"], part["other"])
 
     def retain_term(self, model: Any, inputs: Mapping[str, Any]) -> Tensor:
-        part, student = inputs["retain"], self.family.denoiser(model)
-        return denoising_loss(
-            student, self.family.schedule, part["latents"], part["text"], part["noise"], part["timesteps"]
-        )
+        return self.denoising_term(self.family.denoiser(model), inputs["retain"])
