@@ -13,8 +13,9 @@ RECONSTRUCTION. Presets: `i_care`, what the authors' benchmark runs (dense), and
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,34 +33,61 @@ from fastunlearn.parametrize.masked_lora import VARIANTS, MaskedLoraConfig, mask
 
 #: masks of the adapter, and the modules it is on, in a checkpoint to resume from
 MASKS_FILE, MODULES_FILE = "adapter_masks.safetensors", "adapter_modules.txt"
-#: fields that a preset sets where they are at their defaults
+#: settings beside them, which a run that goes on must have, too
+SETTINGS_FILE = "adapter_settings.json"
+SETTINGS = ("variant", "sparsity_inclusiveness", "signed", "target_modules", "lora_alpha")
+#: fields that nobody gave: the class' own values, and what a preset has instead
+BASE: dict[str, Any] = {
+    "learning_rate": 6e-4, "num_train_epochs": 100.0, "max_grad_norm": 5.0, "lr_scheduler_type": "constant",
+    "variant": "per_weight", "sparsity_inclusiveness": 0.5, "r": 16, "lora_alpha": 4.0,
+}  # fmt: skip
 PRESETS: dict[str, dict[str, Any]] = {
-    "i_care": {"variant": "dense", "lora_dropout": 0.2},
+    "i_care": {"variant": "dense"},
     "tutorial": {
         "learning_rate": 1e-4, "lr_scheduler_type": "cosine", "max_grad_norm": 1.0, "r": 4, "num_train_epochs": 1.0,
         "sparsity_inclusiveness": 0.75,
     },
 }  # fmt: skip
+#: of the variant dense; the authors' sparse adapters have none
+DROPOUT: dict[str | None, float] = {"i_care": 0.2, "tutorial": 0.1}
+#: of a field that a preset may fill in
+_OPEN: Any = None
 
 
 @dataclass
 class SPAREConfig(DiffusionConfig):
-    """Arguments of `SPARETrainer`: those of `DiffusionConfig` and SPARE's own."""
+    """Arguments of `SPARETrainer`: those of `DiffusionConfig` and SPARE's own. What is None is filled in from the preset, or `BASE`."""
 
-    learning_rate: float = field(default=6e-4, metadata={"help": "Peak learning rate."})
-    num_train_epochs: float = field(default=100.0, metadata={"help": "Passes over the forget images."})
-    max_grad_norm: float = field(default=5.0, metadata={"help": "Gradients are clipped to this norm; 0: not."})
+    learning_rate: float = field(default=_OPEN, metadata={"help": "Peak learning rate; 6e-4 without a preset."})
+    num_train_epochs: float = field(
+        default=_OPEN, metadata={"help": "Passes over the forget images; 100 without a preset."}
+    )
+    max_grad_norm: float = field(
+        default=_OPEN, metadata={"help": "Gradients are clipped to this norm; 0: not; 5 without a preset."}
+    )
+    lr_scheduler_type: str = field(
+        default=_OPEN, metadata={"help": "constant, cosine, linear, ...; constant without a preset."}
+    )
     preset: str | None = field(
         default=None, metadata={"help": "i_care or tutorial: settings of the authors' runs, where they are not given."}
     )
-    variant: str = field(default="per_weight", metadata={"help": "per_weight, per_module or dense."})
+    variant: str = field(
+        default=_OPEN, metadata={"help": "per_weight, per_module or dense; per_weight without a preset."}
+    )
     sparsity_inclusiveness: float = field(
-        default=0.5, metadata={"help": "Share of the weights (per_module: of the modules) that saliency chooses."}
+        default=_OPEN,
+        metadata={
+            "help": "Share of the weights (per_module: of the modules) that saliency chooses; 0.5 without a preset."
+        },
     )
     signed: bool = field(default=False, metadata={"help": "Saliency by |sum of g| instead of the sum of |g|."})
-    r: int = field(default=16, metadata={"help": "Rank of the adapter."})
-    lora_alpha: float = field(default=4.0, metadata={"help": "The adapter is scaled by lora_alpha / r."})
-    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout on the adapter's input."})
+    r: int = field(default=_OPEN, metadata={"help": "Rank of the adapter; 16 without a preset."})
+    lora_alpha: float = field(
+        default=_OPEN, metadata={"help": "The adapter is scaled by lora_alpha / r; 4 without a preset."}
+    )
+    lora_dropout: float = field(
+        default=_OPEN, metadata={"help": "Dropout on the adapter's input; 0, but for the dense variant of a preset."}
+    )
     target_modules: list[str] | None = field(
         default=None,
         metadata={
@@ -72,10 +100,11 @@ class SPAREConfig(DiffusionConfig):
         if self.preset is not None:
             if self.preset not in PRESETS:
                 raise ValueError(f"preset: {self.preset!r} is unknown; {closest(self.preset, list(PRESETS))}")
-            own = {f.name: f.default for f in fields(self)}
-            for name, value in PRESETS[self.preset].items():
-                if getattr(self, name) == own[name]:
-                    setattr(self, name, value)
+        for name, value in (BASE | PRESETS.get(self.preset or "", {})).items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
+        if self.lora_dropout is None:
+            self.lora_dropout = DROPOUT.get(self.preset, 0.0) if self.variant == "dense" else 0.0
         if self.variant not in VARIANTS:
             raise ValueError(f"variant: {self.variant!r} is unknown; {closest(self.variant, list(VARIANTS))}")
         if not 0 < self.sparsity_inclusiveness <= 1:
@@ -108,17 +137,19 @@ class SPARETrainer(DiffusionTrainer):
         if not isinstance(args, SPAREConfig):
             raise TypeError(f"args: want a SPAREConfig, got {type(args).__name__}")
         super().__init__(model, args, *positional, **options)
-        # Found before any work.
-        self._targets = None if args.variant == "per_module" else self._target_modules(self.family.network)
 
-    def _target_modules(self, network: nn.Module) -> list[str]:
+    def check_targets(self, network: nn.Module, args: Any) -> None:
+        super().check_targets(network, args)
+        self._targets = self._target_modules(network, args)
+
+    def _target_modules(self, network: nn.Module, args: SPAREConfig) -> list[str]:
         """Full names of the modules that may get an adapter."""
-        wanted = self.args.target_modules
+        wanted = args.target_modules
         layers = [name for name, m in network.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)]
-        if wanted == ["all"]:
+        if wanted == ["all"] or (wanted is None and args.variant == "per_module"):
             return layers
         if wanted is None:
-            out = () if self.args.variant == "dense" else ("to_out.0", "to_add_out")
+            out = () if args.variant == "dense" else ("to_out.0", "to_add_out")
             return [name for name in attention_projections(network) if not name.endswith(out or ("-",))]
         for end in wanted:
             if not any(name == end or name.endswith(f".{end}") for name in layers):
@@ -137,15 +168,16 @@ class SPARETrainer(DiffusionTrainer):
         if variant != "dense":
             scores = self._saliency()
         if variant == "per_module":
-            chosen = top_modules(self.family.network, scores, self.args.sparsity_inclusiveness)
+            among = {f"{name}.weight": scores[f"{name}.weight"] for name in self._targets}
+            chosen = top_modules(self.family.network, among, self.args.sparsity_inclusiveness)
             self._attach(chosen, None)
         elif variant == "dense":
-            self._attach(self._targets or [], None)
+            self._attach(self._targets, None)
         else:
             masks = dict(
                 zip(scores, ops.topk_mask(list(scores.values()), self.args.sparsity_inclusiveness), strict=True)
             )
-            names = [name for name in self._targets or [] if bool(masks[f"{name}.weight"].bits.any())]
+            names = [name for name in self._targets if bool(masks[f"{name}.weight"].bits.any())]
             if not names:
                 raise ValueError(
                     "sparsity_inclusiveness: none of the target modules has a salient weight; a larger share, or other target_modules"
@@ -184,10 +216,20 @@ class SPARETrainer(DiffusionTrainer):
         layers = dict(masked_layers(self.accelerator.unwrap_model(self.model)))
         masks = {f"{name}.weight": layer.mask("default") for name, layer in layers.items()}
         (folder / MODULES_FILE).write_text("\n".join(layers), encoding="utf-8")
+        (folder / SETTINGS_FILE).write_text(json.dumps(self._settings()), encoding="utf-8")
         if self.args.variant == "per_weight":
             save_masks({name: mask for name, mask in masks.items() if mask is not None}, folder / MASKS_FILE)
 
+    def _settings(self) -> dict[str, Any]:
+        return {name: getattr(self.args, name) for name in SETTINGS}
+
     def load_extra(self, checkpoint: Path) -> None:
+        settings = checkpoint / SETTINGS_FILE
+        for name, value in json.loads(settings.read_text(encoding="utf-8")).items() if settings.exists() else ():
+            if value != getattr(self.args, name):
+                raise ValueError(
+                    f"resume_from_checkpoint: {checkpoint} is of another {name} than {getattr(self.args, name)}: {value}"
+                )
         names = (checkpoint / MODULES_FILE).read_text(encoding="utf-8").splitlines()
         found = checkpoint / MASKS_FILE
         if found.exists() != (self.args.variant == "per_weight"):
