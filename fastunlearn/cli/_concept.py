@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -85,7 +86,10 @@ def erase(
         surrogate = ""
     prompts = _diffusion.prompts_of(concepts, asked.erase_concept, surrogate, asked.retain_concepts, asked.template)
     forget = _images(asked.forget_images, prompts.forget, prompts.surrogate if surrogates else None)
-    retain = _images(asked.retain_images, prompts.retain, None) if config.retain_alpha else None
+    # Concept ablation keeps its anchor's images where nothing else was named.
+    anchors = method == "ablation" and not asked.retain_concepts and asked.retain_images is None
+    kept = config.retain_alpha and not anchors
+    retain = _images(asked.retain_images, prompts.retain, None) if kept else None
     if retain is None and config.retain_alpha and method != "ablation":
         raise ValueError("retain_concepts: a retain term needs some; retain_alpha=0 keeps nothing on purpose")
     resume = _run.resume_of(config)
@@ -97,12 +101,25 @@ def erase(
     ) as output:
         print(f"loading {pipeline_arguments.model_name_or_path} ...", flush=True)
         pipeline = pipeline_arguments.load(trained=True, drawn=False)
-        return _train(prog, method, argv, asked, config, trainer_class, pipeline, forget, retain, resume, output.path)
+        return _train(
+            prog,
+            method,
+            argv,
+            asked,
+            pipeline_arguments,
+            config,
+            trainer_class,
+            pipeline,
+            forget,
+            retain,
+            resume,
+            output.path,
+        )
 
 
 def _train(
-    prog: str, method: str, argv: Sequence[str], asked: Any, config: Any, trainer_class: Any, pipeline: Any, forget: Any, retain: Any,
-    resume: Any, folder: Path,
+    prog: str, method: str, argv: Sequence[str], asked: Any, given: Any, config: Any, trainer_class: Any, pipeline: Any, forget: Any,
+    retain: Any, resume: Any, folder: Path,
 ) -> int:  # fmt: skip
     from fastunlearn.cli import _diffusion
     from fastunlearn.parametrize import export
@@ -113,9 +130,10 @@ def _train(
     start = time.perf_counter()
     trainer: Any = None
     weights: dict[str, Any] = {}
+    trained = 0
 
     def work() -> None:
-        nonlocal trainer, weights
+        nonlocal trainer, trained, weights
         trainer = trainer_class(pipeline, config, forget, retain)
         trainer.train(resume_from_checkpoint=resume or None)
         trainer.save_model()
@@ -127,6 +145,7 @@ def _train(
                 export.save_low_rank(model, path, trainer.args.r, prefix=part, overwrite=True)
             else:
                 export.save_lora(model, path, prefix=part, overwrite=True)
+        trained = trainer.trained_count
         weights = trainer.merge()
 
     _, cost = measured(work, config.device)
@@ -138,7 +157,7 @@ def _train(
         folder / "metrics.json",
         {
             **about, "settings": {name: plain(getattr(config, name)) for name in _settings(config)},
-            "weights": sum(t.numel() for t in weights.values()), "trained": trainer.adapter_bytes or size,
+            "weights": sum(t.numel() for t in weights.values()), "trained": trained,
             "steps": trainer.state.global_step, "history": trainer.state.log_history, "seconds": time.perf_counter() - start,
             "peak_mib": cost.peak_mib, "storage_mib": stored / MIB, "versions": _run.versions(),
             "command": _run.shown_command(prog, argv),
@@ -151,7 +170,8 @@ def _train(
     if trainer.family.part == "transformer" or getattr(pipeline, "text_encoder_2", None) is not None:
         print(f"look at it with diffusers: pipe.{trainer.family.part}.load_state_dict(load_file(...), strict=False)")
     else:
-        print(f"look at it: fastunlearn sample --weights {folder / name} ...")
+        model = "" if given.concepts is not None else f"--model {shlex.quote(given.model_name_or_path)} "
+        print(f"look at it: fastunlearn sample {model}--weights {folder / name} ...")
     return 0
 
 

@@ -4,7 +4,8 @@
 
 changes the pipeline in place, as `fastunlearn.evaluation.canvas.evaluate` wants it; those of `AT_ONCE` take several targets, too.
 The settings in `DEFAULTS` are to be those that `python -m benchmarks.canvas tune` finds best on targets that no table holds; until
-that has run they are the methods' own.
+that has run they say little. A method that is a trainer (`TRAINERS`) has `SMALL` and `OWN` instead of the settings of its own class,
+and `DEFAULTS` over both; the others have their own.
 """
 
 from __future__ import annotations
