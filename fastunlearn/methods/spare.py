@@ -97,9 +97,8 @@ class SPAREConfig(DiffusionConfig):
     )
 
     def __post_init__(self) -> None:
-        if self.preset is not None:
-            if self.preset not in PRESETS:
-                raise ValueError(f"preset: {self.preset!r} is unknown; {closest(self.preset, list(PRESETS))}")
+        if self.preset is not None and self.preset not in PRESETS:
+            raise ValueError(f"preset: {self.preset!r} is unknown; {closest(self.preset, list(PRESETS))}")
         for name, value in (BASE | PRESETS.get(self.preset or "", {})).items():
             if getattr(self, name) is None:
                 setattr(self, name, value)

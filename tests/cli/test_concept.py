@@ -67,6 +67,9 @@ def test_baselines_write_what_moved(canvas, tmp_path, command, more):
     assert command.main(["--erase_concept", "Cat", "--output", str(out), *TRAIN, *more, "learning_rate=1e-3"]) == 0
     assert sorted(os.listdir(out)) == ["metrics.json", "unet.safetensors"]
     before = tiny_pipeline().unet.state_dict()
+    metrics = json.loads((out / "metrics.json").read_text())
+    share = 0.2 if command is salun else 1
+    assert metrics["trained"] == pytest.approx(share * metrics["weights"], rel=1e-3)
     moved = load_file(out / "unet.safetensors")
     share = sum(int((tensor != before[name]).sum()) for name, tensor in moved.items()) / sum(
         map(torch.numel, moved.values())
@@ -74,6 +77,43 @@ def test_baselines_write_what_moved(canvas, tmp_path, command, more):
     assert 0 < share <= (0.2 if command is salun else 1)
     if command is esd:
         assert not any("attn2." in name for name in moved)
+
+
+def test_ablation_keeps_its_anchors_where_nothing_is_named(canvas, tmp_path, monkeypatch):
+    from fastunlearn.methods.concept_ablation import ConceptAblationTrainer
+
+    kept, sources = [], ConceptAblationTrainer._sources
+
+    def seen(self, forget, retain, args):
+        kept.append(retain)
+        return sources(self, forget, retain, args)
+
+    monkeypatch.setattr(ConceptAblationTrainer, "_sources", seen)
+    words = ["--erase_concept", "Cat", *TRAIN]
+    assert ablate.main([*words, "--output", str(tmp_path / "a")]) == 0
+    assert ablate.main([*words, "--output", str(tmp_path / "b"), "--retain_concepts", "Fish"]) == 0
+    assert kept[0] is None
+    assert kept[1].prompts
+    assert all("Fish" in text for text in kept[1].prompts)
+
+
+def test_what_the_record_and_the_hint_say(folder, tmp_path, capsys):
+    out = tmp_path / "out"
+    words = [
+        "--model",
+        str(folder),
+        "--erase_concept",
+        "Mosaic",
+        "--surrogate_concept",
+        "Photo",
+        "--template",
+        "A Cat image in {} style.",
+    ]
+    more = ["--retain_concepts", "Pop Art", "--output", str(out), *TRAIN, "r=2"]
+    assert spare.main([*words, *more, "variant=dense"]) == 0
+    assert f"fastunlearn sample --model {folder} --weights {out / 'unet.safetensors'}" in capsys.readouterr().out
+    factors = load_file(out / "adapter" / "adapter_model.safetensors")
+    assert json.loads((out / "metrics.json").read_text())["trained"] == sum(map(torch.numel, factors.values()))
 
 
 def test_bad_input_is_one_line(canvas, tmp_path, capsys):

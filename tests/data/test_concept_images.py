@@ -64,6 +64,20 @@ def test_a_folder_says_what_each_image_is(tmp_path):
         ConceptImages.of_folder(tmp_path)
 
 
+def test_files_and_tensors_together(tmp_path):
+    images = [torch.from_numpy(image).permute(2, 0, 1) for image in pictures()]
+    Image.fromarray(pictures()[0]).save(tmp_path / "0.png")
+    Image.fromarray(pictures()[2]).save(tmp_path / "2.png")
+    whole = encode(ConceptImages(TEXTS, INSTEAD, images, [0, 1, 2]))
+    mixed = ConceptImages(TEXTS, INSTEAD, [str(tmp_path / "0.png"), images[1], tmp_path / "2.png"], [0, 1, 2])
+    assert mixed.images[0] == tmp_path / "0.png"
+    found = encode(mixed)
+    assert torch.equal(found.latents, whole.latents)
+    assert found.prompt.tolist() == [0, 1, 2]
+    text = encode(ConceptImages(TEXTS[:1], INSTEAD[:1], [str(tmp_path / "0.png")], [0]))
+    assert torch.equal(text.latents[0], encode(ConceptImages(TEXTS[:1], INSTEAD[:1], images[:1], [0])).latents[0])
+
+
 def test_a_data_set_of_the_hub(tmp_path, monkeypatch):
     datasets = pytest.importorskip("datasets")
     rows = [{"image": Image.fromarray(image), "text": text} for image, text in zip(pictures(), TEXTS)]
@@ -90,6 +104,7 @@ def test_bad_rows():
             "surrogates: want one for each of the 3 prompts, got 1",
         ),
         (lambda: ConceptImages(TEXTS, TEXTS), ValueError, "is its own surrogate"),
+        (lambda: ConceptImages(["a Cat"], ["A  cat"]), ValueError, "is its own surrogate"),
         (lambda: ConceptImages(TEXTS, None, [image]), ValueError, "a prompt for each, got 1 with 0"),
         (lambda: ConceptImages.of_rows([{"image": image}]), ValueError, "row 0 wants text, it has image"),
         (

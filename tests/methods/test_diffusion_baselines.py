@@ -11,6 +11,7 @@ from tests.tiny_diffusion import tiny_pipeline
 
 pytest.importorskip("diffusers")
 
+from fastunlearn.data.prompts import encode_prompts
 from fastunlearn.methods.concept_ablation import ConceptAblationConfig, ConceptAblationTrainer
 from fastunlearn.methods.esd import ESDConfig, ESDTrainer
 from fastunlearn.methods.salun import SalUnConfig, SalUnTrainer
@@ -84,9 +85,20 @@ def test_salun_moves_the_salient_weights_alone(tmp_path):
     pipeline = tiny_pipeline()
     before = weights(pipeline.unet)
     trainer = SalUnTrainer(pipeline, SalUnConfig(str(tmp_path), **QUICK | {"saliency_density": 0.1}), FORGET, RETAIN)
-    sums = {}
+    sums, data, schedule = {}, trainer.sets["forget"], NoiseSchedule.of(pipeline.scheduler)
+    empty = encode_prompts(pipeline, [""])
     for at in (0, 4):
-        loss = trainer.saliency_loss(range(at, min(at + 4, 6)))
+        rows, generator = torch.arange(at, min(at + 4, 6)), trainer._generator(-1, at)
+        clean = data.latents[rows]
+        noise = torch.randn(clean.shape, generator=generator)
+        t = torch.randint(1000, (len(rows),), generator=generator)
+        a = schedule.alphas_cumprod[t].sqrt().view(-1, 1, 1, 1)
+        s = (1 - schedule.alphas_cumprod[t]).sqrt().view(-1, 1, 1, 1)
+        text = encode_prompts(pipeline, [FORGET[number]["text"] for number in data.prompt[rows].tolist()])
+        z = a * clean + s * noise
+        given = pipeline.unet(z, t, encoder_hidden_states=text).sample
+        without = pipeline.unet(z, t, encoder_hidden_states=empty.expand(len(rows), -1, -1)).sample
+        loss = (8.5 * given - 7.5 * without - (a * noise - s * clean)).square().mean()
         for (name, _), grad in zip(
             pipeline.unet.named_parameters(), torch.autograd.grad(loss, list(pipeline.unet.parameters()))
         ):
@@ -100,6 +112,86 @@ def test_salun_moves_the_salient_weights_alone(tmp_path):
         if name in scores:
             assert not (tensor != before[name])[scores[name] < 0.999 * threshold].any(), name
     assert trainer._frozen is None
+
+
+def test_salun_terms(tmp_path):
+    pipeline = tiny_pipeline()
+    trainer = SalUnTrainer(pipeline, SalUnConfig(str(tmp_path), **QUICK), FORGET, RETAIN)
+    batch = trainer._prepare_inputs(ROWS)
+    alphas, unet = pipeline.scheduler.alphas_cumprod, tiny_pipeline().unet
+    part, kept = batch["forget"], batch["retain"]
+
+    def asked(part, words):
+        a = alphas[part["timesteps"]].view(-1, 1, 1, 1)
+        z = a.sqrt() * part["latents"] + (1 - a).sqrt() * part["noise"]
+        texts = encode_prompts(pipeline, words)
+        with torch.no_grad():
+            return unet(z, part["timesteps"], encoder_hidden_states=texts).sample
+
+    rows = [FORGET[number] for number in trainer.sets["forget"].prompt[:3].tolist()]
+    c, other = (asked(part, [row[name] for row in rows]) for name in ("text", "surrogate"))
+    want = float((c - other).square().mean())
+    assert float(trainer.forget_term(trainer.model, batch)) == pytest.approx(want, rel=1e-4)
+    a = alphas[kept["timesteps"]].view(-1, 1, 1, 1)
+    target = a.sqrt() * kept["noise"] - (1 - a).sqrt() * kept["latents"]
+    words = [RETAIN[number]["text"] for number in trainer.sets["retain"].prompt[:3].tolist()]
+    want = float((asked(kept, words) - target).square().mean())
+    assert float(trainer.retain_term(trainer.model, batch)) == pytest.approx(want, rel=1e-4)
+    # The other text is a target: no gradient comes through it.
+    trainer.forget_term(trainer.model, batch).backward()
+    mine = {name: p.grad.clone() for name, p in pipeline.unet.named_parameters()}
+    a = alphas[part["timesteps"]].view(-1, 1, 1, 1)
+    z = a.sqrt() * part["latents"] + (1 - a).sqrt() * part["noise"]
+    text = encode_prompts(pipeline, [row["text"] for row in rows])
+    (unet(z, part["timesteps"], encoder_hidden_states=text).sample - other).square().mean().backward()
+    for name, parameter in unet.named_parameters():
+        torch.testing.assert_close(mine[name], parameter.grad, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["salun", "ablation", "esd"])
+def test_a_pipeline_in_bfloat16(tmp_path, method):
+    pipeline = tiny_pipeline().to(torch.bfloat16)
+    before = weights(pipeline.unet)
+    options = QUICK | {"max_steps": 1, "learning_rate": 1e-1}
+    if method == "salun":
+        trainer = SalUnTrainer(pipeline, SalUnConfig(str(tmp_path), **options), FORGET, RETAIN)
+    elif method == "ablation":
+        trainer = ConceptAblationTrainer(pipeline, ConceptAblationConfig(str(tmp_path), **options), FORGET)
+    else:
+        trainer = ESDTrainer(pipeline, ESDConfig(str(tmp_path), **options | {"ddim_steps": 4}), FORGET)
+    trainer.train()
+    assert any(not torch.equal(tensor, before[name]) for name, tensor in weights(pipeline.unet).items())
+
+
+def test_esd_asks_within_its_interval(tmp_path, monkeypatch):
+    options = {"timesteps": "interval", "timestep_interval": [0.7, 1.0], "ddim_steps": 50}
+    trainer = ESDTrainer(tiny_pipeline(), ESDConfig(str(tmp_path), **QUICK | options), FORGET)
+    trainer.before_training(None)
+    trainer.prepare_weights()
+    asked = []
+
+    def loss(student, teacher, z, t, *rest):
+        asked.extend(t.tolist())
+        return z.sum()
+
+    monkeypatch.setattr("fastunlearn.methods.esd.esd_loss", loss)
+    for step in range(12):
+        trainer.state.global_step = step
+        trainer.forget_term(trainer.model, trainer._prepare_inputs({"forget": {"index": torch.tensor([0])}}))
+    assert len(set(asked)) > 3
+    assert min(asked) >= 690
+
+
+def test_esd_fills_its_batches_and_draws_what_it_keeps(tmp_path):
+    options = {"per_device_train_batch_size": 4, "ddim_steps": 2, "retain_alpha": 1.0, "num_retain_images": 9}
+    trainer = ESDTrainer(tiny_pipeline(), ESDConfig(str(tmp_path), **QUICK | options), FORGET[:1], RETAIN)
+    assert trainer.sets["forget"].prompt.tolist() == [0, 0, 0, 0]
+    assert len(trainer.sets["retain"]) == 9
+    three = ESDTrainer(tiny_pipeline(), ESDConfig(str(tmp_path), **QUICK | options), FORGET, RETAIN)
+    assert three.sets["forget"].prompt.tolist() == [0, 1, 2] * 4
+    one = ESDTrainer(tiny_pipeline(), ESDConfig(str(tmp_path), **QUICK), FORGET)
+    assert one.sets["forget"].prompt.tolist() == [0, 1, 2]
+    trainer.train()
 
 
 def test_salun_as_unlearncanvas_has_it(tmp_path):
@@ -121,6 +213,7 @@ def test_bad_input(tmp_path):
         (lambda: ESDConfig(str(tmp_path), train_method=None), "train_method: ESD trains weights"),
         (lambda: ESDConfig(str(tmp_path), timesteps="importance"), "ESD has none"),
         (lambda: ESDConfig(str(tmp_path), ddim_steps=0), "ddim_steps: want at least 1"),
+        (lambda: ESDConfig(str(tmp_path), localize="saliency"), "localize: saliency asks at noised images"),
         (lambda: SalUnConfig(str(tmp_path), recipe="salum"), "recipe: 'salum' is unknown; did you mean salun"),
         (lambda: SalUnConfig(str(tmp_path), train_method=None), "train_method: SalUn trains weights"),
     ):

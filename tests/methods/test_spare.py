@@ -24,12 +24,22 @@ def make(folder, pipeline=None, forget=FORGET, retain=RETAIN, **options):
 
 
 def written_out(trainer, *, signed):
-    """S by autograd alone."""
+    """S by autograd alone, of the loss from its tensors."""
     unet, sums = trainer.family.network, {}
     unet.requires_grad_(True)
-    size, count = trainer.args.per_device_train_batch_size, len(trainer.sets["forget"])
+    schedule, data = NoiseSchedule.of(trainer.pipeline.scheduler), trainer.sets["forget"]
+    size, count = trainer.args.per_device_train_batch_size, len(data)
     for at in range(0, count, size):
-        loss = trainer.saliency_loss(range(at, min(at + size, count)))
+        rows = torch.arange(at, min(at + size, count))
+        generator = trainer._generator(-1, at)
+        clean = data.latents[rows]
+        noise = torch.randn(clean.shape, generator=generator)
+        t = torch.randint(1000, (len(rows),), generator=generator)
+        a = schedule.alphas_cumprod[t].sqrt().view(-1, 1, 1, 1)
+        s = (1 - schedule.alphas_cumprod[t]).sqrt().view(-1, 1, 1, 1)
+        text = encode_prompts(trainer.pipeline, [FORGET[number]["text"] for number in data.prompt[rows].tolist()])
+        predicted = unet(a * clean + s * noise, t, encoder_hidden_states=text).sample
+        loss = (predicted - (a * noise - s * clean)).square().mean()
         for (name, _), grad in zip(unet.named_parameters(), torch.autograd.grad(loss, list(unet.parameters()))):
             sums[name] = sums.get(name, 0) + (grad if signed else grad.abs())
     unet.requires_grad_(False)
@@ -173,9 +183,67 @@ def test_presets_are_the_authors():
     config = SPAREConfig("out", preset="i_care", use_cpu=True)
     assert (config.learning_rate, config.r, config.lora_alpha, config.lora_dropout) == (6e-4, 16, 4.0, 0.2)
     assert (config.variant, config.max_grad_norm, config.forget_alpha, config.retain_alpha) == ("dense", 5.0, 0.3, 1.0)
+    # The adapter's dropout is that of the dense variant alone.
+    assert SPAREConfig("out", preset="tutorial", use_cpu=True).lora_dropout == 0
+    assert SPAREConfig("out", preset="tutorial", variant="dense", use_cpu=True).lora_dropout == 0.1
     assert SPAREConfig("out", preset="tutorial", r=8, use_cpu=True).r == 8
+    # What is given stays, also where it is what the class has without a preset.
+    config = SPAREConfig("out", preset="tutorial", sparsity_inclusiveness=0.5, learning_rate=6e-4, r=16, use_cpu=True)
+    assert (config.sparsity_inclusiveness, config.learning_rate, config.r) == (0.5, 6e-4, 16)
+    assert config.lr_scheduler_type == "cosine"
+    assert SPAREConfig("out", preset="i_care", variant="per_weight", use_cpu=True).variant == "per_weight"
+    assert SPAREConfig("out", preset="i_care", lora_dropout=0.0, use_cpu=True).lora_dropout == 0
+    config = SPAREConfig("out", use_cpu=True)
+    assert (config.learning_rate, config.num_train_epochs, config.max_grad_norm) == (6e-4, 100.0, 5.0)
+    assert (config.variant, config.sparsity_inclusiveness, config.r, config.lora_alpha, config.lora_dropout) == (
+        "per_weight", 0.5, 16, 4.0, 0.0,
+    )  # fmt: skip
     with pytest.raises(ValueError, match="preset: 'tutorials' is unknown; did you mean tutorial"):
         SPAREConfig("out", preset="tutorials")
+
+
+@pytest.mark.parametrize("variant", ["per_weight", "per_module"])
+def test_a_pipeline_in_bfloat16(tmp_path, variant):
+    pipeline = tiny_pipeline().to(torch.bfloat16)
+    before = weights(pipeline.unet)
+    trainer = make(tmp_path, pipeline, variant=variant, max_steps=1, learning_rate=1e-1, sparsity_inclusiveness=0.5)
+    trainer.train()
+    moved = trainer.merge()
+    assert all(tensor.dtype == torch.bfloat16 for tensor in moved.values())
+    assert any(not torch.equal(tensor, before[name]) for name, tensor in moved.items())
+
+
+def test_per_module_stays_within_its_targets(tmp_path):
+    trainer = make(tmp_path, variant="per_module", sparsity_inclusiveness=0.5, target_modules=["to_k"], max_steps=1)
+    trainer.train()
+    names = [name for name, _ in masked_layers(trainer.model)]
+    assert names
+    assert all(name.endswith("to_k") for name in names)
+    total = sum(name.endswith("to_k") for name, _ in tiny_pipeline().unet.named_modules())
+    assert len(names) == total // 2
+
+
+def test_a_run_goes_on_with_its_own_settings_alone(tmp_path):
+    options = {"save_strategy": "steps", "save_steps": 2, "max_steps": 2, "r": 2}
+    make(tmp_path, **options).train()
+    for name, value in (
+        ("sparsity_inclusiveness", 0.4), ("signed", True), ("target_modules", ["to_k"]), ("lora_alpha", 8.0), ("variant", "per_module"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=f"is of another {name} than"):
+            make(tmp_path, **options | {"max_steps": 4, name: value}).train(resume_from_checkpoint=True)
+    make(tmp_path, **options | {"max_steps": 4}).train(resume_from_checkpoint=True)
+
+
+def test_what_is_refused_is_refused_before_images_are_drawn(tmp_path, monkeypatch):
+    monkeypatch.setattr("fastunlearn.families.latents_of_prompts", lambda *_, **__: pytest.fail("drawn"))
+    for variant in ("per_weight", "per_module"):
+        pipeline = tiny_pipeline()
+        pipeline.unet.conv_in.requires_grad_(False)
+        flags = {name: p.requires_grad for name, p in pipeline.unet.named_parameters()}
+        config = SPAREConfig(str(tmp_path), **QUICK | {"target_modules": ["to_w"], "variant": variant})
+        with pytest.raises(ValueError, match="target_modules: the unet has no"):
+            spare(pipeline, FORGET, RETAIN, config)
+        assert {name: p.requires_grad for name, p in pipeline.unet.named_parameters()} == flags
 
 
 def test_bad_input(tmp_path):

@@ -21,7 +21,7 @@ from peft import PeftModel, get_peft_model  # noqa: E402
 from fastunlearn import MaskedLoraConfig  # noqa: E402
 from fastunlearn.localize.patterns import nm_violations  # noqa: E402
 from fastunlearn.parametrize import export  # noqa: E402
-from fastunlearn.parametrize.masked_lora import PEFT_TYPE, MaskedLoraLayer, base_identity, masked_layers  # noqa: E402
+from fastunlearn.parametrize.masked_lora import PEFT_TYPE, MaskedLoraLayer, base_identity, check_base, masked_layers  # noqa: E402
 
 #: names in the tiny models, shared with the processes that reload
 MODELS = """
@@ -253,6 +253,19 @@ def test_base_identity_sees_names_shapes_types_and_bits():
     others = [{"b": w}, {"a": w.view(4, 3)}, {"a": w.half()}, {"a": w + 1e-6}, {"a": -0.0 * w}]
     assert known not in {base_identity(o)["sha256"] for o in others}
     assert known == base_identity({"a": w.t().contiguous().t()})["sha256"]
+
+
+def test_every_weight_of_the_base_is_looked_at():
+    """Also those whose names come late, where the element type differs and a hash says nothing."""
+    weights = {f"{part}.{i}.to_k": torch.randn(4, 4) for part in ("attn1", "attn2") for i in range(40)}
+    known = base_identity(weights)
+    half = {name: weight.bfloat16() for name, weight in weights.items()}
+    check_base(half, known)
+    for name in weights:
+        with pytest.raises(ValueError, match=r"base: the adapter was made for other weights .*1 of 80 sampled"):
+            check_base(half | {name: half[name] + 1}, known)
+    with pytest.raises(ValueError, match="base: the adapter was made for other weights"):
+        check_base(half, known | {"probe": known["probe"][:16]})
 
 
 def test_two_adapters():
