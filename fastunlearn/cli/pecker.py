@@ -116,10 +116,13 @@ def main(argv: Sequence[str]) -> int:
             _check(config, work, scheduler, output, resume)
             if not (resume and (generator / "pecker.json").is_file()):
                 generator = _distil(PECKERTrainer, config, work, scheduler, asked.distill_steps, generator, resume)
+            if resume is True and _began_only(output, {"distilled"}):
+                print("no checkpoint of the second stage: it begins anew", flush=True)
+                resume = False
         trainer = PECKERTrainer(
             work.model, config, work.forget, work.retain, scheduler, override=work.override, generator=generator
         )
-        if output.is_dir() and {p.name for p in output.iterdir()} <= {"distilled"}:
+        if _began_only(output, {"distilled"}):
             # What the first stage left is this run's own.
             config.overwrite_output_dir = True
         outcome = trainer.train(resume_from_checkpoint=resume or None)
@@ -156,6 +159,18 @@ def _check(config: Any, work: _Work, scheduler: Any, output: Path, resume: Any) 
         claim_output(output, overwrite=config.overwrite_output_dir, resume=resumes_in(output, resume or None)).check()
 
 
+def _began_only(folder: Path, own: set[str]) -> bool:
+    """Whether the folder is there and holds nothing but `own` and what a kill left half written."""
+    from fastunlearn.two_terms import complete_checkpoint
+
+    def half(path: Path) -> bool:
+        if path.name.startswith("checkpoint-"):
+            return not complete_checkpoint(path)
+        return path.name.startswith(".") and path.name.endswith((".lock", ".tmp"))
+
+    return folder.is_dir() and all(path.name in own or half(path) for path in folder.iterdir())
+
+
 def _everything(work: _Work) -> list[Any] | None:
     """What distillation draws: all that is named, for what will be forgotten has to be drawn first, too. None: all labels."""
     if work.retain is None:
@@ -174,6 +189,9 @@ def _distil(
     print(f"distilling a one-step generator, {steps:,} iterations ...", flush=True)
     trainer = trainer_class(work.model, first, None, _everything(work), scheduler)
     going_on = bool(resume) and folder.is_dir() and last_checkpoint(folder) is not None
+    if resume and not going_on and _began_only(folder, {"unet", "scheduler"}):
+        print("no checkpoint of the first stage: it begins anew", flush=True)
+        first.overwrite_output_dir = True
     trainer.train(resume_from_checkpoint=True if going_on else None)
     trainer.save_model()
     return folder

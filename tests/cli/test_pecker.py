@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+import shutil
+import warnings
 
 import pytest
 
 pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
+from safetensors.torch import load_file
+
 from fastunlearn import load_masks
 from fastunlearn.cli import main
 from fastunlearn.cli import pecker as command
 from tests.methods.test_pecker import tiny_unet
+from tests.proof import assert_equal
 
 SMALL = [
     "max_steps=2",
@@ -50,6 +55,51 @@ def test_two_stages(model, tmp_path, capsys):
     assert not (tmp_path / "other" / "masks.safetensors").exists()
     assert main(other) == 2
     assert main([*other, "overwrite_output_dir=true"]) == 0
+
+
+def test_a_run_killed_in_either_stage_goes_on(model, tmp_path, capsys):
+    argv = ["pecker", "--model", str(model), "--forget_class", "0", "--override_class", "1", "--distill_steps", "2"]
+    argv += [*SMALL, "method=sfd", "save_strategy=steps", "save_steps=1", "ema_decay=0"]
+    assert main([*argv, "--output", str(tmp_path / "whole")]) == 0
+    whole = load_file(tmp_path / "whole" / "unet" / "diffusion_pytorch_model.safetensors")
+
+    def killed(name, stage, complete):
+        """What a kill leaves of a stage: a lock, its checkpoints, the last one half written."""
+        out = tmp_path / name
+        shutil.copytree(tmp_path / "whole" / "distilled", out / "distilled")
+        if stage == 2:
+            shutil.copytree(tmp_path / "whole" / "checkpoint-2", out / "checkpoint-2")
+        else:
+            (out / "distilled" / "pecker.json").unlink()
+            shutil.rmtree(out / "distilled" / "scheduler")
+        folder = out if stage == 2 else out / "distilled"
+        (folder / ".lock").touch()
+        (folder / "checkpoint-2" / "trainer_state.json").unlink()
+        if not complete and stage == 1:
+            shutil.rmtree(folder / "checkpoint-1")
+        return out
+
+    for name, stage, complete, said in (
+        ("begun", 1, False, ["first", "second"]),
+        ("half", 1, True, ["second"]),
+        ("distilled", 2, False, ["second"]),
+    ):
+        out = killed(name, stage, complete)
+        capsys.readouterr()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # of the half checkpoint
+            assert main([*argv, "--output", str(out), "resume_from_checkpoint=true"]) == 0
+        printed = capsys.readouterr().out
+        assert [s for s in ("first", "second") if f"no checkpoint of the {s} stage: it begins anew" in printed] == said
+        assert_equal(load_file(out / "unet" / "diffusion_pytorch_model.safetensors"), whole)
+
+    # What somebody put there is no leftover.
+    out = killed("mine", 2, False)
+    (out / "mine.txt").write_text("mine")
+    with pytest.warns(RuntimeWarning, match="was not written to its end"):
+        assert main([*argv, "--output", str(out), "resume_from_checkpoint=true"]) == 2
+    assert "holds no complete checkpoint" in capsys.readouterr().err
+    assert (out / "mine.txt").read_text() == "mine"
 
 
 @pytest.mark.parametrize(
