@@ -33,6 +33,14 @@ def gathered(value: Any) -> list[Any]:
     return out
 
 
+def drop_journals(folder: Path | None, name: str) -> None:
+    """Removes what interrupted runs left; every process calls this before it reads."""
+    if folder is not None and world()[0] == 0:
+        for path in folder.glob(f".{name}.*.jsonl"):
+            path.unlink()
+    gathered(None)
+
+
 class Journal:
     """Results of rows by stage, kept on disk until the whole is done.
 

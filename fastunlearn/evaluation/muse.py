@@ -19,11 +19,10 @@ from typing import Any
 import torch
 
 from fastunlearn.data.text import Prompter, load_rows
-from fastunlearn.evaluation import membership
 from fastunlearn.evaluation import memorisation as memo
-from fastunlearn.evaluation.journal import Journal, world
+from fastunlearn.evaluation.journal import Journal, drop_journals, world
 from fastunlearn.evaluation.logs import LogFolder, Logs, check_reference, metric, summary
-from fastunlearn.evaluation.runner import Runner, about, folder_of
+from fastunlearn.evaluation.runner import Runner, about, folder_of, privleak_logs
 from fastunlearn.evaluation.scoring import AnswerScore, Question
 
 HUB = "muse-bench/MUSE-{split}"
@@ -197,9 +196,8 @@ def evaluate_muse(
     stored = LogFolder("MUSE", Path(), {}, meta)
     if folder is not None:
         stored = LogFolder.open("MUSE", folder, meta, overwrite=overwrite)
-        if overwrite and world()[0] == 0:
-            for path in folder.glob(".MUSE.*.jsonl"):
-                path.unlink()
+        if overwrite:
+            drop_journals(folder, "MUSE")
     journal = Journal(folder, "MUSE", {key: meta[key] for key in ("split", "model", "weights", "tokenizer", "settings", "rows")})  # fmt: skip
     if not stored.logs:
         dtype = None if settings.autocast is None else getattr(torch, settings.autocast)
@@ -210,9 +208,7 @@ def evaluate_muse(
         stored.logs = _measure(_Asker(runner, settings), rows)
     stored.logs.pop("privleak", None)
     if reference is not None:
-        theirs = reference.logs["mia_min_k"]["agg_value"]
-        leak = membership.privleak(stored.logs["mia_min_k"]["agg_value"], theirs)
-        stored.logs["privleak"] = {"agg_value": leak}
+        stored.logs |= privleak_logs(stored.logs, reference.logs)
         stored.meta = {**stored.meta, "retain_logs": str(reference.path)}
     elif world()[0] == 0:
         warnings.warn("no retain_logs: PrivLeak is left out", stacklevel=2)

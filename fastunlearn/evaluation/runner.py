@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict
@@ -157,6 +158,19 @@ class Runner:
             out[part] = {"agg_value": sum(values) / len(values), "value_by_index": by_index(rows)}
         auc = membership.auc(*([row["score"] for row in part["value_by_index"].values()] for part in out.values()))
         return out | {"auc": auc, "agg_value": auc}
+
+
+def privleak_logs(logs: dict[str, Any], reference: dict[str, Any]) -> dict[str, Any]:
+    """PrivLeak, where both have the attack; none where the retain model tells all of the forget set from the holdout set."""
+    values = [entry.get("mia_min_k", {}).get("agg_value") for entry in (logs, reference)]
+    if None in values:
+        return {}
+    if values[1] == 1:
+        warnings.warn(
+            "PrivLeak is left out: the retain model's AUC is 1, as if it had seen the forget set", stacklevel=4
+        )
+        return {}
+    return {"privleak": {"agg_value": membership.privleak(*values)}}
 
 
 def start_processes() -> None:

@@ -9,161 +9,30 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from fastunlearn.data.text import encode_rows, load_rows
-from fastunlearn.evaluation import membership
 from fastunlearn.evaluation import memorisation as memo
-from fastunlearn.evaluation.journal import Journal, world
+from fastunlearn.evaluation.journal import Journal, drop_journals, world
 from fastunlearn.evaluation.logs import LogFolder, Logs, check_reference, column, metric, summary
-from fastunlearn.evaluation.membership import ATTACKS
-from fastunlearn.evaluation.runner import Runner, about, folder_of
-from fastunlearn.evaluation.scoring import AnswerScore, Question
-from fastunlearn.objectives.language import closest
+from fastunlearn.evaluation.runner import Runner, about, folder_of, privleak_logs
+from fastunlearn.evaluation.scoring import AnswerScore
+from fastunlearn.evaluation.tofu_parts import FILES, Part, TofuSettings, encode_part, load_parts
 
-HUB = "locuslab/TOFU"
-#: a part -> the file it is read from; {split} is the forget split
-FILES = {
-    "forget": "{split}_perturbed", "retain": "retain_perturbed", "ra": "real_authors_perturbed", "wf": "world_facts_perturbed",
-}  # fmt: skip
-#: ground truth ratios of a variant: aggregate of the forget set, of what must stay
+__all__ = [
+    "FILES",
+    "Part",
+    "TofuSettings",
+    "compare_with_retain",
+    "encode_part",
+    "evaluate_tofu",
+    "load_parts",
+    "probability_logs",
+]
+
+#: variant of the truth ratio -> its aggregate for the forget set, for what must stay
 _AGGREGATE = {"ratio": ("closer_to_1_better", "true_better"), "probability": ("prob_mean", "prob_mean")}
-
-
-@dataclass
-class TofuSettings:
-    """What is measured; everything here changes the numbers.
-
-    Attributes:
-        max_new_tokens: of an answer.
-        truth_ratio: "ratio" or "probability".
-        attacks: membership attacks, of `membership.ATTACKS`; need a holdout set ("reference" a model too).
-        generate: ask for answers, not only for probabilities (without: no ROUGE, no model utility).
-        system_prompt: of the chat template.
-        autocast: "bfloat16", "float16" or None.
-        limit: rows of each part at most, the first ones; 0: all.
-    """
-
-    max_new_tokens: int = 200
-    truth_ratio: str = "ratio"
-    attacks: tuple[str, ...] = ("loss", "zlib", "gradnorm", "min_k", "min_k_plus_plus")
-    generate: bool = True
-    system_prompt: str | None = None
-    autocast: str | None = None
-    limit: int = 0
-
-    def __post_init__(self) -> None:
-        self.attacks = tuple(self.attacks)
-        if self.truth_ratio not in _AGGREGATE:
-            raise ValueError(
-                f"truth_ratio: {self.truth_ratio!r} is unknown; {closest(self.truth_ratio, list(_AGGREGATE))}"
-            )
-        for attack in self.attacks:
-            if attack not in ATTACKS:
-                raise ValueError(f"attacks: {attack!r} is unknown; {closest(attack, list(ATTACKS))}")
-        if self.max_new_tokens < 1 or self.limit < 0:
-            raise ValueError(f"max_new_tokens, limit: want >= 1 and >= 0, got {self.max_new_tokens}, {self.limit}")
-        if self.autocast not in (None, "bfloat16", "float16"):
-            raise ValueError(f"autocast: want bfloat16, float16 or None, got {self.autocast!r}")
-
-    def dtype(self) -> torch.dtype | None:
-        return None if self.autocast is None else getattr(torch, self.autocast)
-
-
-@dataclass
-class Part:
-    """One set, encoded.
-
-    Attributes:
-        questions: prompt and answers, in the order right, paraphrased (where there is one), wrong.
-        texts: the questions, the right answers.
-        paraphrased: whether the second answer is a paraphrase of the first.
-    """
-
-    questions: list[Question]
-    texts: list[str]
-    answers: list[str]
-    paraphrased: bool = False
-    stops: list[int] = field(default_factory=list)
-
-
-def load_parts(data: str | Path = HUB, split: str = "forget10", holdout: Any = None) -> dict[str, list[dict[str, Any]]]:
-    """Rows of all parts.
-
-    Args:
-        data: a folder with `<split>_perturbed.json`, `retain_perturbed.json`, `real_authors_perturbed.json`,
-            `world_facts_perturbed.json` (JSON lines or lists), or a name on the Hub.
-        split: the forget split: forget01, forget05, forget10.
-        holdout: rows, a file or a hub name (name:config) of a set that no model has seen; None: `holdout<nn>.json` in a folder
-            that has it, no set otherwise.
-
-    Raises:
-        FileNotFoundError, ValueError, OSError: as `load_rows`.
-    """
-    folder = Path(str(data)).expanduser()
-
-    def read(name: str) -> list[dict[str, Any]]:
-        if not folder.is_dir():
-            return load_rows(f"{data}:{name}")
-        found = [folder / f"{name}{end}" for end in (".json", ".jsonl", ".parquet")]
-        if not any(path.is_file() for path in found):
-            raise FileNotFoundError(f"data: there is no {found[0]}")
-        return load_rows(next(path for path in found if path.is_file()))
-
-    parts = {part: read(name.format(split=split)) for part, name in FILES.items()}
-    if holdout is not None:
-        parts["holdout"] = load_rows(holdout)
-    elif folder.is_dir() and any(folder.glob(f"{split.replace('forget', 'holdout')}.json*")):
-        parts["holdout"] = read(split.replace("forget", "holdout"))
-    return parts
-
-
-def _answers(part: str, number: int, row: Mapping[str, Any], paraphrased: bool) -> list[Any]:
-    """Right, paraphrased, wrong ones of a row; `encode_rows` says what is wrong with the right one."""
-    if part == "holdout":
-        return [row.get("answer")]
-    wrong = row.get("perturbed_answer")
-    wrong = wrong.tolist() if wrong is not None and hasattr(wrong, "tolist") else wrong
-    if not isinstance(wrong, list) or not wrong or not all(isinstance(w, str) and w.strip() for w in wrong):
-        raise ValueError(f"{part}: row {number} (counted from 1) has no perturbed_answer, a list of wrong answers")
-    if paraphrased and not isinstance(row.get("paraphrased_answer"), str):
-        raise ValueError(f"{part}: row {number} (counted from 1) has no paraphrased_answer")
-    return [row.get("answer"), *([row["paraphrased_answer"]] if paraphrased else []), *wrong]
-
-
-def encode_part(part: str, rows: Sequence[Mapping[str, Any]], tokenizer: Any, settings: TofuSettings) -> Part:
-    """One set as token trees.
-
-    Raises:
-        ValueError: rows without question and answer, or without the perturbed (and, of TOFU's own authors, paraphrased) answers.
-    """
-    rows = rows[: settings.limit] if settings.limit else rows
-    paraphrased = part in ("forget", "retain")
-    listed = [_answers(part, number, row, paraphrased) for number, row in enumerate(rows, 1)]
-    if len({len(answers) for answers in listed}) > 1:
-        raise ValueError(f"{part}: rows have different numbers of perturbed answers")
-    flat = [
-        {"question": row.get("question"), "answer": a}
-        for row, answers in zip(rows, listed, strict=True)
-        for a in answers
-    ]
-    encoded = encode_rows(flat, tokenizer, what=f"{part} set", system=settings.system_prompt)
-    questions, at = [], 0
-    for answers in listed:
-        items = [encoded[at + k] for k in range(len(answers))]
-        split = items[0]["labels"].count(-100)
-        questions.append(
-            Question(
-                items[0]["input_ids"][:split], [item["input_ids"][item["labels"].count(-100) :] for item in items], 1
-            )
-        )
-        at += len(answers)
-    texts, right = [str(row["question"]) for row in rows], [str(row["answer"]) for row in rows]
-    return Part(questions, texts, right, paraphrased and part != "holdout", sorted({*encoded.end_ids, int(tokenizer.eos_token_id)}))  # fmt: skip
 
 
 def _prob(scores: Sequence[AnswerScore]) -> list[dict[str, Any]]:
@@ -203,16 +72,18 @@ def _memorised(encoded: Part, scores: list[list[AnswerScore]]) -> Logs:
     }
 
 
-def compare_with_retain(logs: Logs, reference: Logs) -> Logs:
+def forget_truth_ratios(logs: Logs, variant: str) -> list[float]:
+    """Of the forget set, from the losses where the logs have them: logs of another variant serve too."""
+    right, wrong = (logs.get(f"forget_Q_A_{kind}_Prob", {}) for kind in ("PARA", "PERT"))
+    if right.get("value_by_index") and wrong.get("value_by_index"):
+        return [float(r) for r in memo.truth_ratio(column(right, "avg_loss"), column(wrong, "avg_loss"), variant)]  # type: ignore[arg-type]
+    return column(logs["forget_truth_ratio"], "score")
+
+
+def compare_with_retain(logs: Logs, reference: Logs, variant: str = "ratio") -> Logs:
     """Forget quality and PrivLeak, from a model's logs and the retain model's."""
-    out: Logs = {}
-    if "forget_truth_ratio" in reference:
-        values = [column(entry["forget_truth_ratio"], "score") for entry in (logs, reference)]
-        out["forget_quality"] = {"agg_value": memo.forget_quality(*values)}
-    if "mia_min_k" in logs and reference.get("mia_min_k", {}).get("agg_value") is not None:
-        leak = membership.privleak(logs["mia_min_k"]["agg_value"], reference["mia_min_k"]["agg_value"])
-        out["privleak"] = {"agg_value": leak}
-    return out
+    values = [forget_truth_ratios(entry, variant) for entry in (logs, reference)]
+    return {"forget_quality": {"agg_value": memo.forget_quality(*values)}} | privleak_logs(logs, reference)
 
 
 def evaluate_tofu(
@@ -264,9 +135,8 @@ def evaluate_tofu(
         check_reference(reference, meta, encoded["forget"].texts, {"forget_truth_ratio": "forget quality"})
     folder = folder_of(output)
     stored = LogFolder.open("TOFU", folder, meta, overwrite=overwrite) if folder is not None else LogFolder("TOFU", Path(), {}, meta)  # fmt: skip
-    if overwrite and folder is not None and world()[0] == 0:
-        for path in folder.glob(".TOFU.*.jsonl"):
-            path.unlink()
+    if overwrite:
+        drop_journals(folder, "TOFU")
     journal = Journal(folder, "TOFU", {key: meta[key] for key in ("split", "model", "weights", "tokenizer", "settings", "rows")})  # fmt: skip
     if not stored.logs:
         stops = sorted({stop for part in encoded.values() for stop in part.stops} | _own_stops(model))
@@ -277,7 +147,7 @@ def evaluate_tofu(
     for key in ("forget_quality", "privleak"):
         stored.logs.pop(key, None)
     if reference is not None:
-        stored.logs |= compare_with_retain(stored.logs, reference.logs)
+        stored.logs |= compare_with_retain(stored.logs, reference.logs, settings.truth_ratio)
         stored.meta = {**stored.meta, "retain_logs": str(reference.path)}
     if folder is not None and world()[0] == 0:
         stored.write()

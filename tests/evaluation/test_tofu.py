@@ -150,6 +150,12 @@ def test_again_is_free_and_retain_logs_are_compared(evaluated, tmp_path, monkeyp
     bare = tmp_path / "bare.json"
     bare.write_text((tmp_path / "TOFU_EVAL.json").read_text())
     assert tofu.evaluate_tofu(model, tokenizer, parts(), output=folder, settings=SETTINGS, retain_logs=bare) == more
+    # Truth ratios of the other variant are made anew from the losses.
+    other = json.loads(bare.read_text())
+    for row in other["forget_truth_ratio"]["value_by_index"].values():
+        row["score"] = 1 / (1 + row["score"])
+    bare.write_text(json.dumps(other))
+    assert tofu.evaluate_tofu(model, tokenizer, parts(), output=folder, settings=SETTINGS, retain_logs=bare) == more
 
 
 def test_other_logs_are_refused(evaluated, tmp_path):
