@@ -31,7 +31,7 @@ COMMANDS = {
     "scapre": "a text-to-image model draws anchors for any number of concepts, by one closed-form solve",
     "pecker": "a diffusion model's one-step generator forgets a class or a concept, without data",
     "sample": "a grid of what a text-to-image model draws, before or after",
-    "evaluate": "styles and objects unlearned one by one: what is gone, what is kept, what comes back",
+    "evaluate": "what is gone, what is kept, what comes back: tofu, muse, lm-eval, relearn, quantize; canvas for images",
     "plan": "memory and time of a run, on any number of GPUs, before anything is loaded",
     "bench": "every op beside its peers and the hardware's limit",
     "doctor": "which backend serves which op and why, versions, GPU; a block to paste into a bug report",

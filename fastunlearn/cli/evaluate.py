@@ -1,4 +1,5 @@
-"""`fastunlearn evaluate canvas`: one unlearned model for every style and object, and what each still draws.
+"""`fastunlearn evaluate canvas`: one unlearned model for every style and object, and what each still draws. Language models:
+`fastunlearn evaluate tofu | muse | lm-eval | relearn | quantize` (cli/_language_evaluations.py).
 
     fastunlearn evaluate canvas --method uce --styles 4 --objects 4 --seed 0 --output uce.json
     fastunlearn evaluate canvas --method 'runs/{target}/unet.safetensors' --targets "Pop Art" Cats --output mine.json
@@ -18,6 +19,7 @@ from fastunlearn.cli._arguments import did_you_mean, parse
 
 PROG = "fastunlearn evaluate"
 WORLDS = ("canvas", "unlearncanvas")
+LANGUAGE = ("tofu", "muse", "lm-eval", "relearn", "quantize")
 
 
 @dataclass
@@ -103,6 +105,11 @@ def _targets(asked: EvaluateArguments, concepts: Any) -> list[Any]:
 def main(argv: Sequence[str]) -> int:
     """Runs the command; 0, or 2 for bad input (one line on standard error)."""
 
+    if argv and argv[0] in LANGUAGE:
+        from fastunlearn.cli import _language_evaluations
+
+        return _run.guarded(f"{PROG} {argv[0]}", lambda: _language_evaluations.run(argv[0], argv[1:]))
+
     def run() -> int:
         from fastunlearn.cli import _diffusion
         from fastunlearn.evaluation.canvas import AnswerSettings, evaluate
@@ -113,7 +120,8 @@ def main(argv: Sequence[str]) -> int:
         name = words.pop(0) if words and not words[0].startswith("-") and "=" not in words[0] else ""
         if name not in WORLDS and not {"-h", "--help"} & set(words):
             raise ValueError(
-                f"want a world to evaluate in, {' or '.join(WORLDS)}, got {name or 'none'}{did_you_mean(name, WORLDS)}"
+                f"want what to evaluate, {', '.join(WORLDS + LANGUAGE)}, got {name or 'none'}"
+                f"{did_you_mean(name, WORLDS + LANGUAGE)}"
             )
         asked, pipeline_arguments, settings = parse(
             (EvaluateArguments, _diffusion.PipelineArguments, AnswerSettings), words, f"{PROG} {name or 'canvas'}",

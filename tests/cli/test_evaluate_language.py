@@ -1,0 +1,130 @@
+"""`fastunlearn evaluate tofu | muse | relearn | quantize | lm-eval` on a tiny model on disk."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from fastunlearn.checkpoint import save_checkpoint
+from fastunlearn.cli import evaluate
+from fastunlearn.evaluation import muse, tofu
+from tests.evaluation import test_muse as muse_suite
+from tests.evaluation import test_tofu as tofu_suite
+from tests.tiny_chat import char_tokenizer, tiny_llama
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Two models, TOFU, MUSE and a forget set on disk."""
+    path = tmp_path_factory.mktemp("evaluate")
+    for seed, name in enumerate(("model", "retain")):
+        save_checkpoint(path / name, tiny_llama(seed), char_tokenizer())
+    (path / "tofu").mkdir()
+    for part, name in tofu.FILES.items():
+        rows = tofu_suite.rows(part)
+        (path / "tofu" / f"{name.format(split='forget01')}.json").write_text(json.dumps(rows))
+    (path / "tofu" / "holdout01.json").write_text(json.dumps(tofu_suite.rows("holdout")))
+    for part, (place, name, _) in muse.FILES.items():
+        (path / "muse" / place).mkdir(parents=True, exist_ok=True)
+        (path / "muse" / place / f"{name}.json").write_text(json.dumps(muse_suite.parts()[part]))
+    (path / "forget.jsonl").write_text("\n".join(json.dumps(row) for row in tofu_suite.rows("forget", 12)))
+    (path / "text.txt").write_text("some text of the world " * 20)
+    return path
+
+
+def run(what, folder, *words, model="model", out):
+    return evaluate.main([what, "--model", str(folder / model), "--output", str(out), *map(str, words)])
+
+
+def test_tofu(folder, tmp_path, capsys):
+    words = ["--data", folder / "tofu", "--split", "forget01", "max_new_tokens=5"]
+    assert run("tofu", folder, *words, model="retain", out=tmp_path / "retain") == 0
+    words += ["--retain_logs", tmp_path / "retain"]
+    assert run("tofu", folder, *words, "--autocast", "bfloat16", out=tmp_path / "out") == 0
+    shown = capsys.readouterr().out
+    found = json.loads((tmp_path / "out" / "TOFU_SUMMARY.json").read_text())
+    assert {"forget_quality", "privleak", "model_utility", "mia_gradnorm"} <= set(found)
+    assert "forget_quality" in shown
+    meta = json.loads((tmp_path / "out" / "TOFU_META.json").read_text())
+    assert meta["split"] == "forget01"
+    assert meta["model"] == str(folder / "model")
+    # Other settings in the same folder are another evaluation.
+    assert run("tofu", folder, *words, out=tmp_path / "out") == 2
+    assert "holds the logs of settings" in capsys.readouterr().err
+    assert run("tofu", folder, *words, "--overwrite", out=tmp_path / "out") == 0
+    assert run("tofu", folder, "--data", folder / "tofu", out=tmp_path / "x") == 2
+    assert "there is no" in capsys.readouterr().err
+
+
+def test_muse(folder, tmp_path, capsys):
+    assert run("muse", folder, "--data", folder / "muse", model="retain", out=tmp_path / "retain") == 0
+    words = ["--data", folder / "muse", "--retain_logs", tmp_path / "retain"]
+    assert run("muse", folder, *words, out=tmp_path / "out") == 0
+    assert "privleak" in json.loads((tmp_path / "out" / "MUSE_SUMMARY.json").read_text())
+    assert "forget_verbmem_ROUGE" in capsys.readouterr().out
+
+
+def test_relearn(folder, tmp_path, capsys):
+    words = [
+        "--forget",
+        folder / "forget.jsonl",
+        "--original",
+        folder / "retain",
+        "max_new_tokens=5",
+        "learning_rate=1e-3",
+    ]
+    assert run("relearn", folder, *words, "perplexity_text=" + str(folder / "text.txt"), out=tmp_path) == 0
+    found = json.loads((tmp_path / "RELEARN.json").read_text())
+    assert found["asked rows"] == 2
+    assert len(found["trained on"]) == 10
+    assert set(found["results"]) == {"original", "unlearned", "relearned on 10 rows"}
+    assert set(found["results"]["relearned on 10 rows"]["recovered"]) == {
+        "probability", "rougeL_recall", "extraction_strength", "exact_memorization",
+    }  # fmt: skip
+    assert found["results"]["unlearned"]["perplexity"] > 1
+    assert "relearned on 10 rows" in capsys.readouterr().out
+    assert run("relearn", folder, *words, out=tmp_path) == 2
+    assert "is there already" in capsys.readouterr().err
+
+
+def test_quantize(folder, tmp_path, capsys):
+    words = ["--forget", folder / "forget.jsonl", "max_new_tokens=5"]
+    assert run("quantize", folder, *words, "--forms", "int8", "nf4", "--patterns", "2:4", "50%", out=tmp_path) == 0
+    found = json.loads((tmp_path / "QUANTIZE.json").read_text())["results"]
+    assert set(found) == {"unlearned", "int8", "nf4", "magnitude 2:4", "magnitude 50%"}
+    assert len({row["probability"] for row in found.values()}) == 5
+    assert "simulated" in capsys.readouterr().out
+    assert run("quantize", folder, *words, "--forms", "fp4", out=tmp_path / "x") == 2
+    assert "forms: want some of int8, nf4, int4, got 'fp4'" in capsys.readouterr().err
+
+
+def test_an_unknown_evaluation_is_named(capsys):
+    assert evaluate.main(["tofo"]) == 2
+    assert "got tofo; did you mean tofu?" in capsys.readouterr().err
+
+
+def test_lm_eval_says_what_is_missing(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "lm_eval", None)
+    assert run("lm-eval", folder, "--tasks", "wmdp_bio", out=tmp_path) == 2
+    assert "pip install lm-eval" in capsys.readouterr().err
+
+
+def test_lm_eval_on_local_data(folder, tmp_path, capsys):
+    pytest.importorskip("lm_eval")
+    data = [{"q": f"q{i}", "choices": ["ab", "cd"], "label": i % 2} for i in range(6)]
+    (tmp_path / "data.json").write_text("\n".join(map(json.dumps, data)))
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "mine.yaml").write_text(
+        "task: mine\ndataset_path: json\ndataset_kwargs:\n  data_files:\n    test: "
+        + str(tmp_path / "data.json")
+        + "\n"
+        "test_split: test\noutput_type: multiple_choice\ndoc_to_text: '{{q}}'\ndoc_to_choice: '{{choices}}'\n"
+        "doc_to_target: label\nmetric_list:\n  - metric: acc\n"
+    )
+    words = ["--tasks", "mine", "--include_path", tmp_path / "tasks"]
+    assert run("lm-eval", folder, *words, out=tmp_path / "out") == 0
+    found = json.loads((tmp_path / "out" / "LM_EVAL.json").read_text())["results"]
+    assert 0 <= found["mine"]["acc"] <= 1
+    assert run("lm-eval", folder, "--tasks", "mime", "--include_path", tmp_path / "tasks", out=tmp_path / "x") == 2
+    assert "knows no 'mime'; did you mean" in capsys.readouterr().err
