@@ -6,6 +6,8 @@
     python -m benchmarks compare A.json B.json
     python -m benchmarks quality demo         what the demo forgets and keeps -> benchmarks/results/quality/demo.json
     python -m benchmarks quality prune        perplexity after pruning; needs FASTUNLEARN_DATA (benchmarks/prune.py)
+    python -m benchmarks quality tofu_evaluation   a TOFU evaluation beside the slow way (benchmarks/tofu_evaluation.py)
+    python -m benchmarks.tofu                 every method on TOFU, and the evidence on SAU's claim (benchmarks/tofu.py)
     python -m benchmarks.canvas               styles and objects erased from the canvas pipeline (benchmarks/canvas.py)
 
 Run from the repository root. A whole run writes benchmarks/results/<device>.json:

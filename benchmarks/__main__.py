@@ -121,11 +121,18 @@ def quality(args: argparse.Namespace) -> int:
         from benchmarks import scapre
 
         result = scapre.run(args.concepts or scapre.COUNTS)
+    elif args.study == "tofu_evaluation":
+        from benchmarks import tofu_evaluation
+
+        result = tofu_evaluation.run(
+            args.rows, tuple(args.parts or tofu_evaluation.tofu.FILES), args.model, args.split, args.dtype
+        )
     else:
         from benchmarks import demo
 
         result = demo.run(args.seeds)
-    write_json(Path(args.out) if args.out else RESULTS / "quality" / f"{args.study}.json", result)
+    out = Path(args.out) if args.out else RESULTS / "quality" / f"{args.study}.json"
+    write_json(out, result)
     return 0
 
 
@@ -188,9 +195,14 @@ def main(argv: list[str] | None = None) -> int:
     p = commands.add_parser(
         "quality", help="a study of what was forgotten and kept; writes results/quality/<study>.json"
     )
-    p.add_argument("study", choices=("demo", "prune", "canvas_pipeline", "scapre"))
+    p.add_argument("study", choices=("demo", "prune", "canvas_pipeline", "scapre", "tofu_evaluation"))
     p.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of the demo")
     p.add_argument("--concepts", nargs="+", type=int, help="of scapre: how many, some numbers")
+    p.add_argument("--rows", type=int, default=0, help="tofu_evaluation: rows of each set (default: all)")
+    p.add_argument("--parts", nargs="+", choices=("forget", "retain", "ra", "wf"), help="tofu_evaluation: sets")
+    p.add_argument("--model", default="smollm2", help="tofu_evaluation: folder or name")
+    p.add_argument("--split", default="forget10", help="tofu_evaluation: forget split")
+    p.add_argument("--dtype", default="float32", help="tofu_evaluation: of the weights")
     p.add_argument("--out", help="file; default benchmarks/results/quality/<study>.json")
     p.set_defaults(do=quality)
     p = commands.add_parser("large", help="unlearning of whole models: tokens/s, peak memory, time by part; resumable")
