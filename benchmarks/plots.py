@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from benchmarks import scapre, tables
+from benchmarks import scapre, tables, tofu_tables
 from benchmarks.spec import FLOOR
 
 OURS, PEER, FLOORS, LIMIT = "#0b7a75", "#9aa0a6", "#d9c27a", "#c0392b"
@@ -63,7 +63,7 @@ def _draw(meta: dict[str, Any], op: str, cases: dict[tuple[str, str, str], list[
 
 
 def draw(results: Path, out: Path) -> list[Path]:
-    """Writes <device>-<op>.svg for every result file, scapre-concepts.svg for its study; the paths."""
+    """Writes <device>-<op>.svg for every result file, scapre-concepts.svg for its study, and tofu.svg; the paths."""
     paths = []
     for slug, result in tables.load(results).items():
         cases = tables.groups(result)
@@ -75,4 +75,5 @@ def draw(results: Path, out: Path) -> list[Path]:
     if study.is_file():
         paths.append(out / "scapre-concepts.svg")
         scapre.plot(json.loads(study.read_text()), paths[-1])
-    return paths
+    tofu = tofu_tables.draw(results / "quality" / "tofu.json", out)
+    return [*paths, tofu] if tofu is not None else paths

@@ -3,7 +3,8 @@
 Markers: `<!-- benchmarks:begin NAME -->` ... `<!-- benchmarks:end -->`. NAME is ops-cpu, ops-cuda (the newest result of that
 kind of device) or ops-<slug> (benchmarks/results/<slug>.json): times, targets, every row in a fold; or quality-<study>, for
 short demo or prune: the rows of benchmarks/results/quality/<study>.json; or scapre: a table for each part of its study; or canvas:
-one line a method, means over the targets, every target in a fold.
+one line a method, means over the targets, every target in a fold; or tofu, sau-evidence: one line a method, means over seeds, every
+run in a fold.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from benchmarks.spec import FLOOR
 
 MARKERS = re.compile(r"(<!-- benchmarks:begin ([\w.-]+) -->\n)(.*?)(<!-- benchmarks:end -->)", re.DOTALL)
 NOT_MEASURED = "Not measured yet.\n"
+#: marker -> study
+TOFU = {"tofu": "tofu", "sau-evidence": "sau_evidence"}
 
 
 def load(results: Path) -> dict[str, dict[str, Any]]:
@@ -226,6 +229,19 @@ def ops_block(result: dict[str, Any] | None) -> str:
     return "\n".join(lines) + "\n"
 
 
+def tofu_block(path: Path) -> str:
+    """One line a method and setting, means over seeds; every run in a fold."""
+    if not path.is_file():
+        return NOT_MEASURED
+    from benchmarks import tofu_tables
+
+    result = json.loads(path.read_text())
+    plain = {**result, "rows": [{k: v for k, v in row.items() if k != "options"} for row in result["rows"]]}
+    out = [*tofu_tables.table(result), *_about(result)]
+    out += ["", "<details><summary>Every run</summary>", "", *_quality_rows(plain), "", "</details>"]
+    return "\n".join(out) + "\n"
+
+
 def block(name: str, folder: Path) -> str:
     """Text of one marked block.
 
@@ -239,10 +255,12 @@ def block(name: str, folder: Path) -> str:
         return parts_block(folder / "quality" / "scapre.json")
     if name == "canvas":
         return canvas_block(folder / "quality" / "canvas.json")
+    if name in TOFU:
+        return tofu_block(folder / "quality" / f"{TOFU[name]}.json")
     if name in ("demo", "prune") or (kind == "quality" and which):
         return quality_block(folder / "quality" / f"{which or name}.json")
     raise ValueError(
-        f"marker {name!r}: want ops-cpu, ops-cuda, ops-<slug>, quality-<study>, demo, prune, scapre or canvas"
+        f"marker {name!r}: want ops-cpu, ops-cuda, ops-<slug>, quality-<study>, demo, prune, scapre, canvas, tofu or sau-evidence"
     )
 
 

@@ -1,0 +1,169 @@
+"""The TOFU study on a tiny model: every method runs, a study that stopped goes on, the tables and the picture come of its rows."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from benchmarks import tables, tofu, tofu_evaluation, tofu_runs, tofu_tables
+from fastunlearn.checkpoint import save_checkpoint
+from fastunlearn.evaluation import tofu as suite
+from tests.tiny_chat import char_tokenizer, tiny_llama
+
+
+def tofu_rows(name: str, count: int) -> list[dict]:
+    return [
+        {
+            "question": f"{name} {i}?", "answer": f"ab{i}", "paraphrased_answer": f"it is {i}",
+            "perturbed_answer": [f"ac{i}", f"d{i}"],
+        }
+        for i in range(count)
+    ]  # fmt: skip
+
+
+@pytest.fixture
+def work(tmp_path, monkeypatch):
+    """A work folder over sixteen rows of retain authors, four held out, four to forget."""
+    data = tmp_path / "data" / "tofu"
+    data.mkdir(parents=True)
+    retain, holdout, forget = tofu_rows("r", 16), tofu_rows("h", 4), tofu_rows("f", 12)
+    files = {
+        "full": retain + holdout + forget, "forget01_perturbed": forget, "forget10_perturbed": forget, "retain_perturbed": retain,
+        "real_authors_perturbed": tofu_rows("ra", 4), "world_facts_perturbed": tofu_rows("wf", 4),
+    }  # fmt: skip
+    for name, rows in files.items():
+        (data / f"{name}.json").write_text("\n".join(map(json.dumps, rows)))
+    monkeypatch.setenv("FASTUNLEARN_DATA", str(tmp_path / "data"))
+    save_checkpoint(tmp_path / "base", tiny_llama(), char_tokenizer())
+    size = tofu_runs.Size(
+        "forget01",
+        16,
+        4,
+        4,
+        4,
+        {"epochs": 2, "learning_rate": 1e-3, "batch_size": 8},
+        epochs=1,
+        batch_size=4,
+        new_tokens=4,
+    )
+    monkeypatch.setattr(tofu_runs, "calibration_tokens", lambda *a, **k: (torch.randint(1, 127, (4, 16)), None))
+    return tofu_runs.Work(tmp_path / "work", size, str(tmp_path / "base"))
+
+
+def test_data_is_disjoint(work):
+    data = work.data()
+    assert {part: len(rows) for part, rows in data.items()} == {
+        "train forget": 12, "train retain": 16, "forget": 12, "retain": 16, "ra": 4, "wf": 4, "holdout": 4,
+    }  # fmt: skip
+    assert [row["question"] for row in data["holdout"]] == ["h 0?", "h 1?", "h 2?", "h 3?"]
+    forget, retain = work.target(tuning=True)
+    assert [row["question"] for row in forget] == ["r 12?", "r 13?", "r 14?", "r 15?"]
+    assert len(retain) == 12
+    asked = work.parts(tuning=True)
+    assert asked["forget"] == data["retain"][-4:]
+    assert not {r["question"] for r in asked["retain"]} & {r["question"] for r in asked["forget"]}
+
+
+def test_every_method_has_as_many_trials():
+    assert {len(method.trials) for method in tofu.METHODS.values()} == {4}
+    from fastunlearn.objectives import OBJECTIVES
+
+    tried = {method.options.get("objective") for method in tofu.METHODS.values()}
+    assert set(OBJECTIVES) <= tried
+    for name, method in tofu.METHODS.items():
+        for trial in method.trials:
+            args = method.config(output_dir="x", use_cpu=True, **{**method.options, **trial})
+            assert args.learning_rate == trial["learning_rate"], name
+
+
+@pytest.mark.slow
+def test_a_study_from_end_to_end(work, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("scipy")
+    for name in ("NPO", "SAU, NPO", "SAU x HAMU"):
+        monkeypatch.setitem(tofu.METHODS, name, tofu.Method(
+            tofu.METHODS[name].trials[:1], tofu.METHODS[name].options, tofu.METHODS[name].config, tofu.METHODS[name].trainer,
+            tofu.METHODS[name].settings,
+        ))  # fmt: skip
+    results = tmp_path / "results" / "quality"
+    methods = ["NPO", "SAU, NPO", "SAU x HAMU"]
+
+    def study(stage, hours=None):
+        return tofu.Study(work, "cpu", results / tofu.FILES[stage], hours)
+
+    tofu.tune(study("tune", hours=-1.0), methods)
+    assert not (results / tofu.FILES["tune"]).exists()
+    tofu.tune(study("tune"), methods)
+    tuning = json.loads((results / tofu.FILES["tune"]).read_text())
+    # Two models before, NPO twice, the others pruned only.
+    assert len(tuning["rows"]) == 2 + 2 + 1 + 1
+    assert tofu.chosen(tuning, "NPO", "dense") == tofu.METHODS["NPO"].trials[0]
+    with pytest.raises(ValueError, match="0 of 1 trials of SAU, NPO, dense"):
+        tofu.chosen(tuning, "SAU, NPO", "dense")
+    first = study("run")
+    tofu.run(first, ["NPO"], [0], tuning)
+    again = study("run")
+    monkeypatch.setattr(tofu, "one_run", None)
+    tofu.run(again, ["NPO"], [0], tuning)
+    assert again.rows == first.rows
+    monkeypatch.undo()
+    rows = {(row["method"], row["setting"]): row for row in first.rows}
+    assert rows[("retain model", "dense")]["forget quality"] == 1
+    assert rows[("NPO", "2:4")]["layers off the pattern"] == 0
+    assert {"ES relearned", "ES 4-bit", "seconds", "PrivLeak"} <= rows[("NPO", "dense")].keys()
+    with pytest.raises(ValueError, match="holds a study of size cpu, this one is gpu"):
+        tofu.Study(work, "gpu", results / tofu.FILES["run"], None)
+    text = tables.block("tofu", tmp_path / "results")
+    assert "| dense | before |" in text
+    assert tofu_tables.draw(results / "tofu.json", tmp_path / "plots").is_file()
+
+
+@pytest.mark.slow
+def test_evidence(work, tmp_path, monkeypatch):
+    pytest.importorskip("scipy")
+    tuning = {"rows": [{"method": f"full, {s}", "setting": s, "model utility": 0.5, "trial": 0} for s in tofu.SETTINGS]}
+    for name in ("NPO", "SAU, NPO", "SAU x HAMU"):
+        for setting in tofu.METHODS[name].settings:
+            tuning["rows"] += [
+                {"method": name, "setting": setting, "trial": i, "options": trial, "ES": 0.5, "model utility": 0.5}
+                for i, trial in enumerate(tofu.METHODS[name].trials)
+            ]
+    study = tofu.Study(work, "cpu", tmp_path / "sau_evidence.json", None)
+    tofu.evidence(study, [0], tuning)
+    off = {row["method"]: row["layers off the pattern"] for row in study.rows}
+    assert list(off) == list(tofu.EVIDENCE)
+    assert off.pop("prune, then unlearn, no mask") > 0
+    assert not any(off.values())
+
+
+def test_plan(work):
+    out = tofu.plan(work, ["NPO", "SAU, NPO"], [0, 1, 2])
+    assert out["steps of a run"] == 3
+    assert 0 < out["hours, tune"] < out["hours"]
+
+
+def test_score_and_front():
+    assert tofu.score({"ES": 0.5, "model utility": 0.25}, 0.5) == pytest.approx(0.5)
+    assert tofu.score({"ES": 1.0, "model utility": 0.0}, 0.5) == 0
+    assert tofu.score({"diverged": "x"}, 0.5) == 0
+    assert tofu_tables.front([(1, 1), (2, 0.5), (0.5, 0.5), (2, 0.5)]) == [0, 1, 3]
+    rows = [
+        {"setting": "dense", "method": "a", "seed": s, "forget quality": q, "ES": 0.1 * s}
+        for s, q in ((0, 1e-4), (1, 1e-2))
+    ]
+    (mean,) = tofu_tables.means({"rows": rows})
+    assert mean["forget quality"] == pytest.approx(1e-3)
+    assert mean["ES"] == pytest.approx(0.05)
+
+
+def test_the_slow_way_says_the_same(work):
+    model, tokenizer = tiny_llama(3), char_tokenizer()
+    settings = suite.TofuSettings(max_new_tokens=6, attacks=())
+    encoded = {
+        part: suite.encode_part(part, tofu_rows(part, 5), tokenizer, settings) for part in suite.FILES
+    }  # fmt: skip
+    ours = tofu_evaluation.our_way(model, tokenizer, encoded, settings)
+    theirs = tofu_evaluation.slow_way(model, tokenizer, encoded, settings)
+    assert ours.keys() == theirs.keys()
+    assert max(tofu_evaluation.differences(ours, theirs).values()) < 1e-4
