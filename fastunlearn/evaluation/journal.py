@@ -37,7 +37,7 @@ def drop_journals(folder: Path | None, name: str) -> None:
     """Removes what interrupted runs left; every process calls this before it reads."""
     if folder is not None and world()[0] == 0:
         for path in folder.glob(f".{name}.*.jsonl"):
-            path.unlink()
+            path.unlink(missing_ok=True)
     gathered(None)
 
 
@@ -65,7 +65,12 @@ class Journal:
         return [] if self.folder is None else sorted(self.folder.glob(f".{self.name}.*.jsonl"))
 
     def _read(self, path: Path) -> None:
-        for number, line in enumerate(path.read_text(encoding="utf-8").split("\n")):
+        try:
+            text = path.read_text(encoding="utf-8")
+        except FileNotFoundError:
+            # Another process has found it worthless.
+            return
+        for number, line in enumerate(text.split("\n")):
             try:
                 entry = json.loads(line)
             except json.JSONDecodeError:
@@ -149,4 +154,4 @@ class Journal:
         gathered(None)
         if world()[0] == 0:
             for path in self.paths():
-                path.unlink()
+                path.unlink(missing_ok=True)

@@ -4,7 +4,8 @@
     TOFU_SUMMARY.json   {metric: number}
     TOFU_META.json      this project's own: split, model, tokenizer, settings; logs without it are judged by what they hold
 
-So open-unlearning's retain logs serve here and ours there (MUSE_* alike).
+So open-unlearning's retain logs serve here and ours there (MUSE_* alike), where a chat template ends answers with the tokenizer's
+EOS: open-unlearning puts it behind every answer, this project only where the template has no end of turn of its own.
 """
 
 from __future__ import annotations
@@ -51,14 +52,26 @@ def summary(logs: Mapping[str, Metric]) -> dict[str, float]:
 
 
 def tokenizer_digest(tokenizer: Any) -> str:
-    """SHA-256 of what a tokenizer makes of text: vocabulary, merges, normaliser, chat template, end."""
+    """SHA-256 of what a tokenizer makes of text: vocabulary, merges, normaliser, chat template, end.
+
+    Truncation and padding, which a call leaves behind in a tokenizer, do not count.
+    """
     digest = hashlib.sha256()
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    state = backend.to_str() if backend is not None else json.dumps(sorted(tokenizer.get_vocab().items()))
+    if backend is None:
+        state = json.dumps(sorted(tokenizer.get_vocab().items()))
+    else:
+        state = json.dumps(json.loads(backend.to_str()) | {"truncation": None, "padding": None}, sort_keys=True)
     for part in (state, str(getattr(tokenizer, "chat_template", None)), str(tokenizer.eos_token_id)):
         digest.update(part.encode())
         digest.update(b"\0")
     return digest.hexdigest()[:16]
+
+
+def data_digest(parts: Mapping[str, Any]) -> str:
+    """SHA-256 of the rows of all parts, in their order."""
+    text = json.dumps(parts, sort_keys=True, default=lambda v: v.tolist() if hasattr(v, "tolist") else str(v))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def architecture(model: Any) -> str:
@@ -98,8 +111,9 @@ class LogFolder:
         out = cls(suite, path, _object(file))
         if not any(isinstance(entry, dict) and "agg_value" in entry for entry in out.logs.values()):
             raise ValueError(f"retain_logs: {file} holds no metrics with agg_value; want {suite}_EVAL.json")
+        # Of a file under another name nobody knows whether what lies beside it is about it.
         meta = file.with_name(f"{suite}_META.json")
-        out.meta = _object(meta) if meta.is_file() else {}
+        out.meta = _object(meta) if file.name == f"{suite}_EVAL.json" and meta.is_file() else {}
         return out
 
     @classmethod
@@ -123,17 +137,31 @@ class LogFolder:
                     "choose another folder, or overwrite it"
                 )
         out.logs = there.logs
+        if "retain_logs" in there.meta:
+            out.meta["retain_logs"] = there.meta["retain_logs"]
         return out
 
     def write(self) -> None:
-        """All three files, each whole or not at all."""
+        """All three files, each whole or not at all; logs of another evaluation go before this one says what it is of."""
+        old = self.path / f"{self.suite}_META.json"
+        if not old.is_file() or any(_object(old).get(key) != self.meta.get(key) for key, _ in SAME):
+            for name in ("EVAL", "SUMMARY"):
+                (self.path / f"{self.suite}_{name}.json").unlink(missing_ok=True)
         write_json(self.path / f"{self.suite}_META.json", self.meta)
         write_json(self.path / f"{self.suite}_EVAL.json", dict(sorted(self.logs.items())))
         write_json(self.path / f"{self.suite}_SUMMARY.json", summary(self.logs))
 
 
 #: what must be the same for logs to be of one evaluation, in the order in which it is told
-SAME = (("split", "split"), ("weights", "model"), ("tokenizer", "tokenizer"), ("settings", "settings"))
+SAME = (
+    ("split", "split"), ("weights", "model"), ("tokenizer", "tokenizer"), ("settings", "settings"),
+    ("reference", "reference model"), ("rows", "rows"), ("data", "data"),
+)  # fmt: skip
+
+
+def journal_key(meta: Mapping[str, Any]) -> dict[str, Any]:
+    """What an interrupted evaluation must have in common with the one that goes on with it."""
+    return {key: meta.get(key) for key in ("split", "model", *(key for key, _ in SAME[1:]))}
 
 
 def _named(meta: Mapping[str, Any], other: Mapping[str, Any], key: str) -> str:
@@ -155,12 +183,16 @@ def _object(path: Path) -> dict[str, Any]:
     return data
 
 
-def check_reference(reference: LogFolder, meta: Mapping[str, Any], questions: list[str], metrics: Mapping[str, str]) -> None:  # fmt: skip
+def check_reference(
+    reference: LogFolder, meta: Mapping[str, Any], questions: list[str], metrics: Mapping[str, str], asked: str
+) -> None:
     """Whether a retain model's logs are of the same rows, tokens and kind of model.
 
     Args:
+        meta: of this evaluation; its "rows" say how many each part has.
         questions: of the forget set, in order.
-        metrics: name -> what it is for, of those that are needed.
+        metrics: name -> what it is for, of those that are needed; of a membership attack its AUC is enough, of others every row.
+        asked: metric whose rows show their prompts, to be compared with the questions.
 
     Raises:
         ValueError: another split, another tokenizer or architecture (both are named), or metrics that are missing.
@@ -175,15 +207,28 @@ def check_reference(reference: LogFolder, meta: Mapping[str, Any], questions: li
     rows = len(questions)
     for name, purpose in metrics.items():
         entry = reference.logs.get(name)
-        if not isinstance(entry, dict) or ("value_by_index" not in entry and "agg_value" not in entry):
+        if not isinstance(entry, dict) or ("value_by_index" not in entry and entry.get("agg_value") is None):
             raise ValueError(f"retain_logs: {where} hold no {name}, which {purpose} needs")
-        found = len(entry["value_by_index"]) if "value_by_index" in entry else rows
+        if name.startswith("mia_"):
+            continue
+        if "value_by_index" not in entry:
+            raise ValueError(f"retain_logs: {where} hold {name} as one number; {purpose} needs it of every row")
+        found = len(entry["value_by_index"])
         if found != rows:
             raise ValueError(
                 f"retain_logs: {where} are of {found} rows, the split {meta.get('split')} has {rows}: another split"
             )
-    asked = reference.logs.get("forget_Q_A_ROUGE", {}).get("value_by_index", {})
-    for index, value in asked.items():
+    attack, counts = reference.logs.get("mia_min_k", {}), meta.get("rows", {})
+    for part in ("forget", "holdout"):
+        found = len(attack.get(part, {}).get("value_by_index", {}))
+        if found and part in counts and found != counts[part]:
+            raise ValueError(
+                f"retain_logs: mia_min_k of {where} is of {found} rows of the {part} set, this evaluation has {counts[part]}: "
+                "another split"
+            )
+    for index, value in reference.logs.get(asked, {}).get("value_by_index", {}).items():
+        if not index.isdecimal() or int(index) >= rows:
+            raise ValueError(f"retain_logs: {asked} of {where} has a row {index}, this split has {rows}: another split")
         shown, question = str(value.get("input", "")), questions[int(index)]
         if shown and " ".join(question.split()) not in " ".join(shown.split()):
             raise ValueError(

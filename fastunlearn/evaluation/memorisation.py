@@ -111,6 +111,19 @@ def aggregate_truth_ratio(values: ArrayLike, how: str) -> float:
     raise ValueError(f"how: {how!r} is unknown; {closest(str(how), list(AGGREGATES))}")
 
 
+def kolmogorov_smirnov() -> Any:
+    """scipy's two-sample test.
+
+    Raises:
+        ImportError: scipy is missing.
+    """
+    try:
+        from scipy.stats import ks_2samp  # type: ignore[import-untyped]
+    except ImportError:
+        raise ImportError("forget quality needs scipy: pip install 'fastunlearn[eval]'") from None
+    return ks_2samp
+
+
 def forget_quality(truth_ratios: ArrayLike, reference: ArrayLike) -> float:
     """p-value of the two-sample Kolmogorov-Smirnov test, exact for sets of up to 10,000 rows; 1: as if never seen.
 
@@ -120,11 +133,7 @@ def forget_quality(truth_ratios: ArrayLike, reference: ArrayLike) -> float:
     Raises:
         ValueError: no rows. ImportError: scipy is missing.
     """
-    try:
-        from scipy.stats import ks_2samp  # type: ignore[import-untyped]
-    except ImportError:
-        raise ImportError("forget quality needs scipy: pip install 'fastunlearn[eval]'") from None
-    return float(ks_2samp(_some("truth_ratios", truth_ratios), _some("reference", reference)).pvalue)
+    return float(kolmogorov_smirnov()(_some("truth_ratios", truth_ratios), _some("reference", reference)).pvalue)
 
 
 def harmonic_mean(values: ArrayLike) -> float:

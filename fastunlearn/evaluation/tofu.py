@@ -15,10 +15,20 @@ from typing import Any
 
 from fastunlearn.evaluation import memorisation as memo
 from fastunlearn.evaluation.journal import Journal, drop_journals, world
-from fastunlearn.evaluation.logs import LogFolder, Logs, check_reference, column, metric, summary
+from fastunlearn.evaluation.logs import (
+    LogFolder,
+    Logs,
+    check_reference,
+    column,
+    data_digest,
+    journal_key,
+    metric,
+    summary,
+)
 from fastunlearn.evaluation.runner import Runner, about, folder_of, privleak_logs
 from fastunlearn.evaluation.scoring import AnswerScore
 from fastunlearn.evaluation.tofu_parts import FILES, Part, TofuSettings, encode_part, load_parts
+from fastunlearn.objectives.cached_logprobs import weights_digest
 
 __all__ = [
     "FILES",
@@ -109,7 +119,8 @@ def evaluate_tofu(
         parts: rows of "forget", "retain", "ra", "wf" and maybe "holdout", as `load_parts` gives them.
         split: name of the forget split. name: of the model, in messages and the logs.
         output: folder of the logs; an evaluation that was interrupted there goes on at the row. None: nothing is kept.
-        retain_logs: TOFU_EVAL.json (or its folder) of the retain model, for forget quality and PrivLeak.
+        retain_logs: TOFU_EVAL.json (or its folder) of the retain model, for forget quality and PrivLeak; without, those of an
+            earlier run in `output` stay.
         reference_model: of the membership attack "reference".
         overwrite: replace logs and journals that are there.
         budget: tokens of a scoring pass. batch_size: rows that generate at once. Neither changes what is measured.
@@ -118,7 +129,8 @@ def evaluate_tofu(
         Metric -> number, as TOFU_SUMMARY.json has them.
 
     Raises:
-        ValueError: rows without what is needed, an unknown setting, logs or journals of another split, model or tokenizer.
+        ValueError: rows without what is needed, an unknown setting, logs or journals of other rows, another split, model or
+            tokenizer. ImportError: retain_logs without scipy.
     """
     settings = settings or TofuSettings()
     if "reference" in settings.attacks and reference_model is None:
@@ -129,24 +141,29 @@ def evaluate_tofu(
     absent = [part for part in FILES if part not in encoded]
     if absent:
         raise ValueError(f"parts: {absent[0]} is missing; want {', '.join(FILES)} and maybe holdout")
-    meta = about(model, tokenizer, split, name, asdict(settings)) | {"rows": {p: len(e.questions) for p, e in encoded.items()}}  # fmt: skip
+    meta = about(model, tokenizer, split, name, asdict(settings)) | {
+        "rows": {part: len(e.questions) for part, e in encoded.items()}, "data": data_digest(parts),
+        "reference": weights_digest(reference_model)[:16] if "reference" in settings.attacks else None,
+    }  # fmt: skip
     reference = None if retain_logs is None else LogFolder.read("TOFU", retain_logs)
     if reference is not None:
-        check_reference(reference, meta, encoded["forget"].texts, {"forget_truth_ratio": "forget quality"})
+        memo.kolmogorov_smirnov()
+        needed = {"forget_truth_ratio": "forget quality"}
+        check_reference(reference, meta, encoded["forget"].texts, needed, "forget_Q_A_ROUGE")
     folder = folder_of(output)
     stored = LogFolder.open("TOFU", folder, meta, overwrite=overwrite) if folder is not None else LogFolder("TOFU", Path(), {}, meta)  # fmt: skip
     if overwrite:
         drop_journals(folder, "TOFU")
-    journal = Journal(folder, "TOFU", {key: meta[key] for key in ("split", "model", "weights", "tokenizer", "settings", "rows")})  # fmt: skip
+    journal = Journal(folder, "TOFU", journal_key(meta))
     if not stored.logs:
         stops = sorted({stop for part in encoded.values() for stop in part.stops} | _own_stops(model))
         runner = Runner(
             model, tokenizer, journal, stops=stops, budget=budget, batch_size=batch_size, autocast=settings.dtype(), progress=progress,
         )  # fmt: skip
         stored.logs = _measure(runner, encoded, settings, reference_model)
-    for key in ("forget_quality", "privleak"):
-        stored.logs.pop(key, None)
     if reference is not None:
+        for key in ("forget_quality", "privleak"):
+            stored.logs.pop(key, None)
         stored.logs |= compare_with_retain(stored.logs, reference.logs, settings.truth_ratio)
         stored.meta = {**stored.meta, "retain_logs": str(reference.path)}
     if folder is not None and world()[0] == 0:

@@ -112,15 +112,16 @@ def load_parts(data: str | Path = HUB, split: str = "forget10", holdout: Any = N
 
 
 def _answers(part: str, number: int, row: Mapping[str, Any], paraphrased: bool) -> list[Any]:
-    """Right, paraphrased, wrong ones of a row; `encode_rows` says what is wrong with the right one."""
+    """Right, paraphrased, wrong ones of a row, which counts from 1."""
+    for name in ("question", "answer", *(["paraphrased_answer"] if paraphrased and part != "holdout" else [])):
+        if not isinstance(row.get(name), str) or not row[name].strip():
+            raise ValueError(f"{part}: row {number} (counted from 1) has no {name}")
     if part == "holdout":
         return [row.get("answer")]
     wrong = row.get("perturbed_answer")
     wrong = wrong.tolist() if wrong is not None and hasattr(wrong, "tolist") else wrong
     if not isinstance(wrong, list) or not wrong or not all(isinstance(w, str) and w.strip() for w in wrong):
         raise ValueError(f"{part}: row {number} (counted from 1) has no perturbed_answer, a list of wrong answers")
-    if paraphrased and not isinstance(row.get("paraphrased_answer"), str):
-        raise ValueError(f"{part}: row {number} (counted from 1) has no paraphrased_answer")
     return [row.get("answer"), *([row["paraphrased_answer"]] if paraphrased else []), *wrong]
 
 

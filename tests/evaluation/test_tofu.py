@@ -15,8 +15,12 @@ import pytest
 import torch
 
 from fastunlearn.data.text import encode_rows
+from fastunlearn.evaluation import logs as logs_module
 from fastunlearn.evaluation import tofu
+from fastunlearn.evaluation.journal import Journal, drop_journals
+from fastunlearn.evaluation.logs import LogFolder, journal_key, tokenizer_digest
 from fastunlearn.evaluation.rouge import rouge
+from fastunlearn.evaluation.scoring import AnswerScore
 from tests.tiny_chat import char_tokenizer, tiny_llama
 
 SETTINGS = tofu.TofuSettings(max_new_tokens=12)
@@ -62,9 +66,10 @@ def evaluated(tmp_path_factory):
 def test_numbers_are_those_of_the_slow_way(evaluated):
     model, tokenizer, folder, summary = evaluated
     logs = json.loads((folder / "TOFU_EVAL.json").read_text())
+    kept: list[float] = []
     with torch.no_grad():
         for part in tofu.FILES:
-            probs, ratios, recalls = [], [], []
+            probs, ratios, recalls, shares = [], [], [], []
             for i, row in enumerate(rows(part)):
                 prompt, right = ids_of(tokenizer, row["question"], row["answer"])
                 loss = float(nll(model, prompt, right).mean())
@@ -81,6 +86,8 @@ def test_numbers_are_those_of_the_slow_way(evaluated):
                 true = float(nll(model, *ids_of(tokenizer, row["question"], base)).mean())
                 ratios.append(math.exp(-sum(wrong) / 2) / (math.exp(-true) + 1e-10))
                 probs.append(math.exp(-loss))
+                if "paraphrased_answer" not in row:
+                    shares.append(probs[-1] / (probs[-1] + sum(math.exp(-w) for w in wrong) + 1e-10))
                 out = model.generate(
                     input_ids=torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),
                     max_new_tokens=12, do_sample=False,
@@ -96,6 +103,13 @@ def test_numbers_are_those_of_the_slow_way(evaluated):
             assert summary[name] == pytest.approx(sum(fair) / 5, abs=1e-4)
             assert summary[f"{part}_Q_A_Prob"] == pytest.approx(sum(probs) / 5, abs=1e-4)
             assert summary[f"{part}_Q_A_ROUGE"] == pytest.approx(sum(recalls) / 5)
+            if part in ("ra", "wf"):
+                assert summary[f"{part}_Q_A_Prob_normalised"] == pytest.approx(sum(shares) / 5, abs=1e-4)
+            if part != "forget":
+                kept += [sum(shares or probs) / 5, sum(recalls) / 5, sum(fair) / 5]
+    utility = 9 / sum(1 / value for value in kept) if all(kept) else 0.0
+    assert len(kept) == 9
+    assert summary["model_utility"] == pytest.approx(utility, abs=1e-4)
 
 
 def test_attacks_are_those_of_the_slow_way(evaluated):
@@ -140,12 +154,15 @@ def test_again_is_free_and_retain_logs_are_compared(evaluated, tmp_path, monkeyp
     monkeypatch.setattr(tofu, "_measure", None)
     more = tofu.evaluate_tofu(model, tokenizer, parts(), output=folder, settings=SETTINGS, retain_logs=tmp_path)
     auc = [s["mia_min_k"] for s in (summary, theirs)]
-    if auc[1] < 1:
-        assert more["privleak"] == pytest.approx(100 * (auc[1] - auc[0]) / (1 - auc[1]))
+    assert auc[1] < 1
+    assert more["privleak"] == pytest.approx(100 * (auc[1] - auc[0]) / (1 - auc[1]))
     assert 0 < more["forget_quality"] <= 1
     itself = tofu.evaluate_tofu(retain, tokenizer, parts(), output=tmp_path, settings=SETTINGS, retain_logs=tmp_path)
     assert itself["forget_quality"] == 1
     assert itself["privleak"] == 0
+    # Without retain logs what was compared before stays, and with what it was.
+    assert tofu.evaluate_tofu(model, tokenizer, parts(), output=folder, settings=SETTINGS) == more
+    assert json.loads((folder / "TOFU_META.json").read_text())["retain_logs"] == str(tmp_path)
     # Logs of open-unlearning say nothing of themselves.
     bare = tmp_path / "bare.json"
     bare.write_text((tmp_path / "TOFU_EVAL.json").read_text())
@@ -186,6 +203,12 @@ def test_other_logs_are_refused(evaluated, tmp_path):
         ValueError, match=r"of the model llama hidden_layers 2.* this evaluation is of the model llama hidden_layers 3"
     ):
         run(model=wide, retain_logs=folder)
+    # The same questions with other answers, and fewer rows, are another evaluation.
+    changed = [{**row, "answer": row["answer"] + "!"} for row in rows("wf")]
+    with pytest.raises(ValueError, match=r"holds the logs of data \w{16}, this is data \w{16}"):
+        run(parts=parts(wf=changed), output=folder)
+    with pytest.raises(ValueError, match=r"holds the logs of rows \{'wf': 5\}, this is rows \{'wf': 3\}"):
+        run(parts=parts(wf=rows("wf", 3)), output=folder)
     # Without TOFU_META.json the logs' own rows tell.
     bare = tmp_path / "TOFU_EVAL.json"
     bare.write_text((folder / "TOFU_EVAL.json").read_text())
@@ -196,6 +219,25 @@ def test_other_logs_are_refused(evaluated, tmp_path):
             parts=parts(forget=[{**r, "question": r["question"].replace("forget", "other")} for r in rows("forget")]),
             retain_logs=bare,
         )
+    theirs = json.loads(bare.read_text())
+
+    def written(**changes) -> Path:
+        path = tmp_path / "changed.json"
+        path.write_text(json.dumps(theirs | changes))
+        return path
+
+    # A mean is no distribution; said before anything is measured.
+    with pytest.raises(ValueError, match="hold forget_truth_ratio as one number; forget quality needs it of every row"):
+        run(retain_logs=written(forget_truth_ratio={"agg_value": 0.5}))
+    with pytest.raises(ValueError, match=r"mia_min_k of .* is of 4 rows of the holdout set, this evaluation has 2"):
+        run(parts=parts(holdout=rows("holdout", 2)), retain_logs=bare)
+    asked = {"agg_value": 0.5, "value_by_index": {"7": {"input": "forget q7?"}}}
+    with pytest.raises(ValueError, match=r"forget_Q_A_ROUGE of .* has a row 7, this split has 5: another split"):
+        run(retain_logs=written(forget_Q_A_ROUGE=asked))
+    # What lies beside a file of another name is not about it.
+    (tmp_path / "TOFU_META.json").write_text('{"split": "forget01"}')
+    assert LogFolder.read("TOFU", written()).meta == {}
+    assert LogFolder.read("TOFU", bare).meta == {"split": "forget01"}
     (tmp_path / "x.json").write_text("{}")
     with pytest.raises(ValueError, match="holds no metrics"):
         run(retain_logs=tmp_path / "x.json")
@@ -213,6 +255,14 @@ def test_bad_rows_and_settings(tmp_path):
     bad[0]["perturbed_answer"] = bad[0]["perturbed_answer"][:1]
     with pytest.raises(ValueError, match="different numbers of perturbed answers"):
         tofu.evaluate_tofu(model, tokenizer, parts(retain=bad))
+    # Each row has several answers; the number is the row's.
+    for name in ("question", "answer", "paraphrased_answer"):
+        bad = rows("forget")
+        bad[2][name] = " "
+        with pytest.raises(ValueError, match=rf"forget: row 3 \(counted from 1\) has no {name}"):
+            tofu.evaluate_tofu(model, tokenizer, parts(forget=bad))
+    with pytest.raises(ValueError, match=r"holdout: row 2 \(counted from 1\) has no answer"):
+        tofu.evaluate_tofu(model, tokenizer, parts(holdout=[rows("holdout")[0], {"question": "q"}]))
     with pytest.raises(ValueError, match="parts: ra is missing"):
         tofu.evaluate_tofu(model, tokenizer, {p: r for p, r in parts().items() if p != "ra"})
     with pytest.raises(ValueError, match="attacks: 'mink' is unknown; did you mean min_k"):
@@ -236,6 +286,85 @@ def test_reference_attack_and_newer_truth_ratio(tmp_path):
     scores = json.loads((tmp_path / "TOFU_EVAL.json").read_text())["mia_reference"]["forget"]["value_by_index"]
     assert [row["score"] for row in scores.values()] == pytest.approx([0] * 5, abs=1e-5)
     assert 0 < out["forget_truth_ratio"] < 1
+    # Another reference model is another evaluation, whether it was finished or not.
+    with pytest.raises(ValueError, match="holds the logs of reference model"):
+        tofu.evaluate_tofu(model, tokenizer, parts(), settings=settings, reference_model=tiny_llama(8), output=tmp_path)
+    first, second = (
+        journal_key({"split": "s", "reference": digest, "data": "d"}) for digest in ("a", "b")
+    )  # fmt: skip
+    Journal(tmp_path, "TOFU", first).add("x", {0: 1})
+    with pytest.raises(ValueError, match="interrupted evaluation with reference = 'a', this one has 'b'"):
+        Journal(tmp_path, "TOFU", second)
+    with pytest.raises(ValueError, match="interrupted evaluation with data = 'd', this one has 'e'"):
+        Journal(tmp_path, "TOFU", first | {"data": "e"})
+
+
+def _scores(*losses: float) -> list[AnswerScore]:
+    return [AnswerScore(-loss, 1) for loss in losses]
+
+
+@pytest.mark.parametrize(("variant", "ratio"), [("ratio", 0.5), ("probability", 2 / 3)])
+def test_probabilities_by_hand(variant, ratio):
+    ln2 = math.log(2)
+    # Right 1/2, paraphrase 1/2, wrong 1/2 and 1/8: their geometric mean is 1/4.
+    encoded = tofu.Part([], [], [], paraphrased=True)
+    logs = tofu.probability_logs("forget", encoded, [_scores(ln2, ln2, ln2, 3 * ln2)], variant)
+    assert logs["forget_truth_ratio"]["value_by_index"]["0"]["score"] == pytest.approx(ratio)
+    assert logs["forget_truth_ratio"]["agg_value"] == pytest.approx(ratio)
+    # Options: right 1/2, wrong 1/4 and 1/4, then right 1/4, wrong 1/2 and 1/4.
+    encoded = tofu.Part([], [], [])
+    logs = tofu.probability_logs(
+        "ra", encoded, [_scores(ln2, 2 * ln2, 2 * ln2), _scores(2 * ln2, ln2, 2 * ln2)], variant
+    )
+    found = [row["prob"] for row in logs["ra_Q_A_Prob_normalised"]["value_by_index"].values()]
+    assert found == pytest.approx([1 / 2, 1 / 4])
+    assert logs["ra_Q_A_Prob_normalised"]["agg_value"] == pytest.approx(3 / 8)
+    ratios = [(1 / 4) / (1 / 2), 8**-0.5 / (1 / 4)]
+    assert logs["ra_Truth_Ratio"]["agg_value"] == pytest.approx(
+        (0.5 + 0) / 2 if variant == "ratio" else sum(1 / (1 + r) for r in ratios) / 2
+    )
+
+
+def test_an_interrupted_overwrite_leaves_no_logs_of_another_model(tmp_path, monkeypatch):
+    old, new = ({"split": "s", "weights": w, "model": w} for w in "ab")
+    LogFolder("TOFU", tmp_path, {"m": {"agg_value": 1.0}}, old).write()
+    plain = logs_module.write_json
+
+    def fails(path, data):
+        plain(path, data)
+        if path.name.endswith("META.json"):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(logs_module, "write_json", fails)
+    with pytest.raises(KeyboardInterrupt):
+        LogFolder("TOFU", tmp_path, {"m": {"agg_value": 2.0}}, new).write()
+    assert LogFolder.open("TOFU", tmp_path, new).logs == {}
+
+
+def test_tokenizers_state_does_not_count():
+    tokenizer = char_tokenizer()
+    before = tokenizer_digest(tokenizer)
+    tokenizer(["ab", "c"], truncation=True, max_length=1, padding="max_length")
+    assert tokenizer.backend_tokenizer.truncation is not None
+    assert tokenizer_digest(tokenizer) == before
+    assert tokenizer_digest(char_tokenizer(bos=True)) != before
+
+
+def test_journals_that_another_process_has_removed(tmp_path, monkeypatch):
+    gone = tmp_path / ".TOFU.1.jsonl"
+    monkeypatch.setattr(Journal, "paths", lambda self: [gone])
+    Journal(tmp_path, "TOFU", {}).clear()
+    monkeypatch.setattr(Path, "glob", lambda self, pattern: [gone])
+    drop_journals(tmp_path, "TOFU")
+    assert not gone.exists()
+
+
+def test_scipy_is_asked_for_before_anything_is_measured(evaluated, monkeypatch):
+    model, tokenizer, folder, _ = evaluated
+    monkeypatch.setitem(sys.modules, "scipy.stats", None)
+    monkeypatch.setattr(tofu, "_measure", None)
+    with pytest.raises(ImportError, match="forget quality needs scipy"):
+        tofu.evaluate_tofu(model, tokenizer, parts(), settings=SETTINGS, retain_logs=folder)
 
 
 def test_parts_are_read_from_a_folder(tmp_path):
