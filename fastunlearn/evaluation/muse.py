@@ -5,7 +5,9 @@ model: knowledge memorisation, verbatim memorisation, privacy leakage, and utili
     verbmem   ROUGE-L F1 of the 128 tokens behind a passage's beginning
     privleak  Min-K % Prob, forget set against holdout set, relative to a model that never saw the forget set
 
-Names and files are open-unlearning's (MUSE_EVAL.json, MUSE_SUMMARY.json); layouts of data those of MUSE.
+Names and files are open-unlearning's (MUSE_EVAL.json, MUSE_SUMMARY.json); layouts of data those of MUSE. MUSE's own code compares
+verbmem with the first 128 tokens of the right continuation; here, as in open-unlearning, all of it counts. Min-K % looks at every token
+of a passage behind the first (behind the bos where the tokenizer puts one), max_length of them at most; the end is never counted.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ import torch
 from fastunlearn.data.text import Prompter, load_rows
 from fastunlearn.evaluation import memorisation as memo
 from fastunlearn.evaluation.journal import Journal, drop_journals, world
-from fastunlearn.evaluation.logs import LogFolder, Logs, check_reference, metric, summary
+from fastunlearn.evaluation.logs import LogFolder, Logs, check_reference, data_digest, journal_key, metric, summary
 from fastunlearn.evaluation.runner import Runner, about, folder_of, privleak_logs
 from fastunlearn.evaluation.scoring import AnswerScore, Question
 
@@ -122,18 +124,25 @@ class _Asker:
             raise ValueError("prompt: a row's prompt has no tokens")
         return ids
 
+    def shown(self, ids: list[int]) -> list[int]:
+        """A prompt's last max_length tokens, with what the tokenizer puts before a text."""
+        before, most = len(self.prompter.before), self.settings.max_length
+        return ids if len(ids) <= most else ids[:before] + ids[before - max(before + 1, most) :]
+
     def knowmem(
         self, part: str, rows: Sequence[Mapping[str, Any]], shown: Sequence[Mapping[str, Any]]
     ) -> dict[str, Any]:
         before = "".join(
             f"Question: {row['question']}\nAnswer: {row['answer']}\n\n" for row in shown[: self.settings.examples]
         )
-        prompts = [self.ids(f"{before}Question: {row['question']}\nAnswer:") for row in rows]
-        said = [_cut(text) for text in self.runner.answer(f"{part} knowmem", prompts, self.settings.knowmem_tokens)]
+        prompts = [self.ids(f"{before}Question: {row['question']}\nAnswer: ") for row in rows]
+        # White space at the beginning may be a stop: it must not be gone before the answer is cut.
+        raw = self.runner.answer(f"{part} knowmem", prompts, self.settings.knowmem_tokens, strip=False)
+        said = [_cut(text) for text in raw]
         return metric(self.runner.rouge_rows(prompts, said, [row["answer"].strip() for row in rows]), "rougeL_f1")
 
     def verbmem(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        prompts = [self.ids(row["prompt"])[-self.settings.max_length :] for row in rows]
+        prompts = [self.shown(self.ids(row["prompt"])) for row in rows]
         said = self.runner.answer("verbmem", prompts, self.settings.verbmem_tokens)
         return metric(self.runner.rouge_rows(prompts, said, [row["gt"].strip() for row in rows]), "rougeL_f1")
 
@@ -150,10 +159,12 @@ class _Asker:
 
     def extraction(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         end = int(self.runner.tokenizer.eos_token_id)
-        questions = [
-            Question(self.ids(row["prompt"])[-self.settings.max_length :], [[*self.prompter.ids(row["gt"]), end]], 1)
-            for row in rows
-        ]
+        questions = []
+        for row in rows:
+            # Together, as text is read: a token may reach over the border, and the continuation's first one has its space.
+            whole, cut = self.ids(row["prompt"] + " " + row["gt"]), len(self.ids(row["prompt"]))
+            cut = min(cut, len(whole) - 1)
+            questions.append(Question(self.shown(whole[:cut]), [[*whole[cut:], end]], 1))
         scores = self.runner.score("verbmem, continuation", questions)
         right = [row[0].right(question.answers[0]) for question, row in zip(questions, scores, strict=True)]
         return metric([{"score": memo.extraction_strength(r)} for r in right], "score")
@@ -188,17 +199,20 @@ def evaluate_muse(
     """
     settings = settings or MuseSettings()
     rows = _checked(parts, settings.limit)
-    meta = about(model, tokenizer, split, name, asdict(settings)) | {"rows": {part: len(r) for part, r in rows.items()}}
+    meta = about(model, tokenizer, split, name, asdict(settings)) | {
+        "rows": {part: len(r) for part, r in rows.items()}, "data": data_digest(parts),
+    }  # fmt: skip
     reference = None if retain_logs is None else LogFolder.read("MUSE", retain_logs)
     if reference is not None:
-        check_reference(reference, meta, [str(r["text"]) for r in rows["forget"]], {"mia_min_k": "PrivLeak"})
+        questions = [str(row["question"]) for row in rows["forget_qa"]]
+        check_reference(reference, meta, questions, {"mia_min_k": "PrivLeak"}, "forget_knowmem_ROUGE")
     folder = folder_of(output)
     stored = LogFolder("MUSE", Path(), {}, meta)
     if folder is not None:
         stored = LogFolder.open("MUSE", folder, meta, overwrite=overwrite)
         if overwrite:
             drop_journals(folder, "MUSE")
-    journal = Journal(folder, "MUSE", {key: meta[key] for key in ("split", "model", "weights", "tokenizer", "settings", "rows")})  # fmt: skip
+    journal = Journal(folder, "MUSE", journal_key(meta))
     if not stored.logs:
         dtype = None if settings.autocast is None else getattr(torch, settings.autocast)
         stops = [int(tokenizer.eos_token_id)]
@@ -206,11 +220,11 @@ def evaluate_muse(
             model, tokenizer, journal, stops=stops, budget=budget, batch_size=batch_size, autocast=dtype, progress=progress
         )  # fmt: skip
         stored.logs = _measure(_Asker(runner, settings), rows)
-    stored.logs.pop("privleak", None)
     if reference is not None:
+        stored.logs.pop("privleak", None)
         stored.logs |= privleak_logs(stored.logs, reference.logs)
         stored.meta = {**stored.meta, "retain_logs": str(reference.path)}
-    elif world()[0] == 0:
+    elif "privleak" not in stored.logs and world()[0] == 0:
         warnings.warn("no retain_logs: PrivLeak is left out", stacklevel=2)
     if folder is not None and world()[0] == 0:
         stored.write()

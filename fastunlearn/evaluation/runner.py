@@ -68,9 +68,9 @@ class Runner:
 
     def answer(
         self, stage: str, prompts: Sequence[list[int]], most: int,
-        right: Sequence[tuple[list[int], AnswerScore]] | None = None,
+        right: Sequence[tuple[list[int], AnswerScore]] | None = None, *, strip: bool = True,
     ) -> list[str]:  # fmt: skip
-        """Greedy answers as text; right answers with their scores are drafts."""
+        """Greedy answers as text; right answers with their scores are drafts; `strip` as `text` has it."""
         drafts = [
             greedy.draft(prompt, answer, score.greedy or [], self.stops, most)
             for prompt, (answer, score) in zip(prompts, right, strict=True)
@@ -87,7 +87,7 @@ class Runner:
                         self.model, [begun[i] for i in open_rows], [budgets[i] for i in open_rows], self.stops, self.pad_id
                     )  # fmt: skip
                 more = dict(zip(open_rows, made, strict=True))
-            return {i: self.text(drafts[i][0] + more.get(i, [])) for i in batch}
+            return {i: self.text(drafts[i][0] + more.get(i, []), strip=strip) for i in batch}
 
         closed = [i for i, (_, whole) in enumerate(drafts) if whole]
         still = [i for i, (_, whole) in enumerate(drafts) if not whole]
@@ -105,9 +105,10 @@ class Runner:
         batches = [[i] for i in range(len(questions))]
         return self.journal.run(stage, len(questions), batches, do, progress=self.progress)
 
-    def text(self, tokens: Sequence[int]) -> str:
-        """Tokens of an answer as text, without special ones and white space around it."""
-        return str(self.tokenizer.decode(list(tokens), skip_special_tokens=True)).strip()
+    def text(self, tokens: Sequence[int], *, strip: bool = True) -> str:
+        """Tokens of an answer as text, without special ones and (unless it is cut further) white space around it."""
+        text = str(self.tokenizer.decode(list(tokens), skip_special_tokens=True))
+        return text.strip() if strip else text
 
     def rouge_rows(self, prompts: Sequence[list[int]], answers: Sequence[str], wanted: Sequence[str]) -> list[dict[str, Any]]:  # fmt: skip
         """Rows of a ROUGE metric."""

@@ -7,7 +7,8 @@ import json
 import pytest
 import torch
 
-from fastunlearn.evaluation import membership, muse
+from fastunlearn.evaluation import membership, memorisation, muse, runner
+from fastunlearn.evaluation.journal import Journal
 from fastunlearn.evaluation.rouge import rouge
 from tests.tiny_chat import char_tokenizer, tiny_llama
 
@@ -23,10 +24,11 @@ def parts() -> dict:
     }
 
 
-def generated(model, tokenizer, text, most):
+def generated(model, tokenizer, text, most, strip=True):
     ids = torch.tensor([tokenizer(text, add_special_tokens=False)["input_ids"]])
     out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=most, do_sample=False)
-    return tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True).strip()
+    said = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+    return said.strip() if strip else said
 
 
 def test_numbers(tmp_path):
@@ -39,13 +41,22 @@ def test_numbers(tmp_path):
     logs = json.loads((tmp_path / "MUSE_EVAL.json").read_text())
     before = "Question: forget_qa_icl 0\nAnswer: ab 0\n\n"
     for i in range(3):
-        said = generated(model, tokenizer, f"{before}Question: forget_qa {i}\nAnswer:", 6)
+        said = generated(model, tokenizer, f"{before}Question: forget_qa {i}\nAnswer: ", 6, strip=False)
         row = logs["forget_knowmem_ROUGE"]["value_by_index"][str(i)]
         assert row["generation"] == muse._cut(said)
         assert row["rougeL_f1"] == rouge(muse._cut(said), f"ab {i}").rougeL_f1
         assert logs["forget_verbmem_ROUGE"]["value_by_index"][str(i)]["generation"] == generated(
             model, tokenizer, f"the start {i}", 8
         )
+        assert logs["forget_knowmem_ROUGE"]["value_by_index"][str(i)]["input"].endswith("\nAnswer: ")
+        # Prompt and continuation with a space between, of the continuation with its space; the end does not count.
+        whole = tokenizer(f"the start {i} and the end {i}", add_special_tokens=False)["input_ids"]
+        cut = len(f"the start {i}")
+        with torch.no_grad():
+            best = model(input_ids=torch.tensor([whole])).logits[0].argmax(-1)[cut - 1 : -1].tolist()
+        right = [a == b for a, b in zip(best, whole[cut:], strict=True)]
+        strength = memorisation.extraction_strength(right)
+        assert logs["extraction_strength"]["value_by_index"][str(i)]["score"] == pytest.approx(strength)
     # Passages are cut at 20 tokens; the first has nothing before it, and the end does not count.
     ids = tokenizer("forget passage number 0, rather long", add_special_tokens=False)["input_ids"][:20]
     with torch.no_grad():
@@ -70,10 +81,49 @@ def test_privleak_and_bad_input(tmp_path):
         muse.evaluate_muse(model, tokenizer, parts() | {"forget": [{"text": "a"}, {"texts": "b"}]}, settings=SETTINGS)
     with pytest.raises(FileNotFoundError, match=r"forget_qa\.json"):
         muse.load_parts(tmp_path)
+    # Logs that say nothing of themselves are judged by their rows.
+    bare = tmp_path / "bare.json"
+    bare.write_text((tmp_path / "MUSE_EVAL.json").read_text())
+
+    def compared(**changes):
+        return muse.evaluate_muse(
+            model, tokenizer, parts() | changes, settings=SETTINGS, retain_logs=bare, progress=False
+        )
+
+    assert compared() == found
+    other = [{**row, "question": f"what else {i}"} for i, row in enumerate(parts()["forget_qa"])]
+    with pytest.raises(ValueError, match=r"row 0 of .* asks .* this split's row asks 'what else 0'"):
+        compared(forget_qa=other)
+    with pytest.raises(ValueError, match=r"mia_min_k of .* is of 4 rows of the forget set, this evaluation has 3"):
+        compared(forget=parts()["forget"][:3])
+    with pytest.raises(ValueError, match=r"forget_knowmem_ROUGE of .* has a row 2, this split has 2"):
+        compared(forget_qa=parts()["forget_qa"][:2])
     for part, (place, name, _) in muse.FILES.items():
         (tmp_path / place).mkdir(exist_ok=True)
         (tmp_path / place / f"{name}.json").write_text(json.dumps(parts()[part]))
     assert muse.load_parts(tmp_path) == parts()
+
+
+def test_a_stop_at_the_very_beginning_ends_an_answer(monkeypatch):
+    model, tokenizer = tiny_llama(4), char_tokenizer(chat=False)
+    said = [ord(c) for c in "\n\nParis"]
+    monkeypatch.setattr(runner.greedy, "continue_batch", lambda model, prompts, *a: [said] * len(prompts))
+    asker = muse._Asker(runner.Runner(model, tokenizer, Journal(None, "", {}), stops=[0], progress=False), SETTINGS)
+    rows = asker.knowmem("forget", parts()["forget_qa"], [])["value_by_index"]
+    assert [row["generation"] for row in rows.values()] == ["", "", ""]
+
+
+def test_a_prompt_that_is_cut_keeps_its_bos():
+    tokenizer = char_tokenizer(chat=False, bos=True)
+    model = tiny_llama(4)
+    asker = muse._Asker(
+        runner.Runner(model, tokenizer, Journal(None, "", {}), stops=[0], progress=False),
+        muse.MuseSettings(max_length=5),
+    )
+    assert asker.shown([1, 40, 41, 42, 43]) == [1, 40, 41, 42, 43]
+    assert asker.shown([1, 40, 41, 42, 43, 44, 45]) == [1, 42, 43, 44, 45]
+    (row,) = asker.verbmem([{"prompt": "abcdefgh", "gt": "x"}])["value_by_index"].values()
+    assert row["input"] == "efgh"
 
 
 def test_answers_end_at_the_next_question():
