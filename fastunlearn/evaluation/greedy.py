@@ -2,7 +2,8 @@
 
 A pass over the right answer (evaluation/scoring.py) has the greedy prediction at each of its tokens. Up to the first that differs
 they are what greedy generation would have said, token for token; only from there on does anything have to be generated. What a model
-knows by heart costs nothing, and nothing is approximated (Leviathan et al. 2023 verify a draft in the same way).
+knows by heart costs nothing, and nothing is approximated, up to rounding: passes of another shape may break a near tie in another way
+(Leviathan et al. 2023 verify a draft in the same way).
 """
 
 from __future__ import annotations

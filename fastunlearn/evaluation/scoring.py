@@ -191,7 +191,13 @@ def _as_trees(model: Any, questions: Sequence[Question], pad_id: int, dtype: tor
 def _separately(model: Any, questions: Sequence[Question], pad_id: int, dtype: torch.dtype) -> list[list[AnswerScore]]:
     """The same with a row an answer."""
     alone = [Question(q.prompt, [answer], int(i < q.detailed)) for q in questions for i, answer in enumerate(q.answers)]
-    scores = iter([score for (score,) in _as_rows(model, alone, pad_id)])
+    # Rows of their own are more tokens than trees: as many at a time as the batch of trees has.
+    budget = len(questions) * max(len(q.tree()) for q in questions)
+    found: dict[int, AnswerScore] = {}
+    for chosen in length_batches([len(q.prompt) + len(q.answers[0]) for q in alone], budget):
+        parts = _as_rows(model, [alone[i] for i in chosen], pad_id)
+        found |= {i: score for i, (score,) in zip(chosen, parts, strict=True)}
+    scores = iter([found[i] for i in range(len(alone))])
     return [[next(scores) for _ in question.answers] for question in questions]
 
 
