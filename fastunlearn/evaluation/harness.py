@@ -12,6 +12,9 @@ from typing import Any
 
 from fastunlearn._modes import evaluating
 
+#: resamplings of metrics that are no means; without any the harness gives no standard errors at all
+_BOOTSTRAP = 100
+
 
 def harness_results(
     model: Any,
@@ -64,7 +67,7 @@ def harness_results(
         wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
         done = lm_eval.simple_evaluate(
             model=wrapped, tasks=list(tasks), task_manager=manager, num_fewshot=num_fewshot, limit=limit, log_samples=False,
-            apply_chat_template=chat, bootstrap_iters=0,
+            apply_chat_template=chat, bootstrap_iters=_BOOTSTRAP,
         )  # fmt: skip
     return {task: _numbers(values) for task, values in (done or {})["results"].items()}
 
