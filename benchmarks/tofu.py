@@ -1,13 +1,14 @@
 """The study behind the README's TOFU tables: every method of the library for language models on SmolLM2-135M, dense and 2:4.
 
     python -m benchmarks.tofu plan  --size cpu            measures a step and says how long each part would take here
-    python -m benchmarks.tofu tune  --size cpu            each method's grid, equally many trials, on held-out authors
+    python -m benchmarks.tofu tune  --size cpu            each method's grid, equally many trials, on retained authors
     python -m benchmarks.tofu run   --size cpu --seeds 0 1 2
     python -m benchmarks.tofu evidence --size cpu         SAU's claim: unlearn then prune, prune then unlearn, with what
 
 Needs FASTUNLEARN_DATA with tofu/. Size gpu: TOFU full against retain90, forget10. Size cpu: forget01 with the first ten authors as
 the retain set. Every finished run is a row of benchmarks/results/quality/tofu.json (tofu_tuning.json, sau_evidence.json), written
-after each: a study that stopped goes on, and --hours stops one in time. Settings are chosen by `chosen` from the committed trials:
+after each: a study that stopped goes on, and --hours stops one in time. While settings are chosen, authors of the retain set stand in
+for the forget set; the study's own forget set is not asked. Settings are chosen by `chosen` from the committed trials:
 the best harmonic mean of what is forgotten (1 - extraction strength) and what is kept (model utility over that before).
 `python -m benchmarks table` makes the README's tables of it, `python -m benchmarks plot` the picture.
 """
@@ -28,6 +29,7 @@ import torch
 from benchmarks import RESULTS, ROOT, machine
 from benchmarks.__main__ import write_json
 from benchmarks.tofu_runs import PATTERN, SIZES, Rows, Work
+from fastunlearn.checkpoint import Checkpoint, save_checkpoint
 from fastunlearn.localize import nm_violations
 from fastunlearn.methods.altpo import sample_alternates
 from fastunlearn.methods.hamu import HAMUConfig, HAMUTrainer
@@ -112,28 +114,34 @@ class Study:
         self.work, self.size, self.out = work, size, out
         self.until = None if hours is None else time.monotonic() + 3600 * hours
         self.rows: list[dict[str, Any]] = []
+        self.about = {
+            "size": size, "model": f"{work.base} fine-tuned {work.size.finetune['epochs']} epochs",
+            "forward passes": "bf16" if work.bf16 else "fp32",
+        }  # fmt: skip
         if out.exists():
             found = json.loads(out.read_text())
-            if found["meta"].get("size") != size:
-                raise ValueError(
-                    f"out: {out} holds a study of size {found['meta'].get('size')}, this one is {size}; move it away"
-                )
+            for name, value in self.about.items():
+                if found["meta"].get(name) != value:
+                    raise ValueError(
+                        f"out: {out} holds a study of {name} {found['meta'].get(name)}, this one is {value}; move it away"
+                    )
             self.rows = found["rows"]
 
     def has(self, **key: Any) -> bool:
         return any(all(row.get(name) == value for name, value in key.items()) for row in self.rows)
 
     def add(self, row: dict[str, Any]) -> None:
-        self.rows.append(
-            {name: round(v, 4) if isinstance(v, float) and abs(v) > 1e-3 else v for name, v in row.items()}
-        )
         facts = machine.meta(self.work.device)
+        # A study goes on elsewhere and later: each row says where it was measured.
+        made = {"commit": facts["commit"], "machine": facts["device"]}
+        self.rows.append(
+            {name: round(v, 4) if isinstance(v, float) and abs(v) > 1e-3 else v for name, v in (row | made).items()}
+        )
         size = self.work.size
-        meta = {
-            "size": self.size, "model": f"{self.work.base} fine-tuned {size.finetune['epochs']} epochs", "split": size.split,
-            "retain rows": len(self.work.data()["train retain"]), "epochs": size.epochs, "batch": size.batch_size,
-            "forward passes": "bf16" if self.work.bf16 else "fp32", "machine": facts["device"], "torch": facts["torch"],
-            "commit": facts["commit"], "date": facts["date"],
+        meta = self.about | {
+            "split": size.split, "retain rows": len(self.work.data()["train retain"]), "epochs": size.epochs,
+            "batch": size.batch_size, "machine": facts["device"], "torch": facts["torch"], "commit": facts["commit"],
+            "date": facts["date"],
         }  # fmt: skip
         write_json(self.out, {"meta": meta, "rows": self.rows})
         print(json.dumps(self.rows[-1]), flush=True)
@@ -150,8 +158,12 @@ def _shown(numbers: Mapping[str, float]) -> dict[str, float]:
     return {column: numbers[name] for name, column in SHOWN.items() if name in numbers}
 
 
+def _diverged(error: ArithmeticError) -> dict[str, str]:
+    return {"diverged": str(error).split(";")[0][:120]}
+
+
 def alternates_of(work: Work, tuning: bool) -> Rows:
-    """The forget rows with other answers, drawn once from the model that must forget."""
+    """The forget rows with other answers, drawn once from the dense model before unlearning, for the pruned one too."""
     path = work.folder / f"alternates{'-tuning' if tuning else ''}.json"
     if not path.exists():
         checkpoint = work.load("full")
@@ -174,7 +186,7 @@ def one_run(
             checkpoint, method.config, method.trainer, {**method.options, **options}, seed=seed, tuning=tuning, alternates=wanted
         )  # fmt: skip
     except ArithmeticError as error:
-        return {"diverged": str(error).split(";")[0][:120]}
+        return _diverged(error)
     key = "current"
     work.forget_evals(key)
     numbers = work.evaluate(checkpoint, key, tuning=tuning, retain=None if tuning else _model("retain", setting))
@@ -186,7 +198,7 @@ def one_run(
 
 
 def tune(study: Study, methods: Sequence[str], seed: int = 1000) -> None:
-    """Every trial of every method, on held-out authors and with a seed of its own."""
+    """Every trial of every method, with a seed of its own; authors of the retain set stand in for the forget set."""
     work = study.work
     for setting in SETTINGS:
         before = f"full, {setting}"
@@ -269,32 +281,47 @@ EVIDENCE: dict[str, tuple[str, dict[str, Any], bool, str]] = {
 }
 
 
+def _evidence_run(work: Work, name: str, seed: int, tuning: Mapping[str, Any]) -> tuple[dict[str, Any], Checkpoint]:
+    """One line's model and what it cost; makes the dense unlearned model where it is wanted and not there.
+
+    Raises:
+        ArithmeticError: it diverged, or the model it needs did.
+    """
+    tuned, more, masked, when = EVIDENCE[name]
+    setting = "dense" if when == "after" else PATTERN
+    options: dict[str, Any] = {**METHODS[tuned].options, **chosen(tuning, tuned, setting), **more}
+    twin = work.folder / "models" / f"full-unlearned-{seed}"
+    if "redistribution" in more:
+        options["dense_model"] = str(work.folder / "models" / "full")
+    if more.get("redistribution") == "obs":
+        if not (twin / "config.json").is_file():
+            _evidence_run(work, "unlearn, then prune", seed, tuning)
+        options["dense_unlearned_model"] = str(twin)
+    checkpoint = work.load(_model("full", setting))
+    method = METHODS[tuned]
+    cost = work.unlearn(checkpoint, method.config, method.trainer, options, seed=seed, masked=masked)
+    if when == "after":
+        save_checkpoint(twin, checkpoint.model, checkpoint.tokenizer, overwrite=True)
+    if when != "before":
+        work.prune(checkpoint)
+        cost["layers off the pattern"] = len(nm_violations(checkpoint.model, checkpoint.masks))
+    return cost, checkpoint
+
+
 def evidence(study: Study, seeds: Sequence[int], tuning: Mapping[str, Any]) -> None:
     """One table, three seeds: what masking, redistribution and HAMU are each worth, by the pruned retain model."""
-    from fastunlearn.checkpoint import save_checkpoint
-
     work = study.work
     for seed in seeds:
-        for name, (tuned, more, masked, when) in EVIDENCE.items():
+        for name in EVIDENCE:
             if study.has(method=name, seed=seed):
                 continue
             if study.late():
                 return
-            setting = "dense" if when == "after" else PATTERN
-            checkpoint = work.load(_model("full", setting))
-            options: dict[str, Any] = {**METHODS[tuned].options, **chosen(tuning, tuned, setting), **more}
-            twin = work.folder / "models" / f"full-unlearned-{seed}"
-            if "redistribution" in more:
-                options["dense_model"] = str(work.folder / "models" / "full")
-            if more.get("redistribution") == "obs":
-                options["dense_unlearned_model"] = str(twin)
-            method = METHODS[tuned]
-            cost = work.unlearn(checkpoint, method.config, method.trainer, options, seed=seed, masked=masked)
-            if when == "after":
-                save_checkpoint(twin, checkpoint.model, checkpoint.tokenizer, overwrite=True)
-            if when != "before":
-                work.prune(checkpoint)
-                cost["layers off the pattern"] = len(nm_violations(checkpoint.model, checkpoint.masks))
+            try:
+                cost, checkpoint = _evidence_run(work, name, seed, tuning)
+            except ArithmeticError as error:
+                study.add({"method": name, "seed": seed, **_diverged(error)})
+                continue
             work.forget_evals("current")
             numbers = work.evaluate(checkpoint, "current", retain=_model("retain", PATTERN))
             work.forget_evals("current")

@@ -188,6 +188,9 @@ class Work:
             config, trainer: an UnlearnConfig and what takes it. options: of the config.
             masked: whether a pruned model's masks hold.
             alternates: makes the forget rows with other answers, for objectives that want them.
+
+        Raises:
+            ArithmeticError: it diverged, in training or by its last step.
         """
         forget, retain = self.target(tuning)
         rows = forget if alternates is None else alternates()
@@ -204,6 +207,7 @@ class Work:
             kept = (checkpoint.masks, checkpoint.pruning) if masked else (None, None)
             made = trainer(checkpoint.model, args, rows, retain, checkpoint.tokenizer, masks=kept[0], pruning=kept[1])
             outcome, cost = measured(made.train, self.device)
+            made.assert_sound()
         checkpoint.model.eval()
         broken = len(nm_violations(checkpoint.model, checkpoint.masks)) if checkpoint.masks else 0
         return {
@@ -212,13 +216,17 @@ class Work:
         }  # fmt: skip
 
     def robust(self, checkpoint: Checkpoint, seed: int) -> dict[str, float]:
-        """Extraction strength of the forget set after relearning ten rows (of the others), and in 4 bits."""
+        """Extraction strength of the forget set after relearning ten rows (of the others), and in 4 bits.
+
+        Masks hold where the model keeps its pattern: one that was unlearned without them is relearned without them.
+        """
         model, tokenizer = checkpoint.model, checkpoint.tokenizer
+        masks = checkpoint.masks if checkpoint.masks and not nm_violations(model, checkpoint.masks) else None
         rows = encode_rows(self.data()["train forget"], tokenizer, what="forget set")
         how: dict[str, Any] = {"max_new_tokens": 1, "autocast": torch.bfloat16 if self.bf16 else None}
         with robustness.restored(model):
             chosen = robustness.relearn_(
-                model, rows, learning_rate=self.size.finetune["learning_rate"] / 3, seed=seed, masks=checkpoint.masks,
+                model, rows, learning_rate=self.size.finetune["learning_rate"] / 3, seed=seed, masks=masks,
                 autocast=how["autocast"],
             )  # fmt: skip
             relearned = robustness.forget_numbers(model, tokenizer, robustness.others(rows, chosen), **how)

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-#: column -> whether the lower value is better (None: nearest to a target that the retain model shows)
+#: columns of the tables, in their order; those that nothing has are left out
 COLUMNS = (
     "forget quality", "model utility", "forget truth ratio", "ES", "EM", "forget ROUGE", "PrivLeak", "ES relearned", "ES 4-bit",
     "seconds", "peak_mib",
@@ -54,8 +54,8 @@ def front(points: Sequence[tuple[float, float]]) -> list[int]:
 
 
 def unlearned(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Rows of methods, with both coordinates."""
-    kept = [row for row in rows if row["method"] not in ("before", "retain model")]
+    """Rows of methods, with both coordinates; one that diverged with a seed is no point of a front."""
+    kept = [row for row in rows if row["method"] not in ("before", "retain model") and not row.get("diverged")]
     return [row for row in kept if row["forget quality"] is not None and row["model utility"] is not None]
 
 
@@ -88,7 +88,9 @@ def table(result: Mapping[str, Any]) -> list[str]:
         name = f"**{row['method']}**" if (row["setting"], row["method"]) in best else row["method"]
         name += f" ({row['diverged']} of {row['seeds']} diverged)" if row["diverged"] else ""
         off = [r.get("layers off the pattern") for r in result["rows"] if r["method"] == row["method"]]
-        cells = [_cell(c, row[c]) if c in row else str(max(o for o in off if o is not None)) for c in columns]
+        cells = [
+            _cell(c, row[c]) if c in row else str(max((o for o in off if o is not None), default="-")) for c in columns
+        ]
         lines.append([*([row["setting"]] if "setting" in head else []), name, *cells])
     ruler = ["---" if name in ("setting", "method") else "--:" for name in head]
     return ["| " + " | ".join(line) + " |" for line in (head, ruler, *lines)]

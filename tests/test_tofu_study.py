@@ -119,9 +119,8 @@ def test_a_study_from_end_to_end(work, tmp_path, monkeypatch, capsys):
     assert tofu_tables.draw(results / "tofu.json", tmp_path / "plots").is_file()
 
 
-@pytest.mark.slow
-def test_evidence(work, tmp_path, monkeypatch):
-    pytest.importorskip("scipy")
+def _trials() -> dict:
+    """Trials of all that the evidence needs, each as good as the others."""
     tuning = {"rows": [{"method": f"full, {s}", "setting": s, "model utility": 0.5, "trial": 0} for s in tofu.SETTINGS]}
     for name in ("NPO", "SAU, NPO", "SAU x HAMU"):
         for setting in tofu.METHODS[name].settings:
@@ -129,12 +128,86 @@ def test_evidence(work, tmp_path, monkeypatch):
                 {"method": name, "setting": setting, "trial": i, "options": trial, "ES": 0.5, "model utility": 0.5}
                 for i, trial in enumerate(tofu.METHODS[name].trials)
             ]
+    return tuning
+
+
+@pytest.mark.slow
+def test_evidence(work, tmp_path, monkeypatch):
+    pytest.importorskip("scipy")
+    tuning = _trials()
     study = tofu.Study(work, "cpu", tmp_path / "sau_evidence.json", None)
     tofu.evidence(study, [0], tuning)
     off = {row["method"]: row["layers off the pattern"] for row in study.rows}
     assert list(off) == list(tofu.EVIDENCE)
     assert off.pop("prune, then unlearn, no mask") > 0
     assert not any(off.values())
+
+
+@pytest.mark.slow
+def test_evidence_that_diverges_is_a_row_and_a_missing_twin_is_made(work, tmp_path, monkeypatch):
+    pytest.importorskip("scipy")
+    tuning = _trials()
+    monkeypatch.setattr(
+        tofu, "EVIDENCE", {n: tofu.EVIDENCE[n] for n in ("unlearn, then prune", "mask, redistribution obs")}
+    )
+    study = tofu.Study(work, "cpu", tmp_path / "sau_evidence.json", None)
+    # The first line was measured elsewhere: its model is not here.
+    study.rows.append({"method": "unlearn, then prune", "seed": 0})
+    tofu.evidence(study, [0], tuning)
+    assert (work.folder / "models" / "full-unlearned-0" / "config.json").is_file()
+    assert {"ES", "commit", "machine"} <= study.rows[-1].keys()
+
+    def diverges(*args, **options):
+        raise ArithmeticError("the loss is NaN; no more")
+
+    monkeypatch.setattr(work, "unlearn", diverges)
+    tofu.evidence(study, [1], tuning)
+    assert [row["diverged"] for row in study.rows[2:]] == ["the loss is NaN"] * 2
+    lines = tofu_tables.table({"rows": study.rows[2:]})
+    assert len(lines) == 4
+    # Beside a row that says how many layers are off, one that does not.
+    lines = tofu_tables.table({"rows": [{"method": "a", "layers off the pattern": 0, "ES": 0.1}, study.rows[2]]})
+    assert lines[-1].endswith("| - |")
+
+
+def test_weights_that_are_not_finite_are_a_diverged_run(work, monkeypatch):
+    method = tofu.METHODS["NPO"]
+
+    class Breaks(method.trainer):
+        def train(self, *args, **options):
+            out = super().train(*args, **options)
+            next(self.model.parameters()).data.fill_(float("nan"))
+            return out
+
+    monkeypatch.setitem(tofu.METHODS, "NPO", tofu.Method(method.trials, method.options, method.config, Breaks))
+    row = tofu.one_run(work, "NPO", "dense", method.trials[0], 0, tuning=False, robust=False)
+    assert row.keys() == {"diverged"}
+    assert "NaN or infinity" in row["diverged"]
+
+
+def test_a_model_that_lost_its_pattern_is_relearned_without_masks(work, monkeypatch):
+    seen = []
+    monkeypatch.setattr(tofu_runs.robustness, "relearn_", lambda *a, masks, **k: seen.append(masks) or [0])
+    checkpoint = work.load("full-2to4")
+    work.robust(checkpoint, 0)
+    name = next(iter(checkpoint.masks))
+    with torch.no_grad():
+        dict(checkpoint.model.named_parameters())[name].fill_(1.0)
+    work.robust(checkpoint, 0)
+    assert seen[0] is checkpoint.masks
+    assert seen[1] is None
+
+
+def test_results_of_another_model_or_precision_are_refused(work, tmp_path):
+    study = tofu.Study(work, "cpu", tmp_path / "tofu.json", None)
+    study.add({"method": "a", "seed": 0})
+    assert {"commit", "machine"} <= json.loads((tmp_path / "tofu.json").read_text())["rows"][0].keys()
+    work.bf16 = True
+    with pytest.raises(ValueError, match="holds a study of forward passes fp32, this one is bf16"):
+        tofu.Study(work, "cpu", tmp_path / "tofu.json", None)
+    work.bf16, work.base = False, "other"
+    with pytest.raises(ValueError, match=r"holds a study of model .* this one is other fine-tuned 2 epochs"):
+        tofu.Study(work, "cpu", tmp_path / "tofu.json", None)
 
 
 def test_plan(work):
@@ -152,6 +225,10 @@ def test_score_and_front():
         {"setting": "dense", "method": "a", "seed": s, "forget quality": q, "ES": 0.1 * s}
         for s, q in ((0, 1e-4), (1, 1e-2))
     ]
+    # A method that diverged with one seed is no point of the front, however good the others are.
+    both = [{"setting": "", "method": m, "forget quality": 0.5, "model utility": 0.5} for m in "ab"]
+    means = tofu_tables.means({"rows": [*both, {"setting": "", "method": "b", "diverged": "x"}]})
+    assert [row["method"] for row in tofu_tables.unlearned(means)] == ["a"]
     (mean,) = tofu_tables.means({"rows": rows})
     assert mean["forget quality"] == pytest.approx(1e-3)
     assert mean["ES"] == pytest.approx(0.05)
