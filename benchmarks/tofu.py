@@ -304,6 +304,7 @@ def _evidence_run(work: Work, name: str, seed: int, tuning: Mapping[str, Any]) -
         save_checkpoint(twin, checkpoint.model, checkpoint.tokenizer, overwrite=True)
     if when != "before":
         work.prune(checkpoint)
+        assert checkpoint.masks is not None
         cost["layers off the pattern"] = len(nm_violations(checkpoint.model, checkpoint.masks))
     return cost, checkpoint
 
