@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import json
 import math
+import multiprocessing
 import os
 import signal
-import subprocess
+import socket
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from fastunlearn.data.text import encode_rows
 from fastunlearn.evaluation import logs as logs_module
-from fastunlearn.evaluation import tofu
+from fastunlearn.evaluation import runner, tofu
 from fastunlearn.evaluation.journal import Journal, drop_journals
 from fastunlearn.evaluation.logs import LogFolder, journal_key, tokenizer_digest
 from fastunlearn.evaluation.rouge import rouge
@@ -377,33 +379,48 @@ def test_parts_are_read_from_a_folder(tmp_path):
 
 # Interruption and several processes, with real ones.
 
-SCRIPT = """
-import sys, time
-import torch
-from fastunlearn.evaluation import scoring, runner, tofu
-from tests.evaluation.test_tofu import SETTINGS, parts
-from tests.tiny_chat import char_tokenizer, tiny_llama
-folder, pause = sys.argv[1], float(sys.argv[2])
-if pause:
+#: processes are forked from one that has imported what takes seconds and computed nothing
+PROCESSES = multiprocessing.get_context("forkserver")
+PRELOADED = [
+    "torch",
+    "transformers.models.llama.modeling_llama",
+    "fastunlearn.evaluation.tofu",
+    "tests.evaluation.test_tofu",
+]
+
+
+def _evaluate(folder: Path, pause: float, environment: dict[str, str]) -> None:
+    os.environ.update(environment)
+    torch.set_num_threads(1)
     plain = runner.score_batch
+
     def slow(*args):
         time.sleep(pause)
         return plain(*args)
+
     runner.score_batch = slow
-runner.start_processes()
-tofu.evaluate_tofu(tiny_llama(2), char_tokenizer(), parts(), output=folder, settings=SETTINGS, budget=60, progress=False)
-"""
+    runner.start_processes()
+    tofu.evaluate_tofu(
+        tiny_llama(2), char_tokenizer(), parts(), output=folder, settings=SETTINGS, budget=60, progress=False
+    )
 
 
-def _start(folder: Path, pause: float = 0.0, **env: str) -> subprocess.Popen:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()} | env
-    return subprocess.Popen([sys.executable, "-c", SCRIPT, str(folder), str(pause)], env=environment)
+def _start(folder: Path, pause: float = 0.0, **environment: str) -> Any:
+    PROCESSES.set_forkserver_preload(PRELOADED)
+    process = PROCESSES.Process(target=_evaluate, args=(folder, pause, environment))
+    process.start()
+    return process
+
+
+def _ended(process: Any) -> int | None:
+    process.join(120)
+    return process.exitcode
 
 
 @pytest.mark.slow
 @pytest.mark.serial
 def test_killed_and_several_processes_give_the_same_files(tmp_path):
-    assert _start(tmp_path / "whole").wait(120) == 0
+    assert _ended(_start(tmp_path / "whole")) == 0
     whole = json.loads((tmp_path / "whole" / "TOFU_EVAL.json").read_text())
     # Killed after some batches; a second run goes on.
     killed = _start(tmp_path / "killed", 0.3)
@@ -411,8 +428,8 @@ def test_killed_and_several_processes_give_the_same_files(tmp_path):
     journal = tmp_path / "killed" / ".TOFU.0.jsonl"
     while time.time() < deadline and not (journal.exists() and journal.read_text().count("\n") > 3):
         time.sleep(0.05)
-    killed.send_signal(signal.SIGKILL)
-    killed.wait()
+    killed.kill()
+    assert _ended(killed) == -signal.SIGKILL
     assert not (tmp_path / "killed" / "TOFU_EVAL.json").exists()
     done = journal.read_text().count('"stage": "forget set"')
     assert done >= 2
@@ -421,19 +438,12 @@ def test_killed_and_several_processes_give_the_same_files(tmp_path):
         tofu.evaluate_tofu(tiny_llama(7), char_tokenizer(), parts(), output=tmp_path / "killed", settings=SETTINGS)
     with open(journal, "a") as file:
         file.write('{"stage": "forget set", "rows": {"0": [[')
-    assert _start(tmp_path / "killed").wait(120) == 0
+    assert _ended(_start(tmp_path / "killed")) == 0
     assert json.loads((tmp_path / "killed" / "TOFU_EVAL.json").read_text()) == whole
-    two = [
-        _start(
-            tmp_path / "two",
-            RANK=str(r),
-            LOCAL_RANK=str(r),
-            WORLD_SIZE="2",
-            MASTER_ADDR="localhost",
-            MASTER_PORT="29613",
-        )
-        for r in range(2)
-    ]
-    assert [process.wait(120) for process in two] == [0, 0]
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        together = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1])}
+    two = [_start(tmp_path / "two", RANK=str(r), LOCAL_RANK=str(r), **together) for r in range(2)]
+    assert [_ended(process) for process in two] == [0, 0]
     assert json.loads((tmp_path / "two" / "TOFU_EVAL.json").read_text()) == whole
     assert not list((tmp_path / "two").glob(".TOFU*"))
