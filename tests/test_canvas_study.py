@@ -55,8 +55,10 @@ def test_every_method_has_as_many_trials():
 def test_tuning_shares_neither_targets_nor_seeds_with_the_table():
     world = tiny_world()
     assert not set(canvas.TUNING_SETTINGS.seeds) & set(world.seeds)
-    held = world.draw_targets(1, 1, 0, held_out=True)
-    assert not set(held) & set(world.draw_targets(2, 2, 0))
+    held = world.held_out_targets(1)
+    assert [target.kind for target in held] == ["style", "object"]
+    for seed in range(20):
+        assert not set(held) & set(world.draw_targets(len(world.styles) - 2, max(len(world.objects) - 2, 0), seed))
 
 
 def test_the_study_goes_on_and_makes_a_table(tiny, tmp_path):
@@ -96,8 +98,8 @@ def test_tuning_keeps_every_trial(tiny, tmp_path, monkeypatch):
     result = canvas.tune(["uce"], model="canvas", work=tmp_path, out=tmp_path / "tuning.json")
     rows = json.loads((tmp_path / "tuning.json").read_text())["rows"]
     assert rows == result["rows"]
-    assert [(row["method"], row["kind"], row["settings"]) for row in rows] == [
-        ("uce", kind, trial) for trial in grid["uce"] for kind in ("style", "object")
+    assert [(row["method"], row["kind"], row["target"], row["settings"]) for row in rows] == [
+        ("uce", target.kind, target.name, trial) for trial in grid["uce"] for target in tiny_world().held_out_targets()
     ]
 
 

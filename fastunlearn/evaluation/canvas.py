@@ -53,7 +53,7 @@ class AnswerSettings:
     thin: int = field(
         default=1,
         metadata={
-            "help": "Every so many-th pair of theme and object, the same share of each: quick, for choosing settings."
+            "help": "Every so many-th pair of theme and object beside the target's own: quick, for choosing settings."
         },
     )
     bf16: bool = field(default=False, metadata={"help": "Draw under autocast: faster on a CPU that knows bfloat16."})
@@ -86,9 +86,10 @@ class AnswerSettings:
             "autocast": torch.bfloat16 if self.bf16 else None,
         }  # fmt: skip
 
-    def pairs(self, world: World) -> list[tuple[int, int]]:
-        """(theme, object) of the answer set."""
-        return [(i, j) for i, j in world.pairs() if (i + j) % self.thin == 0]
+    def pairs(self, world: World, target: Target | None = None) -> list[tuple[int, int]]:
+        """(theme, object) of the answer set; those of the target are never thinned out."""
+        own = set() if target is None else set(world.forget_pairs(target))
+        return [(i, j) for i, j in world.pairs() if (i + j) % self.thin == 0 or (i, j) in own]
 
 
 @dataclass
@@ -113,14 +114,14 @@ def _joined(features: tuple[Tensor, Tensor]) -> Tensor:
 
 
 @torch.no_grad()
-def answer_set(pipeline: Any, world: World, settings: AnswerSettings) -> Answers:
-    """Draws the answer set of a model and asks the classifiers; no image is kept.
+def answer_set(pipeline: Any, world: World, settings: AnswerSettings, target: Target | None = None) -> Answers:
+    """Draws the answer set of a model (that unlearned `target`) and asks the classifiers; no image is kept.
 
     The same pipeline and settings give the same answers: the latents are the seeds', nothing else is random.
     """
     settings = settings.of(world)
     start = time.perf_counter()
-    asked_for = settings.pairs(world)
+    asked_for = settings.pairs(world, target)
     prompts = [world.prompt(world.objects[j], world.themes[i]) for i, j in asked_for]
     pairs = torch.tensor(asked_for)
     counts = Counts.zeros(len(world.themes), len(world.objects))
@@ -370,7 +371,7 @@ def evaluate(
                 kept, cost = measured(lambda t=target: unlearn(pipeline, world, t, seed), device)  # type: ignore[misc]
                 storage = _bytes(kept)
             begin = time.perf_counter()
-            answers = shared or answer_set(pipeline, world, settings)
+            answers = shared or answer_set(pipeline, world, settings, target if unlearn else None)
             shared = answers if unlearn is None else None
             row: dict[str, Any] = {"method": method, "kind": target.kind, "target": target.name, "seed": seed}
             row |= metrics_of(world, answers, real, target, settings.seed_theme)

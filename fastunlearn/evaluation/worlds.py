@@ -121,21 +121,31 @@ class Concepts:
             )
         return plain[key]
 
-    def draw_targets(self, styles: int, objects: int, seed: int, *, held_out: bool = False) -> list[Target]:
-        """Targets drawn by a seed, the same for every method; held-out ones are none of them.
+    def held_out_targets(self, each: int = 2) -> list[Target]:
+        """So many styles and objects for choosing a method's settings: the same in every study, the last to be drawn for one."""
+        return [Target(kind, name) for kind in ("style", "object") for name in self._order(kind, 0)[-each:]]
+
+    def _order(self, kind: Kind, seed: int) -> list[str]:
+        """The names of a kind in the order in which a seed draws them; the last two are the same for every seed."""
+        names = list(self.styles if kind == "style" else self.objects)
+        random.Random(f"{self.name} {kind} held out").shuffle(names)
+        first, last = names[:-2], names[-2:]
+        random.Random(f"{self.name} {kind} {seed}").shuffle(first)
+        return first + last
+
+    def draw_targets(self, styles: int, objects: int, seed: int) -> list[Target]:
+        """Targets drawn by a seed, the same for every method; `held_out_targets` come in only where (nearly) all are asked for.
 
         Raises:
             ValueError: more than there are.
         """
-        out = []
-        for kind, names, count in (("style", self.styles, styles), ("object", self.objects, objects)):
-            order = list(names)
-            random.Random(f"{self.name} {kind} {seed}").shuffle(order)
+        out: list[Target] = []
+        asked: tuple[tuple[Kind, int], ...] = (("style", styles), ("object", objects))
+        for kind, count in asked:
+            order = self._order(kind, seed)
             if not 0 <= count <= len(order):
                 raise ValueError(f"{kind}s: want 0 to {len(order)}, got {count}")
-            # From the other end: a study of at most half of them never meets those its settings were chosen on.
-            chosen = order[::-1][:count] if held_out else order[:count]
-            out += [Target(kind, name) for name in chosen]  # type: ignore[arg-type]
+            out += [Target(kind, name) for name in order[:count]]
         return out
 
     def surrogate_object(self, target: Target) -> str:

@@ -180,7 +180,9 @@ def test_targets_by_name():
     with pytest.raises(ValueError, match="styles: want 0 to 3, got 4"):
         world.draw_targets(4, 0, 0)
     assert world.draw_targets(2, 1, 5) == world.draw_targets(2, 1, 5)
-    assert not set(world.draw_targets(1, 1, 5)) & set(world.draw_targets(2, 2, 5, held_out=True))
+    drawn = {target for seed in range(20) for target in world.draw_targets(len(world.styles) - 2, 0, seed)}
+    assert drawn == set(map(world.target, world.styles)) - set(world.held_out_targets())
+    assert len(world.draw_targets(len(world.styles), 0, 0)) == len(world.styles)
     with pytest.raises(ValueError, match="the style classifier knows 3 labels that are not the world's"):
         tiny_world(classifiers={"style": TinyClassifier(OBJECTS), "object": TinyClassifier(OBJECTS)})
 
