@@ -1,0 +1,329 @@
+"""What the pages of docs/ are made of besides their text: options, docstrings and numbers, read from where they are kept.
+
+A line that begins with `:::` is replaced; paths are from the repository's root, Python is read and never imported:
+
+    ::: options PATH CLASS     the fields of a dataclass: default and help
+    ::: api PATH NAME ...      signature and docstring of functions, classes and methods (Class.method)
+    ::: rooms OP ...           the files an op lives in, those that are there
+    ::: backends PATH ...      what runs the ops of a file, and on which GPU its tests have passed (fastunlearn/gpu_runs.json)
+    ::: results OP ...         committed measurements of an op, or that there are none (benchmarks/results/*.json)
+    ::: study NAME             a block of the README's tables (benchmarks/tables.py)
+    ::: commands               the commands of `fastunlearn`
+    ::: code PATH              a file
+    ::: list PATH NAME         a tuple of texts in a module
+
+mkdocs calls `on_page_markdown` and `on_page_content`; the tests call `expand` without mkdocs.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+import sys
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+DIRECTIVE = re.compile(r"^::: (\w+) *(.*)$", re.MULTILINE)
+_SECTION = re.compile(r"^(Args|Attributes|Returns|Raises|Example|Examples|Note|Yields):\s*$")
+_ENTRY = re.compile(r"^([\w*, ]+): (.*)$")
+
+
+@cache
+def _module(path: str) -> ast.Module:
+    return ast.parse((ROOT / path).read_text(encoding="utf-8"))
+
+
+def _find(path: str, name: str) -> Any:
+    """The class or function of that name; of overloads the last, which has the body.
+
+    Raises:
+        KeyError: there is none.
+    """
+    body: list[ast.stmt] = _module(path).body
+    node = None
+    for part in name.split("."):
+        node = next((n for n in reversed(body) if getattr(n, "name", None) == part), None)
+        if node is None:
+            raise KeyError(f"{path} has no {name}")
+        body = node.body  # type: ignore[attr-defined]
+    return node
+
+
+def _calls(node: ast.expr | None, name: str) -> dict[str, ast.expr]:
+    """Keyword arguments of a call of that name; none for anything else."""
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == name:
+        return {k.arg: k.value for k in node.keywords if k.arg}
+    return {}
+
+
+def fields(path: str, name: str) -> Iterator[tuple[str, str, str, str]]:
+    """(name, type, default, help) of the fields of a dataclass, as they are written."""
+    for node in _find(path, name).body:
+        if not isinstance(node, ast.AnnAssign) or not isinstance(node.target, ast.Name):
+            continue
+        options = _calls(node.value, "field")
+        if isinstance(node.value, ast.Call) and ast.unparse(node.value.func) == "_field":
+            value, text = node.value.args
+            default = "required" if ast.unparse(value) == "MISSING" else ast.unparse(value)
+            yield node.target.id, ast.unparse(node.annotation), default, ast.literal_eval(text)
+        if "metadata" not in options:
+            continue
+        metadata = options["metadata"]
+        assert isinstance(metadata, ast.Dict)
+        text = dict(zip((ast.literal_eval(k) for k in metadata.keys if k), metadata.values))["help"]
+        factory = options.get("default_factory")
+        value = options.get("default")
+        default = ast.unparse(value) if value else "required" if factory is None else f"{ast.unparse(factory)}()"
+        yield node.target.id, ast.unparse(node.annotation), default, ast.literal_eval(text)
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+def _escaped(text: str) -> str:
+    """Markdown's own characters in running text of a docstring, outside of code."""
+    parts = re.split(r"(`[^`]*`)", text)
+    return "".join(p if p[:1] == "`" else re.sub(r"([*<$])", r"\\\1", p).replace("\\<", "&lt;") for p in parts)
+
+
+def options(path: str, name: str) -> str:
+    rows = [f"| `{n}` | `{_cell(t)}` | `{_cell(d)}` | {_cell(_escaped(h))} |" for n, t, d, h in fields(path, name)]
+    return "\n".join(["| option | type | default | what |", "|---|---|---|---|", *rows])
+
+
+def _paragraphs(lines: list[str]) -> list[str]:
+    """Running text with Markdown's characters escaped; what is indented is shown as it is."""
+    out, at = [], 0
+    while at < len(lines):
+        if lines[at].startswith("    "):
+            block = []
+            while at < len(lines) and (lines[at].startswith("    ") or not lines[at].strip()):
+                block.append(lines[at][4:])
+                at += 1
+            out += ["", "```text", *"\n".join(block).rstrip().split("\n"), "```", ""]
+        else:
+            out.append(_escaped(lines[at]))
+            at += 1
+    return out
+
+
+def docstring(text: str) -> str:
+    """A Google docstring as Markdown."""
+    sections: list[tuple[str, list[str]]] = [("", [])]
+    for line in text.split("\n"):
+        found = _SECTION.match(line)
+        if found:
+            sections.append((found[1], []))
+        else:
+            sections[-1][1].append(line)
+    out: list[str] = []
+    for title, lines in sections:
+        if not title:
+            out += _paragraphs(lines)
+            continue
+        body = [line[4:] for line in lines]
+        if title.startswith("Example"):
+            code = [re.sub(r"^(>>>|\.\.\.) ?", "", line) for line in body]
+            out += ["", "Example:", "", "```python", *"\n".join(code).strip().split("\n"), "```", ""]
+            continue
+        out += ["", f"**{title}**", ""]
+        if title in ("Returns", "Yields"):
+            out += [*_paragraphs(body), ""]
+            continue
+        entry = ""
+        for line in [*body, ""]:
+            if entry and not line.startswith(" "):
+                head = _ENTRY.match(entry)
+                out.append(f"- `{head[1]}`: {_escaped(head[2])}" if head else f"- {_escaped(entry)}")
+                entry = ""
+            entry += (" " if entry else "") + line.strip()
+        out.append("")
+    return "\n".join(out).strip() + "\n"
+
+
+def _signature(node: Any, name: str) -> str:
+    """`name(arguments) -> result` as it is called: without self, one argument a line where it is long."""
+    args = node.args
+    if args.args and args.args[0].arg in ("self", "cls"):
+        args = ast.parse(f"def f({ast.unparse(args)}): ...").body[0].args  # type: ignore[attr-defined]
+        args.args = args.args[1:]
+    text = ast.unparse(args)
+    result = f" -> {ast.unparse(node.returns)}" if node.returns else ""
+    if len(name) + len(text) + len(result) <= 90:
+        return f"{name}({text}){result}"
+    tree = ast.parse(f"def f({text}): ...").body[0].args  # type: ignore[attr-defined]
+    positional = [*tree.posonlyargs, *tree.args]
+    lines = _with_defaults(positional, [None] * (len(positional) - len(tree.defaults)) + tree.defaults)
+    if tree.vararg:
+        lines.append("*" + ast.unparse(tree.vararg))
+    elif tree.kwonlyargs:
+        lines.append("*")
+    lines += _with_defaults(tree.kwonlyargs, tree.kw_defaults)
+    if tree.kwarg:
+        lines.append("**" + ast.unparse(tree.kwarg))
+    return f"{name}(\n" + "".join(f"    {line},\n" for line in lines) + f"){result}"
+
+
+def _with_defaults(args: list[ast.arg], defaults: list[Any]) -> list[str]:
+    return [ast.unparse(a) + (f" = {ast.unparse(d)}" if d is not None else "") for a, d in zip(args, defaults)]
+
+
+def api(path: str, *names: str) -> str:
+    out = []
+    for name in names:
+        node = _find(path, name)
+        call = node
+        if isinstance(node, ast.ClassDef):
+            call = next((n for n in node.body if getattr(n, "name", None) == "__init__"), None)
+        out += [f"### {name}", ""]
+        if call is not None:
+            out += ["```python", _signature(call, name), "```", ""]
+        text = ast.get_docstring(node) or ""
+        if call is not None and call is not node:
+            text += "\n\n" + (ast.get_docstring(call) or "")
+        out += [docstring(text.strip()), ""]
+    return "\n".join(out)
+
+
+#: what is to be found in each room of the house
+ROOMS = (
+    ("fastunlearn/ops/{}.py", "the public op"),
+    ("fastunlearn/reference/{}.py", "the definition, in plain PyTorch"),
+    ("kernels/{}.py", "Triton"),
+    ("csrc/{}.cpp", "C++, for a CPU"),
+    ("csrc/{}.cu", "CUDA"),
+    ("csrc/{}.h", "its interface"),
+    ("tests/ops/test_{}.py", "its proof"),
+    ("benchmarks/ops/{}.py", "its price"),
+)
+
+
+def rooms(*ops: str) -> str:
+    rows = [
+        f"| `{path.format(op)}` | {what} |" for op in ops for path, what in ROOMS if (ROOT / path.format(op)).is_file()
+    ]
+    if not rows:
+        raise KeyError(f"no file of the ops {', '.join(ops)}")
+    return "\n".join(["| file | what |", "|---|---|", *rows])
+
+
+def backends(*paths: str) -> str:
+    runs = json.loads((ROOT / "fastunlearn" / "gpu_runs.json").read_text())
+    rows = []
+    for node in (n for path in paths for n in ast.walk(_module(path))):
+        if not (isinstance(node, ast.Call) and ast.unparse(node.func) == "_backend.register"):
+            continue
+        op = ast.literal_eval(node.args[0])
+        where = {k.arg: ast.literal_eval(k.value) for k in node.keywords if k.arg in ("native", "triton")}
+        cpu = "C++" if "cpu" in where.get("native", ()) else "plain PyTorch"
+        gpu = {"triton": "Triton", "native": "CUDA"}
+        for kind in (k for k in gpu if "cuda" in where.get(k, ())):
+            run = runs.get(f"{op}/{kind}")
+            seen = f"tests passed on {run['gpu']}, {run['date']}, commit {run['commit']}" if run else "never run on a GPU"
+            rows.append(f"| `{op}` | {cpu} | {gpu[kind]} | {seen} |")
+    if not rows:
+        raise KeyError(f"no op is registered in {', '.join(paths)}")
+    return "\n".join(["| op | CPU | GPU | the GPU's code |", "|---|---|---|---|", *rows])
+
+
+def _tables() -> Any:
+    if str(ROOT) not in sys.path:
+        sys.path.insert(0, str(ROOT))
+    from benchmarks import tables
+
+    return tables
+
+
+def results(*ops: str) -> str:
+    """Of each op and kind of device the newest committed run; every number comes from its file."""
+    tables = _tables()
+    runs = sorted(tables.load(RESULTS).values(), key=lambda run: run["meta"]["date"], reverse=True)
+    out = []
+    for op in ops:
+        if not (ROOT / "benchmarks" / "ops" / f"{op}.py").is_file():
+            raise KeyError(f"no benchmark of {op}")
+        for kind, where in (("cpu", "CPU"), ("cuda", "GPU")):
+            run = next(
+                (r for r in runs if r["meta"]["device_type"] == kind and any(row["op"] == op for row in r["rows"])), None
+            )
+            out += [f"**{op}, {where}**", ""]
+            if run is None:
+                out += ["Not measured yet.", ""]
+                continue
+            part = {"meta": run["meta"], **{k: [x for x in run[k] if x["op"] == op] for k in ("rows", "targets")}}
+            # Markdown inside of HTML is read only where it says so.
+            out += [tables.ops_block(part).replace("<details>", '<details markdown="1">'), ""]
+    return "\n".join(out)
+
+
+def study(name: str) -> str:
+    return str(_tables().block(name, RESULTS)).replace("<details>", '<details markdown="1">')
+
+
+def commands() -> str:
+    assign = next(n for n in _module("fastunlearn/cli/__init__.py").body if isinstance(n, ast.Assign))
+    rows = [f"| `fastunlearn {name}` | {_cell(what)} |" for name, what in ast.literal_eval(assign.value).items()]
+    return "\n".join(["| command | what |", "|---|---|", *rows])
+
+
+def code(path: str) -> str:
+    return f"```python\n{(ROOT / path).read_text(encoding='utf-8').rstrip()}\n```"
+
+
+def constants(path: str, name: str) -> str:
+    for node in _module(path).body:
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", None) == name:
+            return "\n".join(f"- {_escaped(text)}" for text in ast.literal_eval(node.value))
+    raise KeyError(f"{path} has no {name}")
+
+
+KINDS: dict[str, Callable[..., str]] = {
+    "options": options,
+    "api": api,
+    "rooms": rooms,
+    "backends": backends,
+    "results": results,
+    "study": study,
+    "commands": commands,
+    "code": code,
+    "list": constants,
+}
+
+
+def expand(markdown: str) -> str:
+    """The page with its directives replaced.
+
+    Raises:
+        KeyError: an unknown directive, or one that names what is not there. OSError: no such file.
+    """
+    return DIRECTIVE.sub(lambda m: KINDS[m[1]](*m[2].split()), markdown)
+
+
+def mathml(html: str) -> str:
+    """Formulas as MathML, which browsers show and read out without any script."""
+    from html import unescape
+
+    from latex2mathml.converter import convert
+
+    def inline(m: re.Match[str]) -> str:
+        return str(convert(unescape(m[1])))
+
+    def block(m: re.Match[str]) -> str:
+        return str(convert(unescape(m[1]), display="block"))
+
+    html = re.sub(r'<span class="arithmatex">\\\((.*?)\\\)</span>', inline, html, flags=re.DOTALL)
+    return re.sub(r'<div class="arithmatex">\\\[(.*?)\\\]</div>', block, html, flags=re.DOTALL)
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    return expand(markdown)
+
+
+def on_page_content(html: str, **_: Any) -> str:
+    return mathml(html)
