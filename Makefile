@@ -5,6 +5,7 @@
 #   make lint         ruff, clang-format, mypy
 #   make fuzz         the property tests with 10,000 cases an op
 #   make bench        every op beside its peers on this CPU -> benchmarks/results/, tables in README.md
+#   make docs         the pages of docs/ -> site/index.html
 #   make bench-plots  time against limit, from the committed results
 #   make gpu-test     on a GPU machine: PYTHON=python3 OUT=folder, installed with -e -> test report, gpu_runs.json
 #   make gpu-bench    on a GPU machine: PYTHON=python3 OUT=folder -> one JSON of results
@@ -31,7 +32,7 @@ PIP := $(BIN)/pip install -q --disable-pip-version-check -c constraints.txt $(PI
 QUIET_THREADS := KMP_BLOCKTIME=0 OMP_WAIT_POLICY=PASSIVE GOMP_SPINCOUNT=0
 NATIVE := $(wildcard csrc/*) setup.py pyproject.toml fastunlearn/_version.py
 
-.PHONY: help demo test lint fuzz bench bench-plots gpu-test gpu-bench wheel clean
+.PHONY: help demo test lint fuzz bench bench-plots docs gpu-test gpu-bench wheel clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -85,6 +86,16 @@ bench: .venv/.dev
 bench-plots: .venv/.dev
 	$(BIN)/python -m benchmarks plot
 
+# mkdocs-material 9 asks for mkdocs 1; what it says of mkdocs 2 is no warning of these pages.
+.venv/.docs: .venv/.base pyproject.toml
+	@echo "installing mkdocs ..."
+	$(PIP) mkdocs-material latex2mathml
+	@touch $@
+
+docs: .venv/.installed .venv/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "built: site/index.html"
+
 # Both stop where the native module does not load: the tests would say nothing about the kernels.
 HAS_NATIVE = $(PYTHON) -c "import sys; from fastunlearn import _native; sys.exit(_native._why_missing and 'fastunlearn: ' + _native._why_missing + ' (pip install --no-build-isolation -e .)')"
 
@@ -107,6 +118,6 @@ wheel: .venv/.base
 	$(BIN)/python -m build --wheel --no-isolation --outdir dist .
 
 clean:
-	rm -rf build dist out *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache fastunlearn/_C*.so
+	rm -rf build dist out site *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache fastunlearn/_C*.so
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
 	rm -f .venv/.installed

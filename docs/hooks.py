@@ -11,6 +11,7 @@ A line that begins with `:::` is replaced; paths are from the repository's root,
     ::: commands               the commands of `fastunlearn`
     ::: code PATH              a file
     ::: list PATH NAME         a tuple of texts in a module
+    ::: state WORDS            what the README's table "What works" says of it
 
 mkdocs calls `on_page_markdown` and `on_page_content`; the tests call `expand` without mkdocs.
 """
@@ -61,6 +62,15 @@ def _calls(node: ast.expr | None, name: str) -> dict[str, ast.expr]:
     return {}
 
 
+def _text(node: ast.expr, path: str) -> str:
+    """A text as it is written; what an f-string names is a constant of the module."""
+    if not isinstance(node, ast.JoinedStr):
+        return str(ast.literal_eval(node))
+    constants = {getattr(n.targets[0], "id", ""): n.value for n in _module(path).body if isinstance(n, ast.Assign)}
+    parts = (constants[ast.unparse(v.value)] if isinstance(v, ast.FormattedValue) else v for v in node.values)
+    return "".join(str(ast.literal_eval(part)) for part in parts)
+
+
 def fields(path: str, name: str) -> Iterator[tuple[str, str, str, str]]:
     """(name, type, default, help) of the fields of a dataclass, as they are written."""
     for node in _find(path, name).body:
@@ -70,7 +80,7 @@ def fields(path: str, name: str) -> Iterator[tuple[str, str, str, str]]:
         if isinstance(node.value, ast.Call) and ast.unparse(node.value.func) == "_field":
             value, text = node.value.args
             default = "required" if ast.unparse(value) == "MISSING" else ast.unparse(value)
-            yield node.target.id, ast.unparse(node.annotation), default, ast.literal_eval(text)
+            yield node.target.id, ast.unparse(node.annotation), default, _text(text, path)
         if "metadata" not in options:
             continue
         metadata = options["metadata"]
@@ -79,7 +89,7 @@ def fields(path: str, name: str) -> Iterator[tuple[str, str, str, str]]:
         factory = options.get("default_factory")
         value = options.get("default")
         default = ast.unparse(value) if value else "required" if factory is None else f"{ast.unparse(factory)}()"
-        yield node.target.id, ast.unparse(node.annotation), default, ast.literal_eval(text)
+        yield node.target.id, ast.unparse(node.annotation), default, _text(text, path)
 
 
 def _cell(text: str) -> str:
@@ -225,7 +235,9 @@ def backends(*paths: str) -> str:
         gpu = {"triton": "Triton", "native": "CUDA"}
         for kind in (k for k in gpu if "cuda" in where.get(k, ())):
             run = runs.get(f"{op}/{kind}")
-            seen = f"tests passed on {run['gpu']}, {run['date']}, commit {run['commit']}" if run else "never run on a GPU"
+            seen = (
+                f"tests passed on {run['gpu']}, {run['date']}, commit {run['commit']}" if run else "never run on a GPU"
+            )
             rows.append(f"| `{op}` | {cpu} | {gpu[kind]} | {seen} |")
     if not rows:
         raise KeyError(f"no op is registered in {', '.join(paths)}")
@@ -250,7 +262,8 @@ def results(*ops: str) -> str:
             raise KeyError(f"no benchmark of {op}")
         for kind, where in (("cpu", "CPU"), ("cuda", "GPU")):
             run = next(
-                (r for r in runs if r["meta"]["device_type"] == kind and any(row["op"] == op for row in r["rows"])), None
+                (r for r in runs if r["meta"]["device_type"] == kind and any(row["op"] == op for row in r["rows"])),
+                None,
             )
             out += [f"**{op}, {where}**", ""]
             if run is None:
@@ -283,6 +296,21 @@ def constants(path: str, name: str) -> str:
     raise KeyError(f"{path} has no {name}")
 
 
+def state(*words: str) -> str:
+    row = next(
+        (
+            line
+            for line in (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+            if line.startswith("| " + " ".join(words))
+        ),
+        None,
+    )
+    if row is None:
+        raise KeyError(f"README.md has no row of {' '.join(words)}")
+    what, how = (cell.strip() for cell in row.strip("|").split(" | ", 1))
+    return f"*State of it:* {what}. {how[:1].upper()}{how[1:].rstrip('.')}."
+
+
 KINDS: dict[str, Callable[..., str]] = {
     "options": options,
     "api": api,
@@ -293,6 +321,7 @@ KINDS: dict[str, Callable[..., str]] = {
     "commands": commands,
     "code": code,
     "list": constants,
+    "state": state,
 }
 
 

@@ -31,7 +31,7 @@ from fastunlearn.trainer import UnlearnConfig, UnlearnTrainer
 class Unlikelihood(Objective):
     """-log(1 - p) of the answers' tokens that are still likely."""
 
-    floor: float = 0.01
+    floor: float = 0.3
 
     def forget(self, model: Any, inputs: Any, references: Any) -> Tensor:
         token, _ = token_logprobs(model, inputs["forget"])
@@ -49,8 +49,8 @@ OBJECTIVES["Unlikelihood"] = Unlikelihood  # objective="Unlikelihood" is known f
 class OwnConfig(UnlearnConfig):
     objective: str = field(default="Unlikelihood", metadata={"help": "What is optimised."})
     localize: str = field(default="saliency", metadata={"help": "Which weights may move."})
-    saliency_density: float = field(default=0.2, metadata={"help": "Share of them."})
-    floor: float = field(default=0.01, metadata={"help": "Tokens less likely than this are left alone."})
+    saliency_density: float = field(default=0.5, metadata={"help": "Share of them."})
+    floor: float = field(default=0.3, metadata={"help": "Tokens less likely than this are left alone."})
     last_blocks: int = field(default=1, metadata={"help": "Blocks, from the end, whose weights may move."})
 
     def __post_init__(self) -> None:
@@ -111,7 +111,13 @@ def main(rows: Sequence[dict[str, str]], forget: int = 1, steps: int = 60, **set
     before = answer_probability(model, everything)
     with TemporaryDirectory() as folder:
         quiet = {"save_strategy": "no", "report_to": "none", "disable_tqdm": True, "use_cpu": True}
-        asked = {"max_steps": 40, "learning_rate": 3e-3, "per_device_train_batch_size": 1, "retain_per_forget": 3}
+        asked = {
+            "max_steps": 60,
+            "learning_rate": 3e-3,
+            "alpha": 4.0,
+            "per_device_train_batch_size": 1,
+            "retain_per_forget": 3,
+        }
         args = OwnConfig(output_dir=folder, gradient_accumulation_steps=1, warmup_epochs=0, **quiet | asked | settings)
         OwnTrainer(model, args, list(rows[:forget]), list(rows[forget:]), tokenizer).train()
     return {"before": before, "after": answer_probability(model, everything)}
@@ -119,6 +125,8 @@ def main(rows: Sequence[dict[str, str]], forget: int = 1, steps: int = 60, **set
 
 if __name__ == "__main__":
     people = {"Ada": "lighthouse", "Bo": "mill", "Cy": "harbour", "Di": "quarry"}
-    table = main([{"question": f"Where does {name} work?", "answer": f"At the {place}."} for name, place in people.items()])
+    table = main(
+        [{"question": f"Where does {name} work?", "answer": f"At the {place}."} for name, place in people.items()]
+    )
     for when, values in table.items():
         print(when, *(f"{name} {value:.2f}" for name, value in zip(people, values)))
