@@ -24,6 +24,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from functools import cache
+from html import unescape
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +131,9 @@ def docstring(text: str) -> str:
         found = _SECTION.match(line)
         if found:
             sections.append((found[1], []))
+        elif sections[-1][0] and line and not line.startswith(" "):
+            # Running text behind a section.
+            sections.append(("", [line]))
         else:
             sections[-1][1].append(line)
     out: list[str] = []
@@ -334,20 +338,30 @@ def expand(markdown: str) -> str:
     return DIRECTIVE.sub(lambda m: KINDS[m[1]](*m[2].split()), markdown)
 
 
-def mathml(html: str) -> str:
-    """Formulas as MathML, which browsers show and read out without any script."""
-    from html import unescape
+#: a norm or an absolute value with an exponent: the exponent belongs to all of it, not to its last bar
+_POWER = re.compile(r"\\l([vV])ert((?:(?!\\[lr][vV]ert).)*)\\r\1ert(?=\^)")
 
+
+def formula(latex: str, display: str = "inline") -> str:
+    """LaTeX as MathML, which browsers show and read out without any script."""
     from latex2mathml.converter import convert
 
-    def inline(m: re.Match[str]) -> str:
-        return str(convert(unescape(m[1])))
+    markup = str(convert(_POWER.sub(r"{\\l\1ert\2\\r\1ert}", latex), display=display))
+    # Without a font for formulas a browser puts bars that stretch at wrong heights.
+    return re.sub(r"<mo([^>]*)>(&#x02016;|&#x0007C;|&#x02225;)</mo>", r'<mo\1 stretchy="false">\2</mo>', markup)
 
-    def block(m: re.Match[str]) -> str:
-        return str(convert(unescape(m[1]), display="block"))
 
-    html = re.sub(r'<span class="arithmatex">\\\((.*?)\\\)</span>', inline, html, flags=re.DOTALL)
-    return re.sub(r'<div class="arithmatex">\\\[(.*?)\\\]</div>', block, html, flags=re.DOTALL)
+def mathml(html: str) -> str:
+    """Formulas of a page, as arithmatex leaves them, as MathML."""
+    html = re.sub(
+        r'<span class="arithmatex">\\\((.*?)\\\)</span>', lambda m: formula(unescape(m[1])), html, flags=re.DOTALL
+    )
+    return re.sub(
+        r'<div class="arithmatex">\\\[(.*?)\\\]</div>',
+        lambda m: formula(unescape(m[1]), "block"),
+        html,
+        flags=re.DOTALL,
+    )
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:

@@ -260,18 +260,20 @@ def test_a_directive_of_nothing_is_an_error(line: str, error: type[Exception]):
 def test_docstrings_become_markdown():
     text = hooks().docstring(
         "What <it> does.\n\n    a * b\n\nArgs:\n    x: one\n        and more. y: two.\n    z, w: three\n\nReturns:\n    A thing.\n\n"
-        "Raises:\n    ValueError: bad.\n\nExample:\n    >>> f(1)\n    ... 2"
+        "Raises:\n    ValueError: bad.\n\nMore of it.\n\nExample:\n    >>> f(1)\n    ... 2"
     )
     assert "What &lt;it> does." in text
     assert "```text\na * b\n```" in text
     assert "- `x`: one and more. y: two." in text
     assert "- `z, w`: three" in text
     assert "**Raises**\n\n- `ValueError`: bad." in text
+    assert "\n\nMore of it.\n" in text
     assert "```python\nf(1)\n2\n```" in text
 
 
 def test_formulas_become_mathml():
     pytest.importorskip("latex2mathml")
+    assert "<msup><mrow>" in hooks().formula(r"\lVert x \rVert^2")
     html = hooks().mathml(r'<span class="arithmatex">\(a &lt; b\)</span> and <div class="arithmatex">\[x^2\]</div>')
     assert html.count("<math") == 2
     assert "arithmatex" not in html
