@@ -63,13 +63,30 @@ def _calls(node: ast.expr | None, name: str) -> dict[str, ast.expr]:
     return {}
 
 
+def _constant(path: str, name: str) -> Any:
+    """What a module assigns to a name.
+
+    Raises:
+        KeyError: nothing, or no literal.
+    """
+    for node in _module(path).body:
+        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+        if getattr(targets[0], "id", None) == name:
+            return ast.literal_eval(node.value)  # type: ignore[attr-defined]
+        if isinstance(node, ast.ImportFrom) and any((a.asname or a.name) == name for a in node.names):
+            original = next(a.name for a in node.names if (a.asname or a.name) == name)
+            return _constant(f"{str(node.module).replace('.', '/')}.py", original)
+    raise KeyError(f"{path} has no {name}")
+
+
 def _text(node: ast.expr, path: str) -> str:
     """A text as it is written; what an f-string names is a constant of the module."""
     if not isinstance(node, ast.JoinedStr):
         return str(ast.literal_eval(node))
-    constants = {getattr(n.targets[0], "id", ""): n.value for n in _module(path).body if isinstance(n, ast.Assign)}
-    parts = (constants[ast.unparse(v.value)] if isinstance(v, ast.FormattedValue) else v for v in node.values)
-    return "".join(str(ast.literal_eval(part)) for part in parts)
+    return "".join(
+        str(_constant(path, ast.unparse(v.value)) if isinstance(v, ast.FormattedValue) else ast.literal_eval(v))
+        for v in node.values
+    )
 
 
 def fields(path: str, name: str) -> Iterator[tuple[str, str, str, str]]:
@@ -90,6 +107,8 @@ def fields(path: str, name: str) -> Iterator[tuple[str, str, str, str]]:
         factory = options.get("default_factory")
         value = options.get("default")
         default = ast.unparse(value) if value else "required" if factory is None else f"{ast.unparse(factory)}()"
+        if isinstance(value, ast.Name):
+            default = repr(_constant(path, value.id))
         yield node.target.id, ast.unparse(node.annotation), default, _text(text, path)
 
 
@@ -284,8 +303,8 @@ def study(name: str) -> str:
 
 
 def commands() -> str:
-    assign = next(n for n in _module("fastunlearn/cli/__init__.py").body if isinstance(n, ast.Assign))
-    rows = [f"| `fastunlearn {name}` | {_cell(what)} |" for name, what in ast.literal_eval(assign.value).items()]
+    found = _constant("fastunlearn/cli/__init__.py", "COMMANDS")
+    rows = [f"| `fastunlearn {name}` | {_cell(what)} |" for name, what in found.items()]
     return "\n".join(["| command | what |", "|---|---|", *rows])
 
 
@@ -294,10 +313,7 @@ def code(path: str) -> str:
 
 
 def constants(path: str, name: str) -> str:
-    for node in _module(path).body:
-        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", None) == name:
-            return "\n".join(f"- {_escaped(text)}" for text in ast.literal_eval(node.value))
-    raise KeyError(f"{path} has no {name}")
+    return "\n".join(f"- {_escaped(text)}" for text in _constant(path, name))
 
 
 def state(*words: str) -> str:

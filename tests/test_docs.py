@@ -123,7 +123,7 @@ def test_every_method_has_its_place():
     from fastunlearn.cli import COMMANDS
 
     methods = "\n".join(expanded(page) for page in PAGES if page.startswith("methods/"))
-    other = {"demo", "prune", "sample", "evaluate", "plan", "bench", "doctor"}
+    other = {"demo", "prune", "sample", "evaluate", "plan", "bench", "doctor", "report", "export"}
     for command in COMMANDS:
         where = whole() if command in other else methods
         assert f"fastunlearn {command}" in where, command
@@ -188,7 +188,7 @@ def test_commands_are_those_that_there_are(page: str):
 SETTINGS = """
 from dataclasses import MISSING, dataclass, field
 UNIT = "seconds"
-LIMIT = 3
+LIMIT: int = 3
 def _field(default, help):
     return field(metadata={"help": help}) if default is MISSING else field(default=default, metadata={"help": help})
 @dataclass
@@ -199,6 +199,7 @@ class Settings:
         "x * y."})
     seeds: list[int] = field(default_factory=list, metadata={"help": "Of it."})
     count: int = _field(4, "how many")
+    limit: int = field(default=LIMIT, metadata={"help": "Most."})
     hidden: int = 0
 """
 
@@ -211,7 +212,7 @@ def test_options_are_read_as_the_dataclass_has_them(tmp_path: Path, monkeypatch:
     real = [f for f in dataclasses.fields(space["Settings"]) if f.metadata]
     rows = list(hooks().fields("settings.py", "Settings"))
     assert [(name, text) for name, _, _, text in rows] == [(f.name, f.metadata["help"]) for f in real]
-    assert [default for _, _, default, _ in rows] == ["required", "required", "1e-05", "list()", "4"]
+    assert [default for _, _, default, _ in rows] == ["required", "required", "1e-05", "list()", "4", "3"]
     assert "| `rate` | `float \\| None` | `1e-05` | In seconds: a \\| b, x \\* y. |" in hooks().options(
         "settings.py", "Settings"
     )

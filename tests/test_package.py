@@ -104,9 +104,9 @@ def test_top_level_holds_what_the_design_says():
     if listed.returncode != 0 or not listed.stdout:
         pytest.skip("not a git checkout")
     top = {name.split("/")[0] for name in listed.stdout.splitlines()}
-    folders = {"csrc", "kernels", "fastunlearn", "benchmarks", "examples", "tests", ".github", ".ci"}
+    folders = {"csrc", "kernels", "fastunlearn", "benchmarks", "docs", "examples", "tests", ".github", ".ci"}
     files = {"pyproject.toml", "setup.py", "README.md", "LICENSE", "CHANGELOG.md", "CONTRIBUTING.md", "Makefile"}
-    files |= {"constraints.txt", ".pre-commit-config.yaml", ".gitignore", ".clang-format"}
+    files |= {"mkdocs.yml", "constraints.txt", ".pre-commit-config.yaml", ".gitignore", ".clang-format"}
     assert top <= folders | files, f"unexpected: {top - folders - files}"
     assert {"csrc", "kernels", "fastunlearn", "benchmarks", "tests", "README.md"} <= top
 

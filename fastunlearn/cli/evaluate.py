@@ -2,7 +2,7 @@
 `fastunlearn evaluate tofu | muse | lm-eval | relearn | quantize` (cli/_language_evaluations.py).
 
     fastunlearn evaluate canvas --method uce --styles 4 --objects 4 --seed 0 --output uce.json
-    fastunlearn evaluate canvas --method 'runs/{target}/unet.safetensors' --targets "Pop Art" Cats --output mine.json
+    fastunlearn evaluate canvas --method 'runs/{target}/unet.safetensors' --targets "Pop Art" Cat --output mine.json
     fastunlearn evaluate unlearncanvas --model sd15-style50 --images UnlearnCanvas --style_classifier style50.pth \\
         --object_classifier style50_cls.pth --method none --output sd15.json
 """

@@ -10,7 +10,7 @@ PROG = "fastunlearn salun"
 EXAMPLE = """\
 example:
   fastunlearn salun --erase_concept "Pop Art" --output out
-  fastunlearn salun --erase_concept Cats --output out recipe=unlearncanvas
+  fastunlearn salun --erase_concept Cat --output out recipe=unlearncanvas
 
 recipe=unlearncanvas is what UnlearnCanvas' code does under that name: no mask (fastunlearn.methods.salun)."""
 

@@ -13,7 +13,7 @@ from fastunlearn.cli._arguments import parse
 PROG = "fastunlearn sample"
 EXAMPLE = """\
 example:
-  fastunlearn sample --styles Photo "Pop Art" --objects Cats Dogs Trees --output grid.png
+  fastunlearn sample --styles Photo "Pop Art" --objects Cat Car Tree --output grid.png
   fastunlearn sample --weights out/unet.safetensors --styles all --objects all --seeds 0 --output after.png
   fastunlearn sample --model CompVis/stable-diffusion-v1-4 --concepts "Van Gogh" Monet --template "a tree by {}" --output sd.png"""
 
