@@ -351,7 +351,7 @@ def expand(markdown: str) -> str:
     Raises:
         KeyError: an unknown directive, or one that names what is not there. OSError: no such file.
     """
-    return DIRECTIVE.sub(lambda m: KINDS[m[1]](*m[2].split()), markdown)
+    return DIRECTIVE.sub(lambda m: KINDS[m[1]](*m[2].split()).rstrip() + "\n", markdown)
 
 
 #: a norm or an absolute value with an exponent: the exponent belongs to all of it, not to its last bar
