@@ -92,7 +92,8 @@ bench-plots: .venv/.dev
 	$(PIP) mkdocs-material latex2mathml
 	@touch $@
 
-docs: .venv/.installed .venv/.docs
+# Reads the sources and benchmarks/results/; the package itself need not be built.
+docs: .venv/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 	@echo "built: site/index.html"
 

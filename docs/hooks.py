@@ -123,7 +123,7 @@ def _escaped(text: str) -> str:
 
 
 def options(path: str, name: str) -> str:
-    rows = [f"| `{n}` | `{_cell(t)}` | `{_cell(d)}` | {_cell(_escaped(h))} |" for n, t, d, h in fields(path, name)]
+    rows = [f"| `{n}` | `{t}` | `{d}` | {_cell(_escaped(h))} |" for n, t, d, h in fields(path, name)]
     return "\n".join(["| option | type | default | what |", "|---|---|---|---|", *rows])
 
 
@@ -141,6 +141,22 @@ def _paragraphs(lines: list[str]) -> list[str]:
             out.append(_escaped(lines[at]))
             at += 1
     return out
+
+
+def _entries(lines: list[str], errors: bool) -> list[str]:
+    """`name: text` as a list. Errors stand several on a line, and what belongs to one is not indented."""
+    if errors:
+        text = " ".join(line.strip() for line in lines).strip()
+        entries = re.split(r"(?<=[.;]) (?=(?:[A-Z]\w+, )*[A-Z]\w+(?:Error|Exception): )", text)
+    else:
+        entries = []
+        for line in lines:
+            if entries and (line.startswith(" ") or not _ENTRY.match(line)):
+                entries[-1] += " " + line.strip()
+            else:
+                entries.append(line.strip())
+    found = ((_ENTRY.match(entry.strip()), entry.strip()) for entry in entries if entry.strip())
+    return [f"- `{head[1]}`: {_escaped(head[2])}" if head else f"- {_escaped(entry)}" for head, entry in found]
 
 
 def docstring(text: str) -> str:
@@ -169,14 +185,7 @@ def docstring(text: str) -> str:
         if title in ("Returns", "Yields"):
             out += [*_paragraphs(body), ""]
             continue
-        entry = ""
-        for line in [*body, ""]:
-            if entry and not line.startswith(" "):
-                head = _ENTRY.match(entry)
-                out.append(f"- `{head[1]}`: {_escaped(head[2])}" if head else f"- {_escaped(entry)}")
-                entry = ""
-            entry += (" " if entry else "") + line.strip()
-        out.append("")
+        out += [*_entries(body, errors=title == "Raises"), ""]
     return "\n".join(out).strip() + "\n"
 
 

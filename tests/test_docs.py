@@ -185,6 +185,29 @@ def test_commands_are_those_that_there_are(page: str):
                     assert (name[1] or name[2]) in option_names(), f"{page}: {line}: {word}"
 
 
+def defined(module: str) -> set[str]:
+    """Names that a module of the package has at its top, as they are written, and its submodules."""
+    path = ROOT / module.replace(".", "/")
+    found = {p.stem for p in path.glob("*")} if path.is_dir() else set()
+    path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            found |= {(a.asname or a.name) for a in node.names}
+        found |= {getattr(node, "name", "")} | {t.id for t in getattr(node, "targets", []) if isinstance(t, ast.Name)}
+    return found | (set(names_of("fastunlearn/__init__.py")) if module == "fastunlearn" else set())
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_python_on_a_page_is_python_and_imports_what_there_is(page: str):
+    for language, code in FENCE.findall((DOCS / page).read_text(encoding="utf-8")):
+        if language != "python":
+            continue
+        for node in ast.walk(ast.parse(code)):
+            if isinstance(node, ast.ImportFrom) and str(node.module).startswith("fastunlearn"):
+                missing = {a.name for a in node.names} - defined(str(node.module))
+                assert not missing, f"{page}: {node.module} has no {missing}"
+
+
 SETTINGS = """
 from dataclasses import MISSING, dataclass, field
 UNIT = "seconds"
@@ -213,7 +236,7 @@ def test_options_are_read_as_the_dataclass_has_them(tmp_path: Path, monkeypatch:
     rows = list(hooks().fields("settings.py", "Settings"))
     assert [(name, text) for name, _, _, text in rows] == [(f.name, f.metadata["help"]) for f in real]
     assert [default for _, _, default, _ in rows] == ["required", "required", "1e-05", "list()", "4", "3"]
-    assert "| `rate` | `float \\| None` | `1e-05` | In seconds: a \\| b, x \\* y. |" in hooks().options(
+    assert "| `rate` | `float | None` | `1e-05` | In seconds: a \\| b, x \\* y. |" in hooks().options(
         "settings.py", "Settings"
     )
 
@@ -261,13 +284,13 @@ def test_a_directive_of_nothing_is_an_error(line: str, error: type[Exception]):
 def test_docstrings_become_markdown():
     text = hooks().docstring(
         "What <it> does.\n\n    a * b\n\nArgs:\n    x: one\n        and more. y: two.\n    z, w: three\n\nReturns:\n    A thing.\n\n"
-        "Raises:\n    ValueError: bad.\n\nMore of it.\n\nExample:\n    >>> f(1)\n    ... 2"
+        "Raises:\n    TypeError, ValueError: bad\n    things. DivergenceError: worse.\n\nMore of it.\n\nExample:\n    >>> f(1)\n    ... 2"
     )
     assert "What &lt;it> does." in text
     assert "```text\na * b\n```" in text
     assert "- `x`: one and more. y: two." in text
     assert "- `z, w`: three" in text
-    assert "**Raises**\n\n- `ValueError`: bad." in text
+    assert "**Raises**\n\n- `TypeError, ValueError`: bad things.\n- `DivergenceError`: worse." in text
     assert "\n\nMore of it.\n" in text
     assert "```python\nf(1)\n2\n```" in text
 
