@@ -273,7 +273,10 @@ def backends(*paths: str) -> str:
             rows.append(f"| `{op}` | {cpu} | {gpu[kind]} | {seen} |")
     if not rows:
         raise KeyError(f"no op is registered in {', '.join(paths)}")
-    return "\n".join(["| op | CPU | GPU | the GPU's code |", "|---|---|---|---|", *rows])
+    since = (
+        "A run is of its commit's kernels; they may have changed since." if any("passed" in row for row in rows) else ""
+    )
+    return "\n".join(["| op | CPU | GPU | the GPU's code |", "|---|---|---|---|", *rows, "", since])
 
 
 def _tables() -> Any:
