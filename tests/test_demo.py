@@ -186,6 +186,10 @@ def test_a_missed_target_is_an_error_with_a_reason(tiny_demo, capsys, tmp_path):
     assert set(facts["stages"]) == {"pruned", "memorised", "unlearned"}
     assert len(facts["seconds"]) == 7
     assert json.loads((folder / "demo.json").read_text()) == facts
+    assert f"as one page, for a browser: {folder / 'report.html'}" in out
+    page = (folder / "report.html").read_text()
+    assert page.count(">missed<") + page.count(">met<") == 5
+    assert "To be forgotten, asked in other words" in page
     for name, rows in (("forget", 2), ("retain", 6), ("paraphrased", 10)):
         assert len((folder / f"{name}.jsonl").read_text().splitlines()) == rows
     written = {path.name for path in (folder / "unlearned").iterdir()}

@@ -95,7 +95,7 @@ def command(
         about = {"method": method, "edit_concepts": edits, "guide_concepts": guides, "settings": asdict(settings)}
         return _diffusion.edit(
             prog, argv, pipeline_arguments, output, lambda pipeline: edit(pipeline, *texts, settings), closed_form=True,
-            **about,
+            forget=_diffusion.filled(edits, settings.template), retain=_diffusion.filled(kept or (), settings.template), **about,
         )  # fmt: skip
 
     return _run.guarded(prog, run)

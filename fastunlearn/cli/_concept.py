@@ -71,8 +71,9 @@ def erase(
     """
     from fastunlearn.cli import _diffusion
 
-    asked, pipeline_arguments, config = parse(
-        (ConceptArguments, _diffusion.PipelineArguments, config_class), argv, prog, description=description, epilog=epilog,
+    classes = (ConceptArguments, _diffusion.PipelineArguments, _diffusion.SampleArguments, config_class)
+    asked, pipeline_arguments, drawn, config = parse(
+        classes, argv, prog, description=description, epilog=epilog,
         required=("output_dir",), aliases={"model": "model_name_or_path", "output": "output_dir"},
     )  # fmt: skip
     if pipeline_arguments.device is not None and pipeline_arguments.device != str(config.device).split(":")[0]:
@@ -101,20 +102,12 @@ def erase(
     ) as output:
         print(f"loading {pipeline_arguments.model_name_or_path} ...", flush=True)
         pipeline = pipeline_arguments.load(trained=True, drawn=False)
-        return _train(
-            prog,
-            method,
-            argv,
-            asked,
-            pipeline_arguments,
-            config,
-            trainer_class,
-            pipeline,
-            forget,
-            retain,
-            resume,
-            output.path,
-        )
+        pictures = _diffusion.Pictures(drawn, pipeline_arguments, pipeline, prompts.forget, prompts.retain)
+        status = _train(
+            prog, method, argv, asked, pipeline_arguments, config, trainer_class, pipeline, forget, retain, resume, output.path
+        )  # fmt: skip
+        pictures.write(pipeline, output.path)
+        return status
 
 
 def _train(
@@ -131,6 +124,7 @@ def _train(
     trainer: Any = None
     weights: dict[str, Any] = {}
     trained = 0
+    densities: dict[str, Any] = {}
 
     def work() -> None:
         nonlocal trainer, trained, weights
@@ -146,6 +140,7 @@ def _train(
             else:
                 export.save_lora(model, path, prefix=part, overwrite=True)
         trained = trainer.trained_count
+        densities.update(_run.mask_density(trainer))
         weights = trainer.merge()
 
     _, cost = measured(work, config.device)
@@ -156,10 +151,10 @@ def _train(
     write_json(
         folder / "metrics.json",
         {
-            **about, "settings": {name: plain(getattr(config, name)) for name in _settings(config)},
+            **about, "model": given.model_name_or_path, "settings": {name: plain(getattr(config, name)) for name in _settings(config)},
             "weights": sum(t.numel() for t in weights.values()), "trained": trained,
             "steps": trainer.state.global_step, "history": trainer.state.log_history, "seconds": time.perf_counter() - start,
-            "peak_mib": cost.peak_mib, "storage_mib": stored / MIB, "versions": _run.versions(),
+            "peak_mib": cost.peak_mib, "storage_mib": stored / MIB, "mask_density": densities, "versions": _run.versions(),
             "command": _run.shown_command(prog, argv),
         },
     )  # fmt: skip

@@ -21,6 +21,7 @@ from fastunlearn.parametrize.partial_unet import load_partial_unet, save_partial
 from fastunlearn.pipelines import CANVAS, load_pipeline
 from fastunlearn.report.cost import MIB, measured
 from fastunlearn.report.files import write_json
+from fastunlearn.report.samples import write_images
 from fastunlearn.sampling import check_pipeline
 
 #: by the part of the pipeline that changes
@@ -78,11 +79,81 @@ class PipelineArguments:
 
 
 @dataclass
-class OutputArguments:
+class SampleArguments:
+    """What is drawn for the report."""
+
+    samples: int | None = field(
+        default=None,
+        metadata={
+            "help": "Images of what is forgotten, and as many of what is kept, drawn before and after and kept in _samples for "
+            "`fastunlearn report`; default: 4 of the canvas, else 0 (they take time)."
+        },
+    )
+    sample_steps: int | None = field(
+        default=None, metadata={"help": "DDIM steps of these; default: 10 of the canvas, else 30."}
+    )
+
+
+class Pictures:
+    """The same prompts from the same start latents, before and after: `with` nothing, draw, change the pipeline, draw again.
+
+    Args:
+        forget, retain: prompts; the first few of each are drawn, spread over all of them.
+
+    Raises:
+        ValueError: images are asked for of a pipeline that this library does not draw from, or samples < 0.
+    """
+
+    SEED = 0
+
+    def __init__(
+        self,
+        given: SampleArguments,
+        model: PipelineArguments,
+        pipeline: Any,
+        forget: Sequence[str],
+        retain: Sequence[str],
+    ):
+        from fastunlearn.evaluation.worlds import CANVAS_GUIDANCE
+
+        canvas = model.concepts is not None
+        count = (4 if canvas else 0) if given.samples is None else given.samples
+        if count < 0:
+            raise ValueError(f"samples: want at least 0, got {count}")
+        self.parts = {"forget": _spread(forget, count), "retain": _spread(retain, count)}
+        self.prompts = [prompt for some in self.parts.values() for prompt in some]
+        self.steps = given.sample_steps or (10 if canvas else 30)
+        self.guidance = CANVAS_GUIDANCE if canvas else 7.5
+        self.before: Tensor | None = None
+        if self.prompts:
+            check_pipeline(pipeline)
+            self.before = self._draw(pipeline)
+
+    def _draw(self, pipeline: Any) -> Tensor:
+        from fastunlearn.sampling import sample
+
+        options = {"steps": self.steps, "guidance_scale": self.guidance, "batch_size": 16}
+        return sample(pipeline, self.prompts, [self.SEED], **options)[0]
+
+    def write(self, pipeline: Any, folder: Path) -> None:
+        """Draws again and keeps both."""
+        if self.before is not None:
+            write_images(folder, self.parts, self.before, self._draw(pipeline), seed=self.SEED)
+
+
+def _spread(prompts: Sequence[str], count: int) -> list[str]:
+    """At most `count` of them, evenly over all."""
+    count = min(count, len(prompts))
+    return [prompts[i * len(prompts) // count] for i in range(count)]
+
+
+@dataclass
+class OutputArguments(SampleArguments):
     """What is left behind."""
 
     output_dir: str = field(
-        metadata={"help": "Folder for unet.safetensors or transformer.safetensors (what changed) and metrics.json."}
+        kw_only=True,
+        metadata={"help": "Folder for unet.safetensors or transformer.safetensors (what changed) and metrics.json."},
     )
     save_pipeline: bool = field(
         default=False, metadata={"help": "Also write the whole pipeline, as diffusers loads it."}
@@ -144,6 +215,13 @@ def prompts_of(
     return Prompts(fill(erase), fill(surrogate), [prompt for name in retain or () for prompt in fill(name)])
 
 
+def filled(names: Sequence[str], template: Sequence[str] | None) -> list[str]:
+    """Every name and every template at least once, both in turn."""
+    texts = template or [_GENERAL]
+    count = max(len(names), len(texts)) if names else 0
+    return [texts[i % len(texts)].replace("{}", names[i % len(names)]) for i in range(count)]
+
+
 def default_surrogate(concepts: Concepts, target: Target) -> str:
     return concepts.surrogate_theme if target.kind == "style" else concepts.surrogate_object(target)
 
@@ -174,18 +252,22 @@ def edit(
     work: Callable[[Any], Mapping[str, Tensor]],
     *,
     closed_form: bool = False,
+    forget: Sequence[str] = (),
+    retain: Sequence[str] = (),
     **about: Any,
 ) -> int:
     """Runs a method on a pipeline and writes what changed.
 
     Args:
         work: changes the pipeline in place -> the weights that changed.
+        forget, retain: prompts, of which a few are drawn before and after.
         closed_form: the method asks for what the denoiser reads of the text alone: SDXL, SD 3 and FLUX will do.
         about: into metrics.json and the file's metadata.
     """
     with claim_output(output_arguments.output_dir, overwrite=output_arguments.overwrite) as output:
         print(f"loading {pipeline_arguments.model_name_or_path} ...", flush=True)
         pipeline = pipeline_arguments.load(trained=True, drawn=not closed_form)
+        pictures = Pictures(output_arguments, pipeline_arguments, pipeline, forget, retain)
         start = time.perf_counter()
         denoiser, part = denoiser_of(pipeline)
         device = next(denoiser.parameters()).device
@@ -200,6 +282,7 @@ def edit(
                 "versions": versions(), "command": shown_command(prog, argv),
             },
         )  # fmt: skip
+        pictures.write(pipeline, output.path)
         if output_arguments.save_pipeline:
             save_pipeline_folder(pipeline, output.path / "pipeline", output_arguments.overwrite)
     print(f"{cost.seconds:.1f} s; {size / MIB:.1f} MiB in {path}")

@@ -28,7 +28,9 @@ from fastunlearn.data.text import TextSet, check_disjoint, encode_rows, load_row
 from fastunlearn.evaluation.perplexity import chunk_tokens, perplexity
 from fastunlearn.evaluation.recall import exact_recall, generate_answers, score_answers, wanted_answers
 from fastunlearn.report.card import model_card
+from fastunlearn.report.cost import MIB, measured
 from fastunlearn.report.files import plain, write_bytes, write_json
+from fastunlearn.report.samples import write_samples
 
 _PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets")
 #: what a model card shows of the settings, where the run has it
@@ -72,7 +74,12 @@ class ScriptArguments:
     eval_text: str | None = field(
         default=None, metadata={"help": "A text file; perplexity on it is measured before and after."}
     )
-    samples: int = field(default=3, metadata={"help": "Answers of each set shown before and after."})
+    samples: int = field(
+        default=3,
+        metadata={
+            "help": "Answers of each set shown before and after, and kept in _samples for `fastunlearn report`; 0 keeps none."
+        },
+    )
 
     def __post_init__(self) -> None:
         for name, least in (("eval_rows", 0), ("eval_batch_size", 1), ("samples", 0)):
@@ -218,6 +225,38 @@ def completions(parts: Mapping[str, TextSet], before: Measurement, after: Measur
             lines.append(f"    before: {short(before.answers[part][i])}")
             lines.append(f"    after:  {short(after.answers[part][i])}")
     return "\n".join(lines)
+
+
+def sample_rows(
+    tokenizer: Any, parts: Mapping[str, TextSet], before: Mapping[str, Any], after: Mapping[str, Any], count: int
+) -> list[dict[str, Any]]:
+    """A few answers before and after, as `fastunlearn.report.samples` keeps them.
+
+    Args:
+        before, after: part -> answers, one a row.
+    """
+    out = []
+    for part, rows in parts.items():
+        wanted = wanted_answers(tokenizer, rows)
+        out += [
+            {"part": part, "prompt": rows.questions[i], "wanted": wanted[i], "before": before[part][i], "after": after[part][i]}
+            for i in range(min(count, len(rows)))
+        ]  # fmt: skip
+    return out
+
+
+def mask_density(trainer: Any) -> dict[str, dict[str, float]]:
+    """What masks leave of each parameter: kind -> parameter -> share in [0, 1]; no kind for a run without masks."""
+    kinds: dict[str, Mapping[str, Any]] = {}
+    if trainer.masks:
+        kinds["left by pruning" if getattr(trainer, "pruning", None) is not None else "may move"] = trainer.masks
+    if trainer.movable and trainer.movable is not trainer.masks:
+        kinds["may move"] = trainer.movable
+    # By what they have: a run without an adapter needs no peft.
+    modules = trainer.accelerator.unwrap_model(trainer.model).named_modules()
+    adapter = {f"{name}.weight": layer.mask("default") for name, layer in modules if hasattr(layer, "lora_mask_bits")}
+    kinds["of the adapter"] = {name: mask for name, mask in adapter.items() if mask is not None}
+    return {kind: {name: mask.density for name, mask in masks.items()} for kind, masks in kinds.items() if masks}
 
 
 # The run.
@@ -370,7 +409,7 @@ def _train(
     say("asking before ...")
     before = ask()
     say(f"{'going on with' if resume else 'unlearning'} ...")
-    outcome = trainer.train(resume_from_checkpoint=resume or None)
+    outcome, cost = measured(lambda: trainer.train(resume_from_checkpoint=resume or None), config.device)
     say("asking after ...")
     after = ask()
     push, trainer.args.push_to_hub = trainer.args.push_to_hub, False
@@ -391,6 +430,8 @@ def _train(
             "forget_rows": len(ready.forget), "retain_rows": len(ready.retain) if ready.retain else 0, "settings": settings,
             "pruning": pruning, "steps": trainer.state.global_step, "train": outcome.metrics, "history": history,
             **({"certificates": trainer.certificates.summary()} if trainer.update.takes_step else {}),
+            "mask_density": mask_density(trainer), "seconds": cost.seconds, "peak_mib": cost.peak_mib,
+            "storage_mib": sum(file.stat().st_size for file in output.glob("*.safetensors")) / MIB,
             "versions": versions(), "command": command,
         },
     )  # fmt: skip
@@ -400,6 +441,8 @@ def _train(
         pruning=pruning, versions=versions(), command=command, steps=trainer.state.global_step,
     )  # fmt: skip
     write_bytes(output / "README.md", card.encode(), overwrite=True)
+    if script.samples and parts:
+        write_samples(output, sample_rows(checkpoint.tokenizer, parts, before.answers, after.answers, script.samples))
     _draw(history, output / "curves.png", f"{method}, {config.objective}: {Path(script.model_name_or_path).name}")
     if push:
         # Last: with the card and the numbers.
@@ -411,7 +454,8 @@ def _train(
     if pruning is not None and "pattern" in pruning:
         print(f"sparsity pattern {pruning['pattern']}: holds")
     print(
-        f"saved to {output}: model, tokenizer, {'masks, ' if checkpoint.masks else ''}metrics.json, README.md, curves.png"
+        f"saved to {output}: model, tokenizer, {'masks, ' if checkpoint.masks else ''}metrics.json, README.md, curves.png\n"
+        f"look at it: fastunlearn report {shlex.quote(str(output))}"
     )
     return 0
 

@@ -39,6 +39,12 @@ FORGET_AT_MOST = 0.05
 RETAIN_AT_LEAST = 0.95
 PARAPHRASED_AT_MOST = 0.10
 PERPLEXITY_WITHIN = 0.05
+#: the same as `fastunlearn report` reads them
+TARGETS = [
+    f"forget.exact_recall<={FORGET_AT_MOST}", f"paraphrased.exact_recall<={PARAPHRASED_AT_MOST}",
+    f"retain.exact_recall>={RETAIN_AT_LEAST}", f"text.perplexity<={1 + PERPLEXITY_WITHIN}x",
+    f"text.perplexity>={1 - PERPLEXITY_WITHIN}x",
+]  # fmt: skip
 #: what the demo hands to `fastunlearn sau` beside model, data and folder
 SAU = {
     "objective": "NPO",
@@ -156,13 +162,18 @@ def table(stages: dict[str, Stage], people: tuple[int, int]) -> str:
     return "\n".join(lines)
 
 
+def shown_rows(parts: dict[str, Any], part: str, count: int) -> range:
+    """Which rows of a part are shown: one question a person where a person has several."""
+    rows = len(parts[part])
+    step = max(1, rows // max(1, len(parts["forget"]))) if part == "paraphrased" else 1
+    return range(0, min(rows, count * step), step)
+
+
 def samples(parts: dict[str, Any], before: Stage, after: Stage, count: int = 3) -> str:
     """A few answers before and after."""
     lines = []
     for part, rows in parts.items():
-        # One question a person where a person has several.
-        step = max(1, len(rows) // max(1, len(parts["forget"]))) if part == "paraphrased" else 1
-        for i in range(0, min(len(rows), count * step), step):
+        for i in shown_rows(parts, part, count):
             lines.append(f"[{part}] {rows.questions[i]}")
             lines.append(f"    before: {before.answers[part][i]!r}")
             lines.append(f"    after:  {after.answers[part][i]!r}")
@@ -364,18 +375,26 @@ def conclude(
         "machine": machine, "versions": versions(), "seconds": seconds, "memorise_loss": learned,
         "stages": {name: asdict(stage) for name, stage in stages.items()},
         "backends": {row.op: row.last for row in used}, "violations": violations, "missed": failures,
+        "targets": TARGETS,
+        "samples": [
+            {"part": part, "prompt": rows.questions[i], "before": before.answers[part][i], "after": after.answers[part][i]}
+            for part, rows in parts.items() for i in shown_rows(parts, part, 6)
+        ],
     }  # fmt: skip
     from fastunlearn.report.files import write_json
+    from fastunlearn.report.page import write_report
 
     for path in filter(None, (options.output / "demo.json", options.json)):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, results)
     folder = options.output
+    report = write_report([folder], folder / "report.html")
     print(
         f"\n{folder}/\n    memorised/         the 2:4 model that knows everybody, masks.safetensors beside it\n"
         "    unlearned/         the model after deletion: load it with transformers\n"
         "                       README.md (model card), metrics.json, curves.png\n"
-        "    *.jsonl            who was forgotten and kept, and the questions in other words"
+        "    *.jsonl            who was forgotten and kept, and the questions in other words\n"
+        f"\nthe whole of it as one page, for a browser: {report}"
     )
     print(
         "\nNext, another objective on the same request:\n"

@@ -63,6 +63,8 @@ def main(argv: Sequence[str]) -> int:
             )
 
         about = {"method": "finetune", "erase_concept": asked.erase_concept, "settings": asdict(config)}
-        return _diffusion.edit(PROG, argv, pipeline_arguments, output, work, **about)
+        return _diffusion.edit(
+            PROG, argv, pipeline_arguments, output, work, forget=prompts.forget, retain=prompts.retain, **about
+        )
 
     return _run.guarded(PROG, run)

@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 from fastunlearn._version import __version__
 from fastunlearn.cli import _arguments
-from fastunlearn.cli._run import guarded
+from fastunlearn.cli._run import guarded, shown_command
 
 PROG = "fastunlearn prune"
 
@@ -75,7 +75,7 @@ def main(argv: Sequence[str]) -> int:
 
     def work() -> int:
         (args,) = _arguments.parse((PruneArguments,), argv, PROG, description=(__doc__ or "").split("\n\n")[0])
-        _run(args)
+        _run(args, shown_command(PROG, argv))
         return 0
 
     return guarded(PROG, work)
@@ -89,7 +89,7 @@ def _check(args: PruneArguments) -> None:
         raise ValueError(f"sequence_length: want at least 2 tokens, got {args.sequence_length}")
 
 
-def _run(args: PruneArguments) -> None:
+def _run(args: PruneArguments, command: str) -> None:
     import torch
 
     import fastunlearn
@@ -177,6 +177,8 @@ def _run(args: PruneArguments) -> None:
             "scope": args.scope,
             "calibration": calibration,
             "settings": asdict(args),
+            "seconds": seconds,
+            "command": command,
             "versions": {"fastunlearn": __version__}
             | {name: metadata.version(name) for name in ("torch", "transformers")},
         }

@@ -132,8 +132,16 @@ def main(argv: Sequence[str]) -> int:
         if dry:
             work(pipeline_arguments.load(trained=True, drawn=False))
             return 0
-        about = {"method": "scapre", "concepts": names, "anchors": anchors, "settings": asdict(settings)}
-        status = _diffusion.edit(PROG, argv, pipeline_arguments, output, work, closed_form=True, **about, predicted=predicted)  # fmt: skip
+        about: dict[str, Any] = {
+            "method": "scapre",
+            "concepts": names,
+            "anchors": anchors,
+            "settings": asdict(settings),
+        }
+        status = _diffusion.edit(
+            PROG, argv, pipeline_arguments, output, work, closed_form=True, forget=_diffusion.filled(names, settings.template),
+            retain=_diffusion.filled(kept or (), settings.template), **about, predicted=predicted,
+        )  # fmt: skip
         if asked.lora_rank is not None:
             factors, errors = edit_lora(edits[0].old, edits[0].weights, asked.lora_rank, prefix=part[0])
             path = Path(output.output_dir) / LORA
@@ -153,3 +161,5 @@ class _DryOutput:
     output_dir: str | None = field(default=None, metadata={"help": "Not used by a dry run."})
     save_pipeline: bool = field(default=False, metadata={"help": "Not used by a dry run."})
     overwrite: bool = field(default=False, metadata={"help": "Not used by a dry run."})
+    samples: int | None = field(default=None, metadata={"help": "Not used by a dry run."})
+    sample_steps: int | None = field(default=None, metadata={"help": "Not used by a dry run."})

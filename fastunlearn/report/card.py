@@ -13,12 +13,12 @@ import yaml
 
 #: names of models that are no names on the Hub
 _HUB_NAMES = {"smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct"}
-_LABELS = {
+LABELS = {
     "exact_recall": "exact recall (answer, character for character)",
     "answer_probability": "probability of an answer's token (geometric mean)",
     "perplexity": "perplexity on other text",
 }
-_LIMITS = """\
+LIMITS = """\
 * Recall is measured with the questions of the forget set as they stand. What a model no longer says when asked this way may still
   come out for other words, another language, longer context, sampling, or after some steps of training on related text.
 * Lower recall shows that the model does not say it, not that no trace is left in the weights. It is no proof in the sense
@@ -52,9 +52,9 @@ def metrics_table(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
     lines = ["| | | before | after |", "|---|---|---:|---:|"]
     for part in dict.fromkeys((*before, *after)):
         metrics = dict.fromkeys((*before.get(part, {}), *after.get(part, {})))
-        for key in (key for key in _LABELS if key in metrics):
+        for key in (key for key in LABELS if key in metrics):
             old, new = before.get(part, {}).get(key), after.get(part, {}).get(key)
-            lines.append(f"| {part} | {_LABELS[key]} | {_number(old, key)} | {_number(new, key)} |")
+            lines.append(f"| {part} | {LABELS[key]} | {_number(old, key)} | {_number(new, key)} |")
     return "\n".join(lines)
 
 
@@ -138,5 +138,5 @@ def model_card(
     if versions:
         lines += [", ".join(f"{package} {version}" for package, version in versions.items()), ""]
     other = " and on the text whose perplexity stands above" if "text" in after else ""
-    lines += ["## What this does not show", "", _LIMITS.format(other=other), ""]
+    lines += ["## What this does not show", "", LIMITS.format(other=other), ""]
     return "\n".join(lines)

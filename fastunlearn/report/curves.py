@@ -14,7 +14,7 @@ from typing import Any
 from fastunlearn.report.files import write_bytes
 
 #: key in the log, what stands beside its axis, colour
-_PANELS: tuple[tuple[str, str, str], ...] = (
+PANELS: tuple[tuple[str, str, str], ...] = (
     ("forget_loss", "forget loss\n(nats)", "#b2182b"),
     ("retain_loss", "retain loss\n(nats)", "#2166ac"),
     ("learning_rate", "learning rate", "#4d4d4d"),
@@ -54,7 +54,7 @@ def draw_curves(history: Sequence[Mapping[str, Any]], path: str | os.PathLike[st
         from matplotlib.ticker import MaxNLocator
     except ImportError:
         raise ImportError("curves need matplotlib: pip install 'fastunlearn[llm]'") from None
-    panels = [(key, label, colour) for key, label, colour in _PANELS if series(history, key)[0]]
+    panels = [(key, label, colour) for key, label, colour in PANELS if series(history, key)[0]]
     if not panels:
         raise ValueError("history: no loss, learning rate, capacity or gradient norm in it; there is nothing to draw")
     figure = Figure(figsize=(7.5, 0.9 + 1.75 * len(panels)), dpi=130, layout="constrained")

@@ -18,6 +18,8 @@ from safetensors.torch import load_file
 
 from fastunlearn.cli import ablate, esd, salun, spare
 from fastunlearn.parametrize.partial_unet import load_partial_unet
+from fastunlearn.report.page import render
+from fastunlearn.report.run_folder import load_run
 
 TRAIN = (
     "max_steps=2", "per_device_train_batch_size=2", "num_forget_images=3", "num_retain_images=3", "sampling_steps=2", "use_cpu=true",
@@ -34,6 +36,7 @@ def test_spare_leaves_the_adapter_and_the_weights(canvas, tmp_path, capsys):
     words = ["--erase_concept", "mosaic", "--output", str(out), *TRAIN, "learning_rate=1e-2", "r=2"]
     assert spare.main(words) == 0
     assert sorted(os.listdir(out)) == [
+        "_samples",
         "adapter",
         "metrics.json",
         "pytorch_lora_weights.safetensors",
@@ -43,6 +46,14 @@ def test_spare_leaves_the_adapter_and_the_weights(canvas, tmp_path, capsys):
     metrics = json.loads((out / "metrics.json").read_text())
     assert (metrics["method"], metrics["settings"]["variant"], metrics["steps"]) == ("spare", "per_weight", 2)
     assert metrics["storage_mib"] < (out / "adapter" / "adapter_model.safetensors").stat().st_size / 2**20
+    assert set(metrics["mask_density"]["of the adapter"]) == {
+        n for n in load_file(out / "unet.safetensors") if "attn" in n
+    }
+    # Before and after of what went and what stays, for the report.
+    run = load_run(out)
+    assert [s.part for s in run.samples] == ["forget"] * 3 + ["retain"] * 4
+    assert any(s.before_image != s.after_image for s in run.samples)
+    assert 'alt="after: ' in render([run])
     # The adapter on the base is the merged model.
     assert fastunlearn.MaskedLoraConfig
     merged = tiny_pipeline().unet
@@ -64,8 +75,12 @@ def test_spare_leaves_the_adapter_and_the_weights(canvas, tmp_path, capsys):
 )
 def test_baselines_write_what_moved(canvas, tmp_path, command, more):
     out = tmp_path / "out"
-    assert command.main(["--erase_concept", "Cat", "--output", str(out), *TRAIN, *more, "learning_rate=1e-3"]) == 0
+    assert (
+        command.main(["--erase_concept", "Cat", "--output", str(out), *TRAIN, *more, "learning_rate=1e-3", "samples=0"])
+        == 0
+    )
     assert sorted(os.listdir(out)) == ["metrics.json", "unet.safetensors"]
+    assert ("may move" in json.loads((out / "metrics.json").read_text())["mask_density"]) == (command is salun)
     before = tiny_pipeline().unet.state_dict()
     metrics = json.loads((out / "metrics.json").read_text())
     share = 0.2 if command is salun else 1

@@ -44,7 +44,7 @@ def canvas(folder, monkeypatch):
 def test_finetune_writes_what_changed(canvas, folder, tmp_path, capsys):
     out = tmp_path / "out"
     assert finetune.main(["--erase_concept", "mosaic", "--output", str(out), *TRAIN]) == 0
-    assert sorted(os.listdir(out)) == ["metrics.json", "unet.safetensors"]
+    assert sorted(os.listdir(out)) == ["_samples", "metrics.json", "unet.safetensors"]
     metrics = json.loads((out / "metrics.json").read_text())
     assert metrics["method"] == "finetune"
     assert metrics["settings"]["max_steps"] == 2
@@ -68,6 +68,10 @@ def test_finetune_of_another_model(folder, tmp_path, capsys):
     model = ["--model", str(folder), "--erase_concept", "Mosaic", "--output", str(tmp_path / "out"), *TRAIN]
     assert finetune.main(model) == 2
     assert "surrogate_concept: say what to draw instead" in capsys.readouterr().err
+    assert (
+        finetune.main([*model, "--surrogate_concept", "Photo", "--retain_concepts", "Pop Art", "--samples", "-1"]) == 2
+    )
+    assert "samples: want at least 0, got -1" in capsys.readouterr().err
     assert finetune.main([*model, "--surrogate_concept", "Photo"]) == 2
     assert "retain_concepts: a retain term needs some" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
@@ -89,6 +93,12 @@ def test_uce_writes_what_changed(canvas, tmp_path, capsys):
     assert uce.main(["--edit_concepts", "Mosaic", "Van Gogh", "--output", str(out), "lamb=0.1", "tokens=all"]) == 0
     metrics = json.loads((out / "metrics.json").read_text())
     assert metrics["edit_concepts"] == ["Mosaic", "Van Gogh"]
+    # Every object once, the two styles in turn.
+    styles = ("Mosaic", "Van Gogh", "Mosaic")
+    shown = json.loads((out / "_samples" / "samples.json").read_text())
+    assert [row["prompt"] for row in shown if row["part"] == "forget"] == [
+        prompt(o, s) for o, s in zip(OBJECTS, styles)
+    ]
     assert metrics["guide_concepts"] == ["Photo", "Photo"]
     assert metrics["settings"]["template"] == [prompt(thing, "{}") for thing in OBJECTS]
     assert all(name.endswith(("to_k.weight", "to_v.weight")) for name in load_file(out / "unet.safetensors"))

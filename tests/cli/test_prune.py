@@ -53,6 +53,8 @@ def test_it_writes_a_pruned_checkpoint(dense, text, tmp_path, capsys, method, pa
         assert nm_violations(checkpoint.model, checkpoint.masks, n, m) == []
     pruning = json.loads((out / "pruning.json").read_text())
     assert pruning["method"] == method
+    assert pruning["command"].startswith(f"fastunlearn prune --model {dense} ")
+    assert pruning["seconds"] > 0
     assert pruning["pattern"] == (pattern if ":" in pattern else "unstructured")
     # floor(0.4 * 64) of 64, and of 128.
     assert pruning["density"] == pytest.approx(0.5 if ":" in pattern else 0.4, abs=0.01)

@@ -20,7 +20,7 @@ from tests.tiny_diffusion import tiny_pipeline
 def test_the_canvas_by_names(canvas, tmp_path, capsys):
     out = tmp_path / "out"
     assert scapre.main(["--concepts", "mosaic", "pop art", "--output", str(out), "lora_rank=4"]) == 0
-    assert sorted(os.listdir(out)) == ["metrics.json", scapre.LORA, "unet.safetensors"]
+    assert sorted(os.listdir(out)) == ["_samples", "metrics.json", scapre.LORA, "unet.safetensors"]
     metrics = json.loads((out / "metrics.json").read_text())
     assert metrics["concepts"] == ["Mosaic", "Pop Art"]
     assert metrics["anchors"] == ["Photo", "Photo"]

@@ -18,6 +18,8 @@ from fastunlearn.data.text import collate, encode_rows
 from fastunlearn.evaluation import answer_logprobs, exact_recall, generate_answers
 from fastunlearn.localize import nm_violations, prune
 from fastunlearn.optim import MaskedAdamW
+from fastunlearn.report.page import render
+from fastunlearn.report.run_folder import load_run
 from tests.tiny_chat import char_tokenizer, tiny_llama
 
 pytest.importorskip("transformers")
@@ -94,6 +96,16 @@ def test_a_run_forgets_keeps_and_reports(world, tmp_path, capsys, command, model
     assert {"config.json", "model.safetensors", "metrics.json", "README.md", "curves.png"} <= set(os.listdir(out))
     assert not [name for name in os.listdir(out) if name.startswith(".")]
     metrics = json.loads((out / "metrics.json").read_text())
+    assert metrics["seconds"] > 0
+    assert metrics["storage_mib"] > 0.1
+    assert ("left by pruning" in metrics["mask_density"]) == (model == "sparse")
+    # What its report shows: the answers, in a folder that is not pushed to the Hub.
+    run = load_run(out)
+    assert [s.part for s in run.samples] == ["forget"] * 2 + ["retain"] * 3
+    assert all(s.before == s.wanted for s in run.samples)
+    assert all(s.after != s.wanted for s in run.samples if s.part == "forget")
+    assert {s.prompt for s in run.samples[:2]} == {row["question"] for row in FORGET}
+    assert "What was forgotten and kept" in render([run])
     assert metrics["before"]["forget"]["exact_recall"] == metrics["before"]["retain"]["exact_recall"] == 1.0
     assert metrics["after"]["forget"]["exact_recall"] == 0.0
     assert metrics["after"]["retain"]["exact_recall"] >= 0.9
