@@ -82,14 +82,14 @@ class PipelineArguments:
 class SampleArguments:
     """What is drawn for the report."""
 
-    samples: int | None = field(
+    report_images: int | None = field(
         default=None,
         metadata={
             "help": "Images of what is forgotten, and as many of what is kept, drawn before and after and kept in _samples for "
             "`fastunlearn report`; default: 4 of the canvas, else 0 (they take time)."
         },
     )
-    sample_steps: int | None = field(
+    report_steps: int | None = field(
         default=None, metadata={"help": "DDIM steps of these; default: 10 of the canvas, else 30."}
     )
 
@@ -101,7 +101,7 @@ class Pictures:
         forget, retain: prompts; the first few of each are drawn, spread over all of them.
 
     Raises:
-        ValueError: images are asked for of a pipeline that this library does not draw from, or samples < 0.
+        ValueError: images are asked for of a pipeline that this library does not draw from, or report_images < 0.
     """
 
     SEED = 0
@@ -117,12 +117,12 @@ class Pictures:
         from fastunlearn.evaluation.worlds import CANVAS_GUIDANCE
 
         canvas = model.concepts is not None
-        count = (4 if canvas else 0) if given.samples is None else given.samples
+        count = (4 if canvas else 0) if given.report_images is None else given.report_images
         if count < 0:
-            raise ValueError(f"samples: want at least 0, got {count}")
+            raise ValueError(f"report_images: want at least 0, got {count}")
         self.parts = {"forget": _spread(forget, count), "retain": _spread(retain, count)}
         self.prompts = [prompt for some in self.parts.values() for prompt in some]
-        self.steps = given.sample_steps or (10 if canvas else 30)
+        self.steps = given.report_steps or (10 if canvas else 30)
         self.guidance = CANVAS_GUIDANCE if canvas else 7.5
         self.before: Tensor | None = None
         if self.prompts:

@@ -254,7 +254,12 @@ def mask_density(trainer: Any) -> dict[str, dict[str, float]]:
         kinds["may move"] = trainer.movable
     # By what they have: a run without an adapter needs no peft.
     modules = trainer.accelerator.unwrap_model(trainer.model).named_modules()
-    adapter = {f"{name}.weight": layer.mask("default") for name, layer in modules if hasattr(layer, "lora_mask_bits")}
+    plain_name = "base_model.model."
+    adapter = {
+        f"{name.removeprefix(plain_name)}.weight": layer.mask("default")
+        for name, layer in modules
+        if hasattr(layer, "lora_mask_bits")
+    }
     kinds["of the adapter"] = {name: mask for name, mask in adapter.items() if mask is not None}
     return {kind: {name: mask.density for name, mask in masks.items()} for kind, masks in kinds.items() if masks}
 

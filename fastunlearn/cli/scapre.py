@@ -161,5 +161,5 @@ class _DryOutput:
     output_dir: str | None = field(default=None, metadata={"help": "Not used by a dry run."})
     save_pipeline: bool = field(default=False, metadata={"help": "Not used by a dry run."})
     overwrite: bool = field(default=False, metadata={"help": "Not used by a dry run."})
-    samples: int | None = field(default=None, metadata={"help": "Not used by a dry run."})
-    sample_steps: int | None = field(default=None, metadata={"help": "Not used by a dry run."})
+    report_images: int | None = field(default=None, metadata={"help": "Not used by a dry run."})
+    report_steps: int | None = field(default=None, metadata={"help": "Not used by a dry run."})

@@ -219,7 +219,8 @@ def _read_metrics(run: Run, data: dict[str, Any], path: Path) -> None:
 
 
 def _read_pruning(run: Run, data: dict[str, Any], path: Path) -> None:
-    """A pruned model: nothing was forgotten yet."""
+    """A pruned model: nothing was forgotten yet, or by a script that wrote no metrics.json."""
+    run.notes.append(f"there is no {METRICS}: of what may have been forgotten after pruning nothing is known here")
     run.settings = _take(data, "settings", dict, path, {})
     run.versions = _take(data, "versions", dict, path, {})
     run.command = _take(data, "command", str, path, None)

@@ -76,7 +76,9 @@ def test_spare_leaves_the_adapter_and_the_weights(canvas, tmp_path, capsys):
 def test_baselines_write_what_moved(canvas, tmp_path, command, more):
     out = tmp_path / "out"
     assert (
-        command.main(["--erase_concept", "Cat", "--output", str(out), *TRAIN, *more, "learning_rate=1e-3", "samples=0"])
+        command.main(
+            ["--erase_concept", "Cat", "--output", str(out), *TRAIN, *more, "learning_rate=1e-3", "report_images=0"]
+        )
         == 0
     )
     assert sorted(os.listdir(out)) == ["metrics.json", "unet.safetensors"]

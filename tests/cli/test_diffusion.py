@@ -69,9 +69,10 @@ def test_finetune_of_another_model(folder, tmp_path, capsys):
     assert finetune.main(model) == 2
     assert "surrogate_concept: say what to draw instead" in capsys.readouterr().err
     assert (
-        finetune.main([*model, "--surrogate_concept", "Photo", "--retain_concepts", "Pop Art", "--samples", "-1"]) == 2
+        finetune.main([*model, "--surrogate_concept", "Photo", "--retain_concepts", "Pop Art", "--report_images", "-1"])
+        == 2
     )
-    assert "samples: want at least 0, got -1" in capsys.readouterr().err
+    assert "report_images: want at least 0, got -1" in capsys.readouterr().err
     assert finetune.main([*model, "--surrogate_concept", "Photo"]) == 2
     assert "retain_concepts: a retain term needs some" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
