@@ -71,7 +71,7 @@ def erase(
     """
     from fastunlearn.cli import _diffusion
 
-    classes = (ConceptArguments, _diffusion.PipelineArguments, _diffusion.SampleArguments, config_class)
+    classes = (ConceptArguments, _diffusion.PipelineArguments, _diffusion.ReportArguments, config_class)
     asked, pipeline_arguments, drawn, config = parse(
         classes, argv, prog, description=description, epilog=epilog,
         required=("output_dir",), aliases={"model": "model_name_or_path", "output": "output_dir"},

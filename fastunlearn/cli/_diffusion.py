@@ -79,7 +79,7 @@ class PipelineArguments:
 
 
 @dataclass
-class SampleArguments:
+class ReportArguments:
     """What is drawn for the report."""
 
     report_images: int | None = field(
@@ -108,7 +108,7 @@ class Pictures:
 
     def __init__(
         self,
-        given: SampleArguments,
+        given: ReportArguments,
         model: PipelineArguments,
         pipeline: Any,
         forget: Sequence[str],
@@ -148,7 +148,7 @@ def _spread(prompts: Sequence[str], count: int) -> list[str]:
 
 
 @dataclass
-class OutputArguments(SampleArguments):
+class OutputArguments(ReportArguments):
     """What is left behind."""
 
     output_dir: str = field(
