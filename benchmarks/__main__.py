@@ -156,6 +156,13 @@ def large(args: argparse.Namespace) -> int:
     return 0
 
 
+def plans(args: argparse.Namespace) -> int:
+    from benchmarks import large as study
+
+    study.plans(Path(args.out))
+    return 0
+
+
 def compare(args: argparse.Namespace) -> int:
     from benchmarks import tables
 
@@ -217,6 +224,9 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--layers", type=int, help="fewer layers than the configuration has")
     p.add_argument("--out", help="default: benchmarks/results/large/<device>.json; rows it holds are kept")
     p.set_defaults(do=large)
+    p = commands.add_parser("plans", help="memory and time of 1B, 8B and 70B models by arithmetic, 1 to 64 GPUs")
+    p.add_argument("--out", default=str(RESULTS / "large" / "plans.json"))
+    p.set_defaults(do=plans)
     p = commands.add_parser("compare", help="two results of one device: what became slower")
     p.add_argument("old")
     p.add_argument("new")

@@ -306,5 +306,31 @@ def child(text: str) -> int:
     return 0
 
 
+#: (model, arm, GPUs): what `fastunlearn plan` is asked for the README
+PLANS = (
+    *(("llama-3.1-8b", arm, 1) for arm in ARMS), *(("llama-3.2-1b", arm, 1) for arm in ARMS), ("llama-3.1-70b", "c", 8),
+    ("llama-3.1-70b", "d", 8), ("llama-3.1-70b", "c", 64), ("llama-3.1-70b", "d", 64),
+)  # fmt: skip
+
+
+def plans(out: Path) -> dict[str, Any]:
+    """Bytes and seconds by component, by arithmetic alone: H200s that were not there, the assumptions written beside."""
+    rows = []
+    for model, arm, gpus in PLANS:
+        case = Case(model, arm, "cuda", "bfloat16", 8, 512, True, 1)
+        said = plan(replace(arguments(case), hardware="h200", gpus=gpus)).to_dict()
+        rows.append({"model": model, "arm": arm, "what": ARMS[arm], "gpus": gpus, **said})
+        print(
+            f"{model}, arm {arm}, {gpus} GPUs: peak {said['peak_bytes'] / 2**30:.1f} GiB, step {said['step_seconds']:.2f} s",
+            flush=True,
+        )
+    result = {
+        "meta": {"what": "arithmetic of fastunlearn plan; nothing was measured", "hardware": "h200"},
+        "rows": rows,
+    }
+    _write(out, result)
+    return result
+
+
 if __name__ == "__main__":
     raise SystemExit(child(sys.argv[1]))

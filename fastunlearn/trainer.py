@@ -33,7 +33,7 @@ from fastunlearn.data.pairs import PairedCollator, PairedSet
 from fastunlearn.data.refusals import spread_alternates, with_refusals
 from fastunlearn.data.text import TextSet, check_disjoint, encode_rows, load_rows
 from fastunlearn.objectives import RMU, Objective, answer_logprobs, make_objective, token_nll
-from fastunlearn.objectives.cached_logprobs import adapter_off, rows_digest
+from fastunlearn.objectives.cached_logprobs import adapter_off, rows_digest, weights_digest
 from fastunlearn.objectives.distribution import PDU, Dual
 from fastunlearn.objectives.logprobs import LiveReference
 from fastunlearn.objectives.make_references import load_references, make_references, save_references
@@ -42,6 +42,7 @@ from fastunlearn.objectives.rmu import steered_module
 from fastunlearn.ops.mask import BitMask, save_masks
 from fastunlearn.parametrize import CompressedNM, full_weights, lora
 from fastunlearn.parametrize.compressed_nm import dense_state_dict
+from fastunlearn.sharded import agreed, anywhere, check_shards, combined
 from fastunlearn.two_terms import (
     STATE_FILE,
     DivergenceError,
@@ -172,6 +173,7 @@ class UnlearnTrainer(TwoTermTrainer):
     """
 
     args: UnlearnConfig
+    can_shard = True
 
     def __init__(
         self,
@@ -216,14 +218,16 @@ class UnlearnTrainer(TwoTermTrainer):
         if pruning is not None and masks is None:
             raise ValueError("pruning: given without masks; they say what pruning left")
         if pruning is not None and masks is not None:
-            check_masks(module, masks)
+            with agreed():
+                check_masks(module, masks)
         self.compressed: CompressedNM | None = None
         if args.compressed:
             if peft_config is not None or hasattr(module, "disable_adapter"):
                 raise ValueError(
                     "compressed: with an adapter the pruned weights do not move, and nothing is to be saved"
                 )
-            self._check_compressible(module, masks, optimizers)
+            with agreed():
+                self._check_compressible(module, masks, optimizers)
         if peft_config is not None:
             if masks is not None:
                 from fastunlearn.parametrize.masked_lora import within_survivors
@@ -313,6 +317,9 @@ class UnlearnTrainer(TwoTermTrainer):
             return mask
         whole = self.movable is self.masks and name in self.compressed.layers
         return None if whole else self.compressed.compact_mask(name, mask)
+
+    def _expand_mask(self, name: str, mask: BitMask) -> BitMask:
+        return mask if self.compressed is None else self.compressed.expand_mask(name, mask)
 
     def _compact_scale(self, name: str, scale: Tensor) -> Tensor:
         return scale if self.compressed is None else self.compressed.compact(name, scale)
@@ -438,7 +445,11 @@ class UnlearnTrainer(TwoTermTrainer):
             self._references.live = LiveReference(lambda: adapter_off(self.model))
         if checkpoint and load_references(Path(checkpoint), self._references, parts):
             return
-        with self.accelerator.main_process_first():
+        # All processes make up a sharded model, and all ask it.
+        shards: dict[str, Any] = {}
+        if self.sharded:
+            shards = {"digest": combined(weights_digest(self.model)), "everywhere": self._found_by_all}
+        with nullcontext() if self.sharded else self.accelerator.main_process_first():
             make_references(
                 objective,
                 self._references,
@@ -452,7 +463,11 @@ class UnlearnTrainer(TwoTermTrainer):
                 autocast=self.accelerator.autocast,
                 device=self.args.device,
                 progress=False if self.args.disable_tqdm else None,
+                **shards,
             )
+
+    def _found_by_all(self, found: bool) -> bool:
+        return not anywhere(not found, self.args.device)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         if self.compressed is not None:
@@ -478,7 +493,12 @@ class UnlearnTrainer(TwoTermTrainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As in Trainer, with masks.safetensors and pruning.json; whole or not at all (`fastunlearn.checkpoint.save_checkpoint`)."""
-        if _internal_call or self.is_fsdp_enabled or self.is_deepspeed_enabled:
+        if self.sharded and _internal_call:
+            self.save_sharded(Path(output_dir or self.output))
+            if self.args.should_save:
+                self.save_extra(Path(output_dir or self.output))
+            return
+        if _internal_call or self.is_deepspeed_enabled:
             super().save_model(output_dir, _internal_call)
             return
         self.assert_sound()
@@ -488,10 +508,11 @@ class UnlearnTrainer(TwoTermTrainer):
                 f"output_dir: {folder} holds the masks of a pruned model, and this run has none to put in their place (pruning=); "
                 "choose another folder"
             )
+        model = self.whole_model() if self.sharded else self.accelerator.unwrap_model(self.model)
         if self.args.should_save:
             save_checkpoint(
                 output_dir or self.output,
-                self.accelerator.unwrap_model(self.model),
+                model,
                 self.processing_class,
                 masks=None if self.pruning is None else self.masks,
                 pruning=self.pruning,
@@ -511,10 +532,13 @@ class UnlearnTrainer(TwoTermTrainer):
         if self.masks is None or self.pruning is None:
             return
         model = self.accelerator.unwrap_model(self.model)
-        if not any(hasattr(p, "to_local") for p in model.parameters()):
+        with agreed():
             try:
-                check_masks(model, self.masks)
-                check_pattern(model, self.masks, self.pruning)
+                if self.sharded:
+                    check_shards(model, self.masks)
+                else:
+                    check_masks(model, self.masks)
+                    check_pattern(model, self.masks, self.pruning)
                 if hasattr(model, "peft_config"):
                     from fastunlearn.parametrize.masked_lora import check_merged
 

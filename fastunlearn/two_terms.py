@@ -36,6 +36,8 @@ from fastunlearn.data.pairs import PairedSampler, PairedSet
 from fastunlearn.localize.choose import saliency_masks
 from fastunlearn.objectives.language import closest
 from fastunlearn.ops.mask import BitMask, load_masks, save_masks
+from fastunlearn.sharded import FOLDER, OTHERS, Watch, agreed, anywhere, check_same_masks, gathered_masks
+from fastunlearn.sharded_trainer import SCHEDULER, ShardedTrainer
 from fastunlearn.updates import Update, make_update
 from fastunlearn.updates.hamu import CertificateLog, Hamu
 
@@ -169,7 +171,7 @@ class TwoTermConfig(TrainingArguments):
             raise ValueError(f"master_weights: update={self.update} rounds bf16 weights at random instead")
 
 
-class TwoTermTrainer(Trainer):
+class TwoTermTrainer(ShardedTrainer):
     """Minimises forget_factor * forget_term + retain_factor * retain_term, or what an update makes of their gradients.
 
     Args:
@@ -210,6 +212,7 @@ class TwoTermTrainer(Trainer):
         optimizers: tuple[Any, Any] = (None, None),
     ):
         check_processes(args)
+        self.check_shardable(model)
         self.update: Update = make_update(args.update, args)
         self.masks: dict[str, BitMask] | None = dict(masks) if masks is not None else None
         #: what the optimiser moves: the masks, or with localize="saliency" a part of them
@@ -305,10 +308,19 @@ class TwoTermTrainer(Trainer):
         size = self.args.per_device_train_batch_size
         batches = [range(i, min(i + size, len(forget))) for i in range(0, len(forget), size)]
         with evaluating(self.model):
-            self.movable = saliency_masks(
-                self.model, map(self.saliency_loss, batches), self.args.saliency_density, within=self.masks,
-                kind=self.saliency_kind, total=len(batches),
+            masks = saliency_masks(
+                self.model, map(self.saliency_loss, batches), self.args.saliency_density, within=self._within(),
+                kind=self.saliency_kind, total=len(batches), process_group=torch.distributed.group.WORLD if self.sharded else None,
             )  # fmt: skip
+        masks = gathered_masks(masks) if self.sharded else masks
+        self.movable = {name: self._expand_mask(name, mask) for name, mask in masks.items()}
+
+    def _within(self) -> Mapping[str, BitMask] | None:
+        """The masks, in the shapes of the parameters that are here."""
+        if self.masks is None or not self.sharded:
+            return self.masks
+        own = dict(self.model.named_parameters())
+        return {n: self.part_of_mask(m, own[n]) for n, m in self.masks.items() if tuple(m.shape) == tuple(own[n].shape)}
 
     def lr_scale(self) -> dict[str, Tensor] | None:
         """Factors on the learning rate of single entries, by parameter name; None: none. For methods to override."""
@@ -348,7 +360,7 @@ class TwoTermTrainer(Trainer):
             if self.movable:
                 group["masks"] = [self._mask_of(n, p) for n, p in named]
             if scales:
-                group["lr_scale"] = [self._scale_of(scales, n) for n, _ in named]
+                group["lr_scale"] = [self._scale_of(scales, n, p) for n, p in named]
             groups.append(group)
         common: dict[str, Any] = {
             "lr": args.learning_rate,
@@ -383,20 +395,31 @@ class TwoTermTrainer(Trainer):
         kept = self._placed.get(name)
         if kept is None or kept[0] is not mask:
             compact = self._compact_mask(_plain(name), mask)
-            kept = self._placed[name] = (mask, None if compact is None else compact.to(parameter.device))
+            kept = self._placed[name] = (mask, None if compact is None else self.part_of_mask(compact, parameter))
         return kept[1]
 
     def _compact_mask(self, name: str, mask: BitMask) -> BitMask | None:
         """A mask in the shape that its parameter has now; None: everything may move."""
         return mask
 
+    def _expand_mask(self, name: str, mask: BitMask) -> BitMask:
+        """The opposite of `_compact_mask`."""
+        return mask
+
     def _compact_scale(self, name: str, scale: Tensor) -> Tensor:
         """Factors in the shape that their parameter has now."""
         return scale
 
-    def _scale_of(self, scales: Mapping[str, Tensor], name: str) -> Tensor | None:
+    def _scale_of(self, scales: Mapping[str, Tensor], name: str, parameter: Tensor) -> Tensor | None:
         scale = scales.get(_plain(name))
-        return None if scale is None else self._compact_scale(_plain(name), scale)
+        if scale is None:
+            return None
+        scale = self._compact_scale(_plain(name), scale)
+        if self.sharded and scale.shape != parameter.shape:
+            # One factor for each entry that may move: by rows only in the full shape.
+            kept = (self.masks or {})[_plain(name)].unpack().to(scale.device)
+            scale = torch.ones(kept.shape, device=scale.device).masked_scatter_(kept, scale)
+        return self.part_of_scale(scale, parameter) if self.sharded else scale
 
     def _check_optimizer(self, own: Any) -> None:
         """A user's optimiser must freeze what the masks freeze."""
@@ -461,6 +484,7 @@ class TwoTermTrainer(Trainer):
             with self.compute_loss_context_manager():
                 loss = term(model, part)
             self._check_finite(loss, name, part[name]["index"])
+            self.reduce_every_backward(model)
             with self.update.term(params, number):
                 self.accelerator.backward(loss * (factor * share))
                 if name == "forget" and first:
@@ -504,7 +528,8 @@ class TwoTermTrainer(Trainer):
                 by_device.setdefault(grad.device, []).append(_local(grad))
         # A gradient of a frozen entry does no harm by itself, but it comes from the same broken pass.
         norms = [ops.masked_grad_norm(grads, [None] * len(grads)) for grads in by_device.values()]
-        if all(bool(torch.isfinite(norm)) for norm in norms):
+        # Of a sharded model a gradient is not finite in one process only; all must know.
+        if not anywhere(not all(bool(torch.isfinite(norm)) for norm in norms), self.args.device):
             return
         rows = "; ".join(f"{name} rows {', '.join(map(str, index[:16]))}" for name, index in self._rows.items())
         raise DivergenceError(
@@ -583,8 +608,14 @@ class TwoTermTrainer(Trainer):
         self._sums[name] = self._sums[name] + value if name in self._sums else value.clone()
 
     def _check_finite(self, loss: Tensor, name: str, index: Tensor) -> None:
-        if bool(torch.isfinite(loss.detach())):
+        fine = bool(torch.isfinite(loss.detach()))
+        if not anywhere(not fine, self.args.device):
             return
+        if fine:
+            raise DivergenceError(
+                f"the {name} loss of another process is not finite in step {self.state.global_step + 1}; it says in which rows. Training "
+                f"stopped before that step. {self._last_good()}"
+            )
         rows = ", ".join(map(str, index.tolist()[:16]))
         raise DivergenceError(
             f"the {name} loss is {float(loss.detach())} in step {self.state.global_step + 1}, in the batch of {name} rows {rows}. "
@@ -623,14 +654,21 @@ class TwoTermTrainer(Trainer):
             resume=resumes_in(self.output, resume_from_checkpoint),
         ):
             if resume_from_checkpoint is True:
-                resume_from_checkpoint = last_checkpoint(self.output, remove_incomplete=True)
+                first = self.is_world_process_zero()
+                resume_from_checkpoint = last_checkpoint(self.output, remove_incomplete=first)
+                self.accelerator.wait_for_everyone()
                 if resume_from_checkpoint is None:
                     raise ValueError(
                         f"resume_from_checkpoint: {self.args.output_dir} holds no complete checkpoint; run without it"
                     )
-            if resuming:
-                self._check_resumable(str(resume_from_checkpoint))
+            with agreed():
+                if resuming:
+                    self._check_resumable(str(resume_from_checkpoint))
+            check_same_masks(self.masks)
             self._place_masks()
+            if self.will_shard():
+                # Before anything else asks the model: no process holds it whole on its device.
+                self.before_steps()
             self.before_training(str(resume_from_checkpoint) if resuming else None)
             if resuming:
                 self.load_extra(Path(str(resume_from_checkpoint)))
@@ -642,7 +680,7 @@ class TwoTermTrainer(Trainer):
             self.before_steps()
             # In early versions of transformers 5 clipping stands in the loop itself, where it cannot be overridden.
             inline = not hasattr(Trainer, "_clip_grad_norm") and self._own_optimizer()
-            with _replaced(self.args, max_grad_norm=0.0) if inline else nullcontext():
+            with Watch(), _replaced(self.args, max_grad_norm=0.0) if inline else nullcontext():
                 return super().train(resume_from_checkpoint or None, *args, **options)
 
     def _own_optimizer(self) -> bool:
@@ -654,11 +692,18 @@ class TwoTermTrainer(Trainer):
         devices = {_plain(name): parameter.device for name, parameter in self.model.named_parameters()}
         if self.masks is not None:
             same = self.movable is self.masks
+            if self.will_shard():
+                # Whole masks stay on the CPU; the optimiser gets its own rows.
+                devices = dict.fromkeys(devices, torch.device("cpu"))
             self.masks = {name: mask.to(devices.get(name, mask.device)) for name, mask in self.masks.items()}
             self.movable = self.masks if same else self.movable
 
     def before_steps(self) -> None:
-        """When masks, factors and weights are what the first step finds; for methods to change what they are held in."""
+        """When masks, factors and weights are what the first step finds; for methods to change what they are held in.
+
+        Of a model that is to be sharded: before anything is computed with it.
+        """
+        self.shard()
 
     def prepare_weights(self) -> None:
         """Before the first step of a run that is not resumed; for methods to override."""
@@ -668,7 +713,10 @@ class TwoTermTrainer(Trainer):
             raise ValueError(
                 f"resume_from_checkpoint: {checkpoint} is no complete checkpoint ({STATE_FILE} is missing)"
             )
-        absent = [name for name in ("optimizer.pt", "scheduler.pt") if not (Path(checkpoint) / name).exists()]
+        needed = ("optimizer.pt", SCHEDULER)
+        if (Path(checkpoint) / FOLDER).is_dir():
+            needed = (f"{FOLDER}/{OTHERS}", SCHEDULER)
+        absent = [name for name in needed if not (Path(checkpoint) / name).exists()]
         if absent and not self.is_deepspeed_enabled:
             raise ValueError(
                 f"resume_from_checkpoint: {checkpoint} has no {' and no '.join(absent)} (save_only_model?); going on without would "
@@ -719,7 +767,7 @@ class TwoTermTrainer(Trainer):
     def save_extra(self, folder: Path) -> None:
         """Files that a resumed run needs beside the Trainer's; for methods to extend."""
         state = self.update.state_dict()
-        if state:
+        if state and not self.sharded:
             save_file({name: tensor.contiguous().clone() for name, tensor in state.items()}, folder / UPDATE_FILE)
         if self.movable is not None:
             save_masks(self.movable, folder / MOVABLE)
@@ -731,7 +779,9 @@ class TwoTermTrainer(Trainer):
 
     def load_extra(self, checkpoint: Path) -> None:
         """Reads what `save_extra` wrote, before training goes on from `checkpoint`; for methods to extend."""
-        if (checkpoint / UPDATE_FILE).exists():
+        if (checkpoint / FOLDER).is_dir():
+            self.update.load_state_dict(self.load_update(checkpoint))
+        elif (checkpoint / UPDATE_FILE).exists():
             self.update.load_state_dict(load_file(checkpoint / UPDATE_FILE))
 
     def create_model_card(self, *args: Any, **options: Any) -> None:
@@ -745,11 +795,12 @@ class TwoTermTrainer(Trainer):
         Raises:
             DivergenceError: a weight that trains is not finite.
         """
-        for name, parameter in self.accelerator.unwrap_model(self.model).named_parameters():
-            if parameter.requires_grad and not bool(torch.isfinite(_local(parameter)).all()):
-                raise DivergenceError(
-                    f"{name} holds NaN or infinity after step {self.state.global_step}. {self._last_good()}"
-                )
+        with agreed():
+            for name, parameter in self.accelerator.unwrap_model(self.model).named_parameters():
+                if parameter.requires_grad and not bool(torch.isfinite(_local(parameter)).all()):
+                    raise DivergenceError(
+                        f"{name} holds NaN or infinity after step {self.state.global_step}. {self._last_good()}"
+                    )
 
 
 class _EpochOrder(TrainerCallback):
@@ -818,7 +869,9 @@ def check_processes(args: TrainingArguments) -> None:
             "or show it one (CUDA_VISIBLE_DEVICES=0)"
         )
     if args.fsdp:
-        raise ValueError("fsdp: not supported by this trainer yet")
+        raise ValueError(
+            "fsdp: is asked for by accelerate's configuration (accelerate launch with fsdp_version: 2), not by this argument"
+        )
 
 
 def _plain(name: str) -> str:

@@ -20,6 +20,8 @@ LAYERS = [
     {"methods"},
     {"trainer", "diffusion_trainer"},
     {"two_terms"},
+    {"sharded_trainer"},
+    {"sharded"},
     {"checkpoint", "localize", "objectives", "updates", "parametrize", "optim", "data", "evaluation", "report"},
     {"ops"},
     {"reference", "kernels", "_C", "_native", "_backend", "_version"},

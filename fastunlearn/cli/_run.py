@@ -403,11 +403,12 @@ def _train(
     autocast = torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else None
 
     def ask() -> Measurement:
-        if not main:
+        if not main and not trainer.sharded:
             return Measurement({}, {})
+        # All processes make up a sharded model, and all ask it.
         model = trainer.accelerator.unwrap_model(trainer.model)
         return measure(
-            model.to(config.device), checkpoint.tokenizer, parts, text=ready.text, batch_size=script.eval_batch_size,
+            model if trainer.sharded else model.to(config.device), checkpoint.tokenizer, parts, text=ready.text, batch_size=script.eval_batch_size,
             autocast=autocast,
         )  # fmt: skip
 

@@ -11,6 +11,8 @@ EXAMPLE = """\
 example:
   fastunlearn prune --model smollm2 --output sparse pattern=2:4
   fastunlearn sau --model sparse --forget forget.jsonl --retain retain.jsonl --output out learning_rate=2e-5
+  fastunlearn sau --model sparse ... --compressed      survivors only: weights, gradients, optimiser state
+  accelerate launch --config_file fsdp2.yaml -m fastunlearn sau --model sparse ... --compressed      cut over processes (FSDP2)
 
 Gradient masking is the method's; redistribution other than none is a reconstruction (fastunlearn.methods.sau says of what)."""
 

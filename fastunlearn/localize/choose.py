@@ -72,6 +72,7 @@ def saliency_masks(
     within: Mapping[str, BitMask] | None = None,
     kind: Any = "abs",
     total: int | None = None,
+    process_group: Any = None,
 ) -> dict[str, BitMask]:
     """The top share of entries by summed |gradient| of the forget loss, over all tensors; of kind "signed" by the |summed
     gradient| (SalUn, Fan et al. 2024, eq. 3).
@@ -83,6 +84,8 @@ def saliency_masks(
         within: masks of a pruned model; entries outside score nothing and are never chosen.
         kind: of `ops.saliency_accumulate_`.
         total: number of losses, for the progress bar.
+        process_group: over which the parameters are sharded by rows; `within` and the masks are then of the rows held here, the
+            share is one of all processes' entries together.
 
     Returns:
         Parameter name -> mask; parameters of `within` keep a subset of their mask.
@@ -105,8 +108,12 @@ def saliency_masks(
                 allowed += int(within[name].count())
             else:
                 allowed += score.numel()
+    if process_group is not None:
+        everywhere = torch.tensor(allowed, dtype=torch.int64, device=next(iter(scores.values())).device)
+        torch.distributed.all_reduce(everywhere, group=process_group)
+        allowed = int(everywhere)
     names, k = list(scores), int(density * allowed)
     if k == 0:
         raise ValueError(f"saliency_density: {density} of {allowed:,} weights is none; want a larger share")
-    chosen = ops.topk_mask([scores[name] for name in names], k=k)
+    chosen = ops.topk_mask([scores[name] for name in names], k=k, process_group=process_group)
     return dict(zip(names, chosen, strict=True))

@@ -39,7 +39,10 @@ from fastunlearn.localize.compensate import obs_compensate_model
 from fastunlearn.localize.wanda import input_norms, wanda_scores
 from fastunlearn.objectives import answer_logprobs
 from fastunlearn.objectives.language import closest
+from fastunlearn.ops._slots import local
 from fastunlearn.ops.mask import BitMask
+from fastunlearn.parametrize.compressed_nm import whole
+from fastunlearn.sharded import summed
 from fastunlearn.trainer import UnlearnConfig, UnlearnTrainer
 
 REDISTRIBUTION = ("none", "update", "obs", "retain")
@@ -132,6 +135,20 @@ class SAUTrainer(UnlearnTrainer):
         if self.pruning is None:
             self.pruning = {}
             check_masks(self.model, self.masks)
+        if self.will_shard() and args.redistribution in ("obs", "retain"):
+            raise ValueError(
+                f"redistribution: {args.redistribution} runs the blocks one by one, which sharded ones do not; run it in one process "
+                "(learning_rate=0 saves the corrected model), then unlearn that"
+            )
+        if (
+            self.will_shard()
+            and args.redistribution == "update"
+            and args.compressed
+            and args.importance == "weight_grad"
+        ):
+            raise ValueError(
+                "importance: weight_grad needs gradients of what pruning took, which sharded compressed weights have not; use wanda"
+            )
         # Found before any work.
         if hasattr(self.model, "peft_config") and (args.redistribution != "none" or args.train_unpruned):
             raise ValueError(
@@ -231,6 +248,7 @@ class SAUTrainer(UnlearnTrainer):
             grad = parameters[name].grad
             if grad is None:
                 raise ValueError(f"importance: no gradient of the forget loss reaches {name}; use importance=wanda")
+            grad = whole(grad)
             yield name, (dense[name].to(grad.device).float() * grad.float()).abs()
             parameters[name].grad = None
         self.model.zero_grad(set_to_none=True)
@@ -269,7 +287,7 @@ class SAUTrainer(UnlearnTrainer):
         if not self.args.capacity or self.masks is None or self.compressed is not None:
             return
         pruned = [
-            (p.grad, self.masks[n].to(p.grad.device))
+            (local(p.grad), self.part_of_mask(self.masks[n], p))
             for n, p in self.model.named_parameters()
             if n in self.masks and p.grad is not None
         ]
@@ -277,8 +295,11 @@ class SAUTrainer(UnlearnTrainer):
             # An adapter trains: the weights have no gradient.
             return
         grads, masks = [g for g, _ in pruned], [m for _, m in pruned]
-        whole = ops.masked_grad_norm(grads, [None] * len(grads))
-        self._capacity.append(ops.masked_grad_norm(grads, masks) / whole.clamp_min(torch.finfo(torch.float32).tiny))
+        squares = torch.stack([ops.masked_grad_norm(grads, m).double().square() for m in (masks, [None] * len(grads))])
+        if self.sharded:
+            squares = summed(squares, self.args.device)
+        part, whole = squares.sqrt()
+        self._capacity.append((part / whole.clamp_min(torch.finfo(torch.float32).tiny)).float())
 
     def extra_logs(self) -> dict[str, float]:
         measured, self._capacity = self._capacity, []

@@ -48,7 +48,10 @@ def adapter_off(model: Any) -> AbstractContextManager[Any]:
 
 
 def weights_digest(model: nn.Module) -> str:
-    """SHA-256 of names, types, shapes and bytes of all parameters and buffers; of a PEFT model without its adapters."""
+    """SHA-256 of names, types, shapes and bytes of all parameters and buffers; of a PEFT model without its adapters.
+
+    Of a sharded model: of the shards that are held here.
+    """
     digest = hashlib.sha256()
     adapters = hasattr(model, "disable_adapter")
     for name, tensor in sorted(model.state_dict().items()):
@@ -56,7 +59,8 @@ def weights_digest(model: nn.Module) -> str:
             continue
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         # One tensor at a time: a model on a GPU never has a second copy as a whole.
-        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        here: Any = tensor.detach()
+        flat = (here.to_local() if hasattr(here, "to_local") else here).cpu().contiguous().reshape(-1)
         if flat.numel():
             digest.update(flat.view(torch.uint8).numpy().data)
     return digest.hexdigest()
@@ -177,6 +181,8 @@ def reference_logprobs(
     *,
     folder: str | os.PathLike[str] | None = None,
     precision: str = "fp32",
+    digest: str | None = None,
+    everywhere: Callable[[bool], bool] = bool,
     **options: Any,
 ) -> Tensor:
     """`logprobs_of_rows` of the reference model (adapter off), read from the cache where they were computed before.
@@ -184,16 +190,18 @@ def reference_logprobs(
     Args:
         folder: of the cache, see `cache_folder`.
         precision: of the forward passes, part of the key.
+        digest: of the model, where its parameters are sharded; None: `weights_digest`.
+        everywhere: whether what was found here was found by all processes that make up the model.
         options: of `logprobs_of_rows`.
 
     Returns:
         fp32 [rows] on the CPU.
     """
     with adapter_off(model):
-        path = _cache_path(f"1 {weights_digest(model)} {rows_digest(rows, tokenizer)} {precision}", folder)
+        path = _cache_path(f"1 {digest or weights_digest(model)} {rows_digest(rows, tokenizer)} {precision}", folder)
         found = _load(path)
         values = found.get("logprobs", torch.empty(0))
-        if values.shape == (len(rows),):
+        if everywhere(values.shape == (len(rows),)):
             return values
         values = logprobs_of_rows(model, rows, pad_id, **options)
     _save({"logprobs": values}, path)
@@ -233,6 +241,8 @@ def reference_states(
     module_regex: str | None = None,
     folder: str | os.PathLike[str] | None = None,
     precision: str = "fp32",
+    digest: str | None = None,
+    everywhere: Callable[[bool], bool] = bool,
     **options: Any,
 ) -> tuple[StoredStates, Path]:
     """`states_of_rows` of the reference model (adapter off), read from the cache where they were computed before.
@@ -245,18 +255,25 @@ def reference_states(
     head: Any = head_of(model)
     own = module_regex is None and any(p.requires_grad for p in head.parameters())
     with adapter_off(model):
-        words = f"states 1 {weights_digest(model)} {rows_digest(rows, tokenizer)} {precision} {module_regex} {own}"
+        words = f"states 1 {digest or weights_digest(model)} {rows_digest(rows, tokenizer)} {precision} {module_regex} {own}"
         path = _cache_path(words, folder)
         stored = load_states(path)
-        if stored is not None and len(stored.starts) == len(rows) + 1:
+        found = stored is not None and len(stored.starts) == len(rows) + 1
+        if everywhere(found) and stored is not None:
             return stored, path
         stored = states_of_rows(model, rows, pad_id, module_regex=module_regex, **options)
         if own:
-            stored.weight = head.weight.detach().cpu().clone()
-            stored.bias = None if head.bias is None else head.bias.detach().cpu().clone()
+            stored.weight = _whole(head.weight)
+            stored.bias = None if head.bias is None else _whole(head.bias)
     named = {"states": stored.states, "starts": stored.starts, "weight": stored.weight, "bias": stored.bias}
     _save({name: tensor for name, tensor in named.items() if tensor is not None}, path)
     return stored, path
+
+
+def _whole(parameter: Any) -> Tensor:
+    """A copy on the CPU, put together where it is sharded."""
+    parameter = parameter.detach()
+    return (parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter).cpu().clone()
 
 
 def load_states(path: Path) -> StoredStates | None:

@@ -108,8 +108,11 @@ def _unusable(head: nn.Module) -> str | None:
     """None, or why the layer's weight does not say what the layer does."""
     if not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward or "forward" in vars(head):
         return f"its output layer is a {type(head).__name__}, not a plain linear one"
-    if not head.weight.is_floating_point() or head.weight.dim() != 2 or hasattr(head.weight, "to_local"):
-        return "the weight of its output layer is sharded or quantised"
+    if not head.weight.is_floating_point() or head.weight.dim() != 2:
+        return "the weight of its output layer is quantised"
+    if hasattr(head.weight, "to_local") and head.weight.requires_grad:
+        # Frozen it is whole inside the forward pass, and the backward pass of the losses does not ask for it.
+        return "the weight of its output layer is sharded, and trains"
     return "its output layer has forward hooks" if head._forward_hooks else None
 
 

@@ -107,8 +107,12 @@ def _plain(name: str) -> str:
     return name.replace("_checkpoint_wrapped_module.", "")
 
 
-def dense_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """What `state_dict()` of the dense model would be, on the CPU, with zeros where pruned; of a sharded one on every process."""
+def dense_state_dict(model: nn.Module, *, keep: bool = True) -> dict[str, Tensor]:
+    """What `state_dict()` of the dense model would be, on the CPU, with zeros where pruned.
+
+    Args:
+        keep: of a sharded model every process must call; where `keep` is False what it helps to put together is not kept.
+    """
     layers = compressed_layers(model)
     bits = {name.removesuffix("weight") + "bits" for name in layers}
     owners = {_plain(name): id(p) for name, p in model.named_parameters(remove_duplicate=False)}
@@ -121,7 +125,8 @@ def dense_state_dict(model: nn.Module) -> dict[str, Tensor]:
         # What is tied stays tied.
         key = owners.get(name, name)
         if key not in made:
-            made[key] = (layers[name].to_dense() if name in layers else whole(tensor.detach())).cpu()
+            dense = layers[name].to_dense() if name in layers else whole(tensor.detach())
+            made[key] = dense.cpu() if keep else dense.new_empty(0)
         out[name] = made[key]
     return out
 
@@ -247,6 +252,15 @@ class CompressedNM:
             return None
         values = (layer.out_features, layer.in_features // self.m * self.n)
         return BitMask.pack(mask.unpack()[kept.unpack()].view(values))
+
+    def expand_mask(self, name: str, mask: BitMask) -> BitMask:
+        """The opposite of `compact_mask`: a mask of the survivors as one of the dense shape."""
+        layer = self.layers.get(name)
+        if layer is None:
+            return mask
+        kept = layer.mask.unpack()
+        chosen = mask.unpack().to(kept.device).flatten()
+        return BitMask.pack(torch.zeros_like(kept).masked_scatter_(kept, chosen))
 
     def compact(self, name: str, values: Tensor) -> Tensor:
         """Numbers of the dense shape, or one for each survivor, in the shape of the survivors (`lr_scale`)."""

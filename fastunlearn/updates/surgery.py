@@ -32,6 +32,9 @@ def _products(lists: Sequence[Sequence[Tensor | None]], masks: Masks) -> Tensor:
         ).sum(0)
         total = part if total is None else total + part.to(total.device)
     assert total is not None
+    sharded: Any = next((x for row in lists for x in row if hasattr(x, "device_mesh")), None)
+    if sharded is not None and any(place.is_shard() for place in sharded.placements):
+        torch.distributed.all_reduce(total, group=sharded.device_mesh.get_group())
     return total
 
 
