@@ -42,7 +42,7 @@ from fastunlearn.objectives.rmu import steered_module
 from fastunlearn.ops.mask import BitMask, save_masks
 from fastunlearn.parametrize import CompressedNM, full_weights, lora
 from fastunlearn.parametrize.compressed_nm import dense_state_dict
-from fastunlearn.sharded import agreed, anywhere, check_shards, combined
+from fastunlearn.sharded import agreed, anywhere, check_shards, combined, summed
 from fastunlearn.two_terms import (
     STATE_FILE,
     DivergenceError,
@@ -403,9 +403,17 @@ class UnlearnTrainer(TwoTermTrainer):
 
     def saliency_loss(self, rows: range) -> Tensor:
         forget = self.train_dataset.forget
-        batch = self._on_device(PairedCollator(self.pad_id)([{"forget": forget[i]} for i in rows])["forget"])
+        own = rows[self.args.process_index :: self.args.world_size] if self.sharded else rows
+        # A process with no row left helps to put the blocks together, with one that does not count.
+        batch = [{"forget": forget[i]} for i in own or rows[:1]]
         with self.accelerator.autocast():
-            return token_nll(answer_logprobs(self.model, batch))
+            answers = answer_logprobs(self.model, self._on_device(PairedCollator(self.pad_id)(batch)["forget"]))
+        if not self.sharded:
+            return token_nll(answers)
+        # The mean over the tokens of all processes; FSDP takes the mean of their gradients.
+        counts = float(bool(own))
+        tokens = summed(answers.length.sum() * counts, self.args.device)
+        return -answers.total.sum() * (counts * self.args.world_size / float(tokens))
 
     # ---- the terms --------------------------------------------------------------------------------------------------
 

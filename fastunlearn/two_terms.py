@@ -305,7 +305,8 @@ class TwoTermTrainer(ShardedTrainer):
             return
         self._chosen = True
         forget = self.train_dataset.forget
-        size = self.args.per_device_train_batch_size
+        # Processes that hold parts of one model each take their rows of a batch, as in a step: the scores depend on its size.
+        size = self.args.per_device_train_batch_size * (self.args.world_size if self.sharded else 1)
         batches = [range(i, min(i + size, len(forget))) for i in range(0, len(forget), size)]
         with evaluating(self.model):
             masks = saliency_masks(

@@ -1,77 +1,164 @@
-"""Runs of a tiny model in one process or several (torchrun, gloo), for tests: `python -m tests.distributed.runs SETTINGS.json`.
+"""Runs of a tiny model in one process or several (gloo), for tests: `python -m tests.distributed.runs SETTINGS.json` under
+torchrun, or `Processes`, which imports everything once and forks what it is asked for.
 
-A run writes weights.pt (dense, by the first process) into its folder when it ends.
+A run writes start.pt and, when it ends, weights.pt into its folder: dense, by the first process.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
+#: what `accelerate launch` sets for fsdp_version: 2
+FSDP = {
+    "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": "false", "FSDP_RESHARD_AFTER_FORWARD": "true",
+}  # fmt: skip
 
 
-def launch(
-    runs: dict[str, dict[str, Any]], folder: Path, processes: int, limit: float = 240.0, **environment: str
-) -> subprocess.CompletedProcess:
-    """Runs, one after the other, in so many processes; above one they shard (FSDP2) as accelerate's environment asks.
+def environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+def written(runs: dict[str, dict[str, Any]], folder: Path, processes: int) -> Path:
+    """The settings of runs, one after the other, as a file.
 
     Args:
         runs: name -> settings; each has the folder of its name.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"settings-{processes}.json"
-    listed = [{**run, "folder": str(folder / name), "processes": processes} for name, run in runs.items()]
-    path.write_text(json.dumps(listed))
-    command = [sys.executable, "-m", "tests.distributed.runs", str(path)]
-    variables = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    if processes > 1:
-        variables |= {
-            "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
-            "FSDP_CPU_RAM_EFFICIENT_LOADING": "false", "FSDP_RESHARD_AFTER_FORWARD": "true",
-        }  # fmt: skip
-        command[1:2] = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--standalone", "-m"]
-    return subprocess.run(command, capture_output=True, text=True, env=variables | environment, cwd=ROOT, timeout=limit)
+    path.write_text(json.dumps([{**run, "folder": str(folder / n), "processes": processes} for n, run in runs.items()]))
+    return path
 
 
-def separately(runs: dict[str, dict[str, Any]], folder: Path, processes: int) -> list[subprocess.Popen]:
-    """The same without torchrun, which would end the other processes itself when one has died."""
-    import socket
-
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "settings.json"
-    path.write_text(
-        json.dumps([{**run, "folder": str(folder / name), "processes": processes} for name, run in runs.items()])
-    )
-    out = []
-    for rank in range(processes):
-        variables = {
-            **os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "RANK": str(rank), "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "CUDA_VISIBLE_DEVICES": "",
-            "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
-            "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
-        }  # fmt: skip
-        command = [sys.executable, "-m", "tests.distributed.runs", str(path)]
-        out.append(subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=variables, cwd=ROOT))
-    return out
-
-
-def ended(done: subprocess.CompletedProcess) -> None:
+def torchrun(runs: dict[str, dict[str, Any]], folder: Path, processes: int, limit: float = 240.0) -> None:
+    """Takes the runs in so many processes, which shard (FSDP2) as accelerate's environment asks."""
+    path = written(runs, folder, processes)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--standalone", "-m"]
+    done = subprocess.run(
+        [*command, "tests.distributed.runs", str(path)], capture_output=True, text=True, env=environment() | FSDP, cwd=ROOT,
+        timeout=limit,
+    )  # fmt: skip
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
 
 
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return torch.load(folder / "weights.pt")
+class Processes:
+    """A process that has imported what the runs need and forks as many as one asks for: an import takes longer than a run.
+
+    Unlike torchrun it leaves the processes that are left alone when one has died.
+    """
+
+    def __init__(self) -> None:
+        self.server = subprocess.Popen(
+            [sys.executable, "-m", "tests.distributed.runs", "--serve"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            env=environment(), cwd=ROOT,
+        )  # fmt: skip
+
+    def ask(self, what: str, arguments: list[Any], folder: Path, processes: int, limit: float = 200.0) -> list[int]:
+        """Exit status of every process, -9 for one that was killed. What it said is in folder/said-RANK.txt.
+
+        Args:
+            what: name of a function of this module. limit: seconds, after which all are killed.
+        """
+        assert self.server.stdin is not None
+        assert self.server.stdout is not None
+        folder.mkdir(parents=True, exist_ok=True)
+        self.server.stdin.write(json.dumps([what, arguments, str(folder), processes, limit]) + "\n")
+        self.server.stdin.flush()
+        answer = self.server.stdout.readline()
+        assert answer, f"the process that starts others ended with {self.server.wait()}"
+        return json.loads(answer)
+
+    def codes(self, runs: dict[str, dict[str, Any]], folder: Path, processes: int) -> list[int]:
+        """`ask` for runs."""
+        return self.ask("main", [str(written(runs, folder, processes))], folder, processes)
+
+    def run(self, runs: dict[str, dict[str, Any]], folder: Path, processes: int) -> None:
+        """The same of runs that must succeed."""
+        codes = self.codes(runs, folder, processes)
+        texts = [(folder / f"said-{rank}.txt").read_text() for rank in range(processes)]
+        assert not any(codes), f"{codes}: " + "\n".join(text[-3000:] for text in texts)
+
+    def close(self) -> None:
+        assert self.server.stdin is not None
+        self.server.stdin.close()
+        self.server.wait(60)
+
+
+def serve() -> None:
+    """The process behind `Processes`: an order a line on standard input, an answer a line on standard output."""
+    for name in (
+        "accelerate.utils.fsdp_utils", "torch.distributed.checkpoint", "torch.distributed.fsdp", "fastunlearn.methods",
+        "transformers.models.llama.modeling_llama", "fastunlearn.sharded_trainer", "tests.tiny_chat",
+    ):  # fmt: skip
+        importlib.import_module(name)
+    for line in sys.stdin:
+        what, arguments, folder, processes, limit = json.loads(line)
+        print(json.dumps(_forked(globals()[what], arguments, Path(folder), processes, limit)), flush=True)
+
+
+def _forked(function: Callable[..., None], arguments: list[Any], folder: Path, count: int, limit: float) -> list[int]:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    left: dict[int, int] = {}
+    for rank in range(count):
+        pid = os.fork()
+        if pid == 0:
+            _become(rank, count, port, folder / f"said-{rank}.txt")
+            code = 1
+            try:
+                function(*arguments)
+                code = 0
+            except BaseException:
+                import traceback
+
+                traceback.print_exc()
+            sys.stderr.flush()
+            os._exit(code)
+        left[pid] = rank
+    codes = [0] * count
+    end = time.monotonic() + limit
+    while left:
+        for pid in list(left):
+            done, status = os.waitpid(pid, os.WNOHANG)
+            if done:
+                codes[left.pop(pid)] = os.waitstatus_to_exitcode(status)
+        if time.monotonic() > end:
+            for pid in left:
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.02)
+    return codes
+
+
+def _become(rank: int, count: int, port: int, said: Path) -> None:
+    """A forked process as torchrun would have made it."""
+    with open(os.devnull) as nothing, open(said, "w") as file:
+        os.dup2(nothing.fileno(), 0)
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    if count > 1:
+        os.environ |= {
+            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count),
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), **FSDP,
+        }  # fmt: skip
+
+
+def weights(folder: Path, name: str = "weights") -> dict[str, torch.Tensor]:
+    return torch.load(folder / f"{name}.pt")
 
 
 def rows(count: int, offset: int) -> list[dict[str, str]]:
@@ -121,6 +208,8 @@ def one(settings: dict[str, Any]) -> None:
                     p.mul_(masks[name].unpack())
     # "start": rounded to that type first.
     model = model.to(getattr(torch, settings.get("start", settings.get("dtype", "float32")))).to(dtype)
+    if rank == 0:
+        torch.save(model.state_dict(), folder / "start.pt")
     spoil(settings.get("spoil"), rank, model, masks)
     kinds = {
         "sau": (SAUConfig, SAUTrainer),
@@ -202,5 +291,30 @@ def nan_at(trainer: Any, step: int, rank: int) -> None:
     trainer.forget_term = forget_term
 
 
+def watched(dies: int, how: str) -> None:
+    """One of two processes that only wait; one of them gets a signal, the other is told on standard error."""
+    import torch.distributed as dist
+
+    from fastunlearn.sharded import Watch, agreed, anywhere
+
+    rank = int(os.environ["RANK"])
+    dist.init_process_group("gloo")
+    assert anywhere(rank == 1, torch.device("cpu"))
+    assert not anywhere(False, torch.device("cpu"))
+    try:
+        with agreed():
+            if rank == 0:
+                raise OSError("nothing there")
+    except (OSError, ValueError) as error:
+        print(type(error).__name__, error, flush=True)
+    with Watch(limit=2.0, every=0.2):
+        time.sleep(0.5)
+    with Watch(limit=2.0, every=0.2):
+        time.sleep(0.5)
+        if rank == dies:
+            os.kill(os.getpid(), getattr(signal, how))
+        time.sleep(60)
+
+
 if __name__ == "__main__":
-    main(sys.argv[1])
+    serve() if sys.argv[1] == "--serve" else main(sys.argv[1])

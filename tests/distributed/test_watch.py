@@ -2,70 +2,22 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 import time
 
 import pytest
 
-from tests.distributed.runs import ROOT
-
-CODE = """
-import os, signal, sys, time
-import torch.distributed as dist
-from fastunlearn.sharded import Watch, agreed, anywhere
-rank = int(os.environ["RANK"])
-dist.init_process_group("gloo")
-import torch
-assert anywhere(rank == 1, torch.device("cpu")) and not anywhere(False, torch.device("cpu"))
-try:
-    with agreed():
-        if rank == 0:
-            raise OSError("nothing there")
-except (OSError, ValueError) as error:
-    print(type(error).__name__, error, flush=True)
-with Watch(limit=3.0, every=0.3):
-    time.sleep(1)
-with Watch(limit=3.0, every=0.3):
-    time.sleep(1)
-    if rank == int(sys.argv[1]):
-        os.kill(os.getpid(), getattr(signal, sys.argv[2]))
-    time.sleep(60)
-"""
+pytestmark = pytest.mark.serial
 
 
-@pytest.mark.serial
 @pytest.mark.parametrize(("dies", "how"), [(1, "SIGKILL"), (0, "SIGKILL"), (1, "SIGSTOP")])
-def test_the_others_stop(dies, how):
-    import socket
-
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    common = {
-        **os.environ,
-        "PYTHONPATH": str(ROOT),
-        "WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", CODE, str(dies), how], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}, cwd=ROOT,
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    try:
-        start = time.monotonic()
-        shown, said = processes[1 - dies].communicate(timeout=100)
-        assert time.monotonic() - start < 100
-        assert processes[1 - dies].returncode == 1
-        assert "fastunlearn: process" in said
-        assert "resume_from_checkpoint" in said
-        wanted = "OSError nothing there" if dies == 1 else "ValueError process 0 of 2: nothing there"
-        assert wanted in shown
-    finally:
-        for process in processes:
-            process.kill()
+def test_the_others_stop(processes, tmp_path, dies, how):
+    start = time.monotonic()
+    codes = processes.ask("watched", [dies, how], tmp_path, 2, limit=8.0)
+    # The one that is stopped is killed at the limit.
+    assert time.monotonic() - start < 20
+    assert codes[dies] == -9
+    assert codes[1 - dies] == 1
+    said = (tmp_path / f"said-{1 - dies}.txt").read_text()
+    assert "fastunlearn: process" in said
+    assert "resume_from_checkpoint" in said
+    assert ("OSError nothing there" if dies == 1 else "ValueError process 0 of 2: nothing there") in said
