@@ -138,6 +138,8 @@ class Watch:
     def __init__(self, limit: float = 40.0, every: float = 5.0):
         self.limit, self.every = limit, every
         self._end = threading.Event()
+        #: after an error of its own a process is missed like one that has died: the others may not know of it
+        self._clean = False
         self._thread: threading.Thread | None = None
 
     def __enter__(self) -> Watch:
@@ -183,7 +185,7 @@ class Watch:
                     seen[other] = (said, time.monotonic())
                 elif time.monotonic() - seen[other][1] > self.limit:
                     self._die(f"process {other} of {world} has given no sign of life for {self.limit:.0f} s")
-        if rank:
+        if rank and self._clean:
             try:
                 store.set(f"alive/{rank}", "end")
             except Exception:
@@ -203,6 +205,7 @@ class Watch:
         # No process takes the store away while another asks it; after an error nobody waits.
         if error is None:
             dist.barrier()
+            self._clean = True
         elif isinstance(error, RuntimeError) and any(
             word in str(error) for word in ("peer", "gloo", "NCCL", "onnection")
         ):

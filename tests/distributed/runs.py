@@ -292,7 +292,7 @@ def nan_at(trainer: Any, step: int, rank: int) -> None:
 
 
 def watched(dies: int, how: str) -> None:
-    """One of two processes that only wait; one of them gets a signal, the other is told on standard error."""
+    """One of two processes that only wait; one of them gets a signal or an error, the other is told on standard error."""
     import torch.distributed as dist
 
     from fastunlearn.sharded import Watch, agreed, anywhere
@@ -307,10 +307,12 @@ def watched(dies: int, how: str) -> None:
                 raise OSError("nothing there")
     except (OSError, ValueError) as error:
         print(type(error).__name__, error, flush=True)
-    with Watch(limit=2.0, every=0.2):
-        time.sleep(0.5)
-    with Watch(limit=2.0, every=0.2):
-        time.sleep(0.5)
+    with Watch(limit=1.5, every=0.1):
+        time.sleep(0.3)
+    with Watch(limit=1.5, every=0.1):
+        time.sleep(0.3)
+        if rank == dies and how == "raise":
+            raise KeyError("of this process alone")
         if rank == dies:
             os.kill(os.getpid(), getattr(signal, how))
         time.sleep(60)
