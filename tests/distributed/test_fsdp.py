@@ -26,17 +26,21 @@ RUNS: dict[str, dict[str, Any]] = {
     "gru": {"options": {"update": "gru", "compressed": True}},
     "dense": {"method": "unlearn", "pruned": False},
     "npo, blocks again": {"options": {"objective": "NPO", "compressed": True, "gradient_checkpointing": True}},
-    "saliency": {"options": {"localize": "saliency", "saliency_density": 0.2}},
-    "redistribution, saliency": {
+    "salient survivors, redistribution": {
         "options": {"localize": "saliency", "saliency_density": 0.2, "compressed": True, "redistribution": "update"}
     },
-    "redistribution by gradients": {"options": {"redistribution": "update", "importance": "weight_grad"}},
-}
-BF16: dict[str, Any] = {"dtype": "bfloat16", "options": {"compressed": True}}
-#: the same step in micro-batches of one row
+    "salient, redistribution by gradients": {
+        "options": {
+            "localize": "saliency", "saliency_density": 0.2, "redistribution": "update", "importance": "weight_grad"
+        }
+    },
+}  # fmt: skip
+#: by two processes in micro-batches of one row
 ACCUMULATED = ("compressed", "masked hamu", "pcgrad")
-#: by four processes too
-BY_FOUR = ("masked", "compressed", "masked hamu", "gru")
+#: by four
+BY_FOUR = ("masked", "masked hamu", "gru")
+BY_TWO = tuple(name for name in RUNS if name != "masked")
+BF16: dict[str, Any] = {"dtype": "bfloat16", "options": {"compressed": True}}
 
 
 def with_options(run: dict[str, Any], **options: Any) -> dict[str, Any]:
@@ -52,16 +56,16 @@ def outcomes(tmp_path_factory, processes) -> Path:
         name: with_options(run, dense_model=str(folder / "dense")) if "redistribution" in name else run
         for name, run in RUNS.items()
     }
-    others = {"bfloat16": BF16, "bfloat16 masked": {**BF16, "options": {}}, "exact": {"start": "bfloat16"}}
+    others = {"bfloat16 masked": {**BF16, "options": {}}, "exact": {"start": "bfloat16"}}
     processes.run({**runs, **others}, folder / "1", 1)
     halves = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
-    accumulated = {f"{name}, accumulated": with_options(RUNS[name], **halves) for name in ACCUMULATED}
-    torchrun({**runs, **accumulated, "bfloat16": BF16}, folder / "2", 2)
+    by_two = {name: with_options(runs[name], **(halves if name in ACCUMULATED else {})) for name in BY_TWO}
+    torchrun({**by_two, "bfloat16": BF16}, folder / "2", 2)
     processes.run({**{name: RUNS[name] for name in BY_FOUR}, "bfloat16": BF16}, folder / "4", 4)
     return folder
 
 
-@pytest.mark.parametrize(("name", "count"), [*((name, 2) for name in RUNS), *((name, 4) for name in BY_FOUR)])
+@pytest.mark.parametrize(("name", "count"), [*((name, 2) for name in BY_TWO), *((name, 4) for name in BY_FOUR)])
 def test_ten_steps_are_those_of_one_process(outcomes, name, count):
     one, several = weights(outcomes / "1" / name), weights(outcomes / str(count) / name)
     for key, tensor in one.items():
@@ -77,13 +81,6 @@ def test_steps_are_no_smaller_than_what_is_told_apart(outcomes, name):
         assert max(float((one[key] - tensor).abs().max()) for key, tensor in reference.items()) > 2e-4
 
 
-@pytest.mark.parametrize("name", ACCUMULATED)
-def test_accumulation_does_not_mix_the_two_gradients(outcomes, name):
-    one, several = weights(outcomes / "1" / name), weights(outcomes / "2" / f"{name}, accumulated")
-    for key, tensor in one.items():
-        torch.testing.assert_close(several[key], tensor, rtol=1e-3, atol=2e-5, msg=f"{name}, {key}")
-
-
 @pytest.mark.parametrize("count", [2, 4])
 def test_bfloat16_is_as_far_from_fp32_as_one_process_is(outcomes, count):
     def error(folder: Path) -> float:
@@ -94,18 +91,17 @@ def test_bfloat16_is_as_far_from_fp32_as_one_process_is(outcomes, count):
 
 
 def test_a_checkpoint_goes_from_two_to_four_to_one(processes, tmp_path):
-    """Three steps each; together the run of one process that was not interrupted."""
-    runs = {"adam": {"options": {"compressed": True}}, "gru": {"options": {"update": "gru"}},
-            "hamu": {"method": "hamu", "options": {"hamu_share": 0.3}}}  # fmt: skip
-    common = {"lr_scheduler_type": "constant", "save_strategy": "steps", "save_steps": 3}
-    processes.run({n: with_options(r, **common, max_steps=9) for n, r in runs.items()}, tmp_path / "whole", 1)
+    """Two steps each; together the run of one process that was not interrupted."""
+    runs = {"adam": {"options": {"compressed": True}}, "gru": {"options": {"update": "gru"}}}
+    common = {"lr_scheduler_type": "constant", "save_strategy": "steps", "save_steps": 2}
+    processes.run({n: with_options(r, **common, max_steps=6) for n, r in runs.items()}, tmp_path / "whole", 1)
     for i, count in enumerate((2, 4, 1)):
         parts = {
-            n: {**with_options(r, **common, max_steps=3 * (i + 1)), "resume": i > 0, "save": i == 1}
+            n: {**with_options(r, **common, max_steps=2 * (i + 1)), "resume": i > 0, "save": i == 1}
             for n, r in runs.items()
         }
         processes.run(parts, tmp_path / "parts", count)
-        assert (tmp_path / "parts" / "adam" / "out" / f"checkpoint-{3 * (i + 1)}" / "sharded").is_dir() == (count > 1)
+        assert (tmp_path / "parts" / "adam" / "out" / f"checkpoint-{2 * (i + 1)}" / "sharded").is_dir() == (count > 1)
     for name in runs:
         whole, parts_ = weights(tmp_path / "whole" / name), weights(tmp_path / "parts" / name)
         for key, tensor in whole.items():
@@ -120,14 +116,19 @@ def test_a_checkpoint_goes_from_two_to_four_to_one(processes, tmp_path):
     assert load_checkpoint(tmp_path / "parts" / "adam" / "out", masks="require").pruning == {"pattern": "2:4"}
 
 
-def test_a_killed_run_goes_on_exactly(processes, tmp_path):
-    """SIGKILL of every process in step 4 and, gone on, in step 5, a checkpoint after every second step."""
-    run = {"options": {"compressed": True, "save_strategy": "steps", "save_steps": 2, "max_steps": 6}}
+def test_a_run_that_dies_goes_on_exactly(processes, tmp_path):
+    """SIGKILL of one process in step 4, of which the other tells, and of both in step 5; a checkpoint after every second step."""
+    run = {"options": {"compressed": True, "save_strategy": "steps", "save_steps": 2, "max_steps": 5}}
     processes.run({"run": run}, tmp_path / "whole", 2)
-    for step in (4, 5):
-        codes = processes.codes({"run": {**run, "resume": step > 4, "kill_at": step}}, tmp_path / "cut", 2)
-        assert -9 in codes
-        assert 0 not in codes
+    start = time.monotonic()
+    codes = processes.codes({"run": {**run, "kill_at": 4, "kill_rank": 1, "kill_alone": True}}, tmp_path / "cut", 2)
+    assert time.monotonic() - start < 60
+    assert codes[1] == -9
+    assert codes[0] not in (0, -9)
+    said = (tmp_path / "cut" / "said-0.txt").read_text()
+    assert "fastunlearn: " in said
+    assert "resume_from_checkpoint=true" in said
+    assert -9 in processes.codes({"run": {**run, "resume": True, "kill_at": 5}}, tmp_path / "cut", 2)
     processes.run({"run": {**run, "resume": True}}, tmp_path / "cut", 2)
     whole, cut = weights(tmp_path / "whole" / "run"), weights(tmp_path / "cut" / "run")
     assert all(torch.equal(cut[key], tensor) for key, tensor in whole.items())
@@ -157,14 +158,3 @@ def test_what_one_process_meets_all_are_told(processes, tmp_path):
     assert said("zeros", 0).startswith("ValueError: process 1 of 2:")
     assert "in the batch of forget rows" in said("nan", 1)
     assert "of another process" in said("nan", 0)
-
-
-def test_when_a_process_dies_the_others_stop_with_a_message(processes, tmp_path):
-    start = time.monotonic()
-    codes = processes.codes({"run": {"kill_at": 3, "kill_rank": 1, "kill_alone": True}}, tmp_path, 2)
-    assert time.monotonic() - start < 60
-    assert codes[1] == -9
-    assert codes[0] not in (0, -9)
-    said = (tmp_path / "said-0.txt").read_text()
-    assert "fastunlearn: " in said
-    assert "Go on from the last checkpoint" in said.replace("\n", " ")

@@ -12,7 +12,7 @@ pytestmark = pytest.mark.serial
 @pytest.mark.parametrize(("dies", "how"), [(1, "SIGKILL"), (0, "SIGKILL"), (1, "SIGSTOP"), (1, "raise")])
 def test_the_others_stop(processes, tmp_path, dies, how):
     start = time.monotonic()
-    codes = processes.ask("watched", [dies, how], tmp_path, 2, limit=7.0)
+    codes = processes.ask("watched", [dies, how], tmp_path, 2, limit=6.0)
     # The one that is stopped is killed at the limit.
     assert time.monotonic() - start < 20
     assert codes[dies] == (1 if how == "raise" else -9)
