@@ -14,7 +14,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -44,15 +45,26 @@ def written(runs: dict[str, dict[str, Any]], folder: Path, processes: int) -> Pa
     return path
 
 
-def torchrun(runs: dict[str, dict[str, Any]], folder: Path, processes: int, limit: float = 240.0) -> None:
-    """Takes the runs in so many processes, which shard (FSDP2) as accelerate's environment asks."""
+@contextmanager
+def torchrun(runs: dict[str, dict[str, Any]], folder: Path, processes: int, limit: float = 240.0) -> Iterator[None]:
+    """Takes the runs in so many processes, which shard (FSDP2) as accelerate's environment asks; they are done at the end."""
     path = written(runs, folder, processes)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--standalone", "-m"]
-    done = subprocess.run(
-        [*command, "tests.distributed.runs", str(path)], capture_output=True, text=True, env=environment() | FSDP, cwd=ROOT,
-        timeout=limit,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+    with open(folder / "said.txt", "w") as said:
+        made = subprocess.Popen(
+            [*command, "tests.distributed.runs", str(path)],
+            stdout=said,
+            stderr=said,
+            env=environment() | FSDP,
+            cwd=ROOT,
+        )
+    try:
+        yield
+        code = made.wait(limit)
+    finally:
+        made.terminate()
+        made.wait()
+    assert code == 0, (folder / "said.txt").read_text()[-6000:]
 
 
 class Processes:
@@ -71,7 +83,7 @@ class Processes:
         """Exit status of every process, -9 for one that was killed. What it said is in folder/said-RANK.txt.
 
         Args:
-            what: name of a function of this module. limit: seconds, after which all are killed.
+            what: name of a function of this module. limit: seconds, after which all are killed; those that are stopped are when no other is left.
         """
         assert self.server.stdin is not None
         assert self.server.stdout is not None
@@ -131,13 +143,16 @@ def _forked(function: Callable[..., None], arguments: list[Any], folder: Path, c
             os._exit(code)
         left[pid] = rank
     codes = [0] * count
+    stopped: set[int] = set()
     end = time.monotonic() + limit
     while left:
         for pid in list(left):
-            done, status = os.waitpid(pid, os.WNOHANG)
-            if done:
+            done, status = os.waitpid(pid, os.WNOHANG | os.WUNTRACED)
+            if done and os.WIFSTOPPED(status):
+                stopped.add(pid)
+            elif done:
                 codes[left.pop(pid)] = os.waitstatus_to_exitcode(status)
-        if time.monotonic() > end:
+        if time.monotonic() > end or stopped.issuperset(left):
             for pid in left:
                 os.kill(pid, signal.SIGKILL)
         time.sleep(0.02)

@@ -12,9 +12,8 @@ pytestmark = pytest.mark.serial
 @pytest.mark.parametrize(("dies", "how"), [(1, "SIGKILL"), (0, "SIGKILL"), (1, "SIGSTOP"), (1, "raise")])
 def test_the_others_stop(processes, tmp_path, dies, how):
     start = time.monotonic()
-    codes = processes.ask("watched", [dies, how], tmp_path, 2, limit=6.0)
-    # The one that is stopped is killed at the limit.
-    assert time.monotonic() - start < 20
+    codes = processes.ask("watched", [dies, how], tmp_path, 2, limit=20.0)
+    assert time.monotonic() - start < 15
     assert codes[dies] == (1 if how == "raise" else -9)
     assert codes[1 - dies] == 1
     said = (tmp_path / f"said-{1 - dies}.txt").read_text()
