@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import json
 import subprocess
+from dataclasses import replace
 
 import pytest
+import torch
+
+pytest.importorskip("transformers")
 
 from benchmarks import large
+from fastunlearn.parametrize.compressed_nm import compressed_layers
 
 CASE = large.Case("smollm2-135m", "b", "cpu", "float32", 1, 8, False, 1, 1)
 ROW = {"tokens_per_second": 1.0, "peak_bytes": 2**20, "seconds": {"forget": 0.1}}
@@ -83,3 +88,34 @@ def test_another_error_is_not_memory(monkeypatch):
     monkeypatch.setattr(large, "measure", measure)
     with pytest.raises(RuntimeError, match="shapes differ"):
         large.child(json.dumps(vars(CASE)))
+
+
+@pytest.mark.parametrize("arm", large.ARMS)
+def test_a_step_of_every_arm(arm):
+    run = large.Run(replace(CASE, arm=arm), torch.device("cpu"))
+    before = [p.detach().clone() for p in run.params]
+    run.step()
+    assert any(not torch.equal(p, old) for p, old in zip(run.params, before))
+    assert {"forget", "retain", "optimizer"} <= run.clock.seconds.keys()
+    assert ("reference" in run.clock.seconds) == (arm == "a")
+    assert all(seconds > 0 for seconds in run.clock.seconds.values())
+    if arm in "cd":
+        kept = sum(p.numel() for p in run.params)
+        assert kept == sum(w.shape.numel() for w in compressed_layers(run.model).values()) // 2
+
+
+def test_what_is_measured():
+    row = large.measure(replace(CASE, arm="c"))
+    assert row["weights"] == large.LABEL
+    assert sum(row["seconds"].values()) == pytest.approx(row["step_seconds"])
+    assert row["tokens_per_second"] == pytest.approx(2 * 8 / row["step_seconds"])
+    assert row["peak_bytes"] > 0
+
+
+def test_plans_of_large_models(tmp_path):
+    rows = {(r["model"], r["arm"], r["gpus"]): r for r in large.plans(tmp_path / "plans.json")["rows"]}
+    assert json.loads((tmp_path / "plans.json").read_text())["rows"] == list(rows.values())
+    assert len(rows) == len(large.PLANS)
+    weights = {gpus: rows["llama-3.1-70b", "c", gpus]["bytes"]["weights"] for gpus in (8, 64)}
+    assert weights[8] == pytest.approx(8 * weights[64])
+    assert rows["llama-3.1-8b", "c", 1]["peak_bytes"] < rows["llama-3.1-8b", "a", 1]["peak_bytes"]
