@@ -112,10 +112,12 @@ def test_what_is_measured():
     assert row["peak_bytes"] > 0
 
 
-def test_plans_of_large_models(tmp_path):
+def test_plans_of_large_models(tmp_path, monkeypatch):
+    asked = (("smollm2-135m", "a", 1), ("smollm2-135m", "c", 1), ("smollm2-135m", "c", 8), ("smollm2-135m", "c", 64))
+    monkeypatch.setattr(large, "PLANS", asked)
     rows = {(r["model"], r["arm"], r["gpus"]): r for r in large.plans(tmp_path / "plans.json")["rows"]}
     assert json.loads((tmp_path / "plans.json").read_text())["rows"] == list(rows.values())
-    assert len(rows) == len(large.PLANS)
-    weights = {gpus: rows["llama-3.1-70b", "c", gpus]["bytes"]["weights"] for gpus in (8, 64)}
-    assert weights[8] == pytest.approx(8 * weights[64])
-    assert rows["llama-3.1-8b", "c", 1]["peak_bytes"] < rows["llama-3.1-8b", "a", 1]["peak_bytes"]
+    assert tuple(rows) == asked
+    whole, eighth, part = (rows["smollm2-135m", "c", gpus]["bytes"]["weights"] for gpus in (1, 8, 64))
+    assert (whole, eighth) == pytest.approx((64 * part, 8 * part))
+    assert rows["smollm2-135m", "c", 1]["peak_bytes"] < rows["smollm2-135m", "a", 1]["peak_bytes"]

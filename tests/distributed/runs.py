@@ -105,9 +105,9 @@ class Processes:
         assert not any(codes), f"{codes}: " + "\n".join(text[-3000:] for text in texts)
 
     def close(self) -> None:
-        assert self.server.stdin is not None
-        self.server.stdin.close()
-        self.server.wait(60)
+        # At its leisure it would take a second.
+        self.server.kill()
+        self.server.wait()
 
 
 def serve() -> None:
