@@ -11,7 +11,14 @@ import torch
 from torch import Tensor
 
 from fastunlearn import ops
-from fastunlearn.data.prompts import TextStream, aligned_features, encode_prompts, last_features, stream_of
+from fastunlearn.data.prompts import (
+    TextStream,
+    aligned_features,
+    encode_prompts,
+    in_templates,
+    last_features,
+    stream_of,
+)
 
 #: concepts whose text is encoded at once, at most, and bytes of their features: there may be more than fit memory
 BATCH, BATCH_BYTES = 64, 2**28
@@ -27,11 +34,6 @@ def last_words(streams: Sequence[TextStream], names: Sequence[str]) -> Tensor:
     """`last_features` of every stream, one stream behind the other: fp64 [streams * names, width]."""
     parts = [last_features(stream, names[at : at + BATCH]) for stream in streams for at in range(0, len(names), BATCH)]
     return torch.cat(parts)
-
-
-def in_templates(concepts: Sequence[str], template: Sequence[str] | None) -> list[str]:
-    """Every concept in every template, those of one template together; the names alone where there is none."""
-    return [text.replace("{}", concept) for text in template or ["{}"] for concept in concepts]
 
 
 #: what scapre and uce call concepts, what each becomes, what is preserved, and one of what they become
@@ -124,7 +126,7 @@ def token_pairs(
 
     Args:
         text: a stream, or a pipeline with a U-Net.
-        last: the last word alone; else every position.
+        last: the concept's last word alone; else every position of the prompt.
         padding_weight: of a padding position.
 
     Yields:
@@ -133,12 +135,12 @@ def token_pairs(
     stream = stream_of(text)
     batch = _batch(stream, template)
     for at in range(0, len(names), batch):
-        mine, theirs = (in_templates(texts[at : at + batch], template) for texts in (names, guides))
+        mine, theirs = names[at : at + batch], guides[at : at + batch]
         if last:
-            c, a = last_features(stream, mine), last_features(stream, theirs)
+            c, a = last_features(stream, mine, template), last_features(stream, theirs, template)
             yield c, a, torch.ones(len(c), dtype=c.dtype, device=c.device)
         else:
-            c, a, padding = aligned_features(stream, mine, theirs)
+            c, a, padding = aligned_features(stream, in_templates(mine, template), in_templates(theirs, template))
             yield c, a, torch.ones(len(c), dtype=c.dtype, device=c.device).masked_fill(padding, padding_weight)
 
 
@@ -149,8 +151,11 @@ def kept_tokens(
     stream = stream_of(text)
     batch = _batch(stream, template)
     for at in range(0, len(names), batch):
-        texts = in_templates(names[at : at + batch], template)
-        yield last_features(stream, texts) if last else encode_prompts(stream, texts).double().flatten(0, 1)
+        some = names[at : at + batch]
+        if last:
+            yield last_features(stream, some, template)
+        else:
+            yield encode_prompts(stream, in_templates(some, template)).double().flatten(0, 1)
 
 
 def noisy(features: Tensor, samples: int, noise: float, seed: int) -> Tensor:

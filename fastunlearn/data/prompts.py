@@ -154,6 +154,11 @@ class Span:
     other_end: int
 
 
+def _common(ids: Sequence[int], other: Sequence[int]) -> int:
+    """Tokens with which both begin."""
+    return next((n for n, pair in enumerate(zip(ids, other)) if pair[0] != pair[1]), min(len(ids), len(other)))
+
+
 def differing_span(ids: Sequence[int], other: Sequence[int], *, empty: bool = False) -> Span:
     """What is left of two rows of tokens when their common beginning and their common ending are taken off.
 
@@ -164,12 +169,8 @@ def differing_span(ids: Sequence[int], other: Sequence[int], *, empty: bool = Fa
     Raises:
         ValueError: they are equal, or one is the other with something added.
     """
-    start = 0
-    while start < min(len(ids), len(other)) and ids[start] == other[start]:
-        start += 1
-    tail = 0
-    while tail < min(len(ids), len(other)) - start and ids[-1 - tail] == other[-1 - tail]:
-        tail += 1
+    start = _common(ids, other)
+    tail = min(_common(ids[::-1], other[::-1]), len(ids) - start, len(other) - start)
     span = Span(start, len(ids) - tail, len(other) - tail)
     if span.end <= span.start or (span.other_end <= span.start and not empty):
         raise ValueError("prompts: want two that differ in the name of a concept, each with a name of its own")
@@ -198,15 +199,40 @@ def _spans(prompts: Sequence[str], others: Sequence[str], mine: Tokens, theirs: 
     return spans
 
 
-def last_features(text: Any, prompts: Sequence[str]) -> Tensor:
-    """Features of each prompt's last word (the last token before the ending one), fp64 [prompts, width]; pooled ones as they are."""
-    stream = stream_of(text)
+def in_templates(concepts: Sequence[str], template: Sequence[str] | None) -> list[str]:
+    """Every concept in every template, those of one template together; the names alone where there is none."""
+    return [text.replace("{}", concept) for text in template or ["{}"] for concept in concepts]
+
+
+def last_features(text: Any, concepts: Sequence[str], template: Sequence[str] | None = None) -> Tensor:
+    """Features of each concept's last word, in every template: the last token of its own, not of what a template puts behind it.
+
+    That token is found from the end: it is the one before the tokens that the prompt shares with the text behind the last {}. Of an
+    empty concept it is the token that comes before its place.
+
+    Args:
+        text: a pipeline of diffusers with a U-Net, or a `TextStream`; a pooled one has the one vector of the whole prompt.
+        concepts, template: as in `in_templates`.
+
+    Returns:
+        fp64 [templates * concepts, width].
+
+    Raises:
+        ValueError: as `tokenize`.
+    """
+    stream, template = stream_of(text), template or ["{}"]
+    prompts = in_templates(concepts, template)
     features = stream.encode(prompts).double()
     if stream.pooled:
         return features[:, 0]
-    # An empty prompt has only the tokens that begin and end it.
-    at = (stream.tokens(prompts).lengths - 2).clamp_min(0).to(features.device)
-    return features[torch.arange(len(prompts), device=features.device), at]
+    whole, behind = stream.tokens(prompts), stream.tokens([prompt.rpartition("{}")[2] for prompt in template])
+    at = []
+    for i, length in enumerate(whole.lengths.tolist()):
+        of = i // len(concepts)
+        ids, ending = whole.ids[i, :length].tolist(), behind.ids[of, : behind.lengths[of]].tolist()
+        # An empty prompt has only the tokens that begin and end it.
+        at.append(max(0, length - 1 - _common(ids[::-1], ending[::-1])))
+    return features[torch.arange(len(prompts), device=features.device), torch.tensor(at, device=features.device)]
 
 
 def empty_feature(text: Any) -> Tensor:

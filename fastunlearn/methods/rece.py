@@ -33,7 +33,7 @@ class RECEConfig:
     ridge: float = field(default=1e-3, metadata={"help": "Of the search for text that still draws a concept, above 0."})
     epochs: int = field(default=1, metadata={"help": "Searches, each followed by an edit; 0 is UCE."})
     tokens: Literal["last", "all"] = field(
-        default="last", metadata={"help": "Of a prompt: its last word, or every position."}
+        default="last", metadata={"help": "The last word of a concept, or every position of its prompt."}
     )
     template: list[str] | None = field(
         default=None,

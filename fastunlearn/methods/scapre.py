@@ -48,7 +48,7 @@ class ScaPreConfig:
     erase_scale: float = field(default=1.0, metadata={"help": "Weight of what is erased; 0 changes nothing."})
     preserve_scale: float = field(default=1.0, metadata={"help": "Weight of what is preserved."})
     tokens: Literal["last", "all"] = field(
-        default="all", metadata={"help": "Of a prompt: its last word, or every position (robust)."}
+        default="all", metadata={"help": "The last word of a concept, or every position of its prompt (robust)."}
     )
     padding_weight: float = field(
         default=1.0, metadata={"help": "Of a padding position beside one of a word (robust, tokens all)."}

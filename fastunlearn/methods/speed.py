@@ -27,8 +27,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fastunlearn import ops
-from fastunlearn.data.concepts import UCE_WORDS, check_concepts, concept_moments, in_templates, kept_tokens
-from fastunlearn.data.prompts import TextStream
+from fastunlearn.data.concepts import UCE_WORDS, check_concepts, concept_moments, kept_tokens
+from fastunlearn.data.prompts import TextStream, in_templates
 from fastunlearn.localize.text_paths import TextPath, text_paths, write_weights
 from fastunlearn.methods.uce import UCEConfig
 
@@ -55,7 +55,7 @@ class SPEEDConfig:
         default=10, metadata={"help": "Copies of preserved text, moved where a projection sees least."}
     )
     tokens: Literal["last", "all"] = field(
-        default="last", metadata={"help": "Of a prompt: its last word, or every position."}
+        default="last", metadata={"help": "The last word of a concept, or every position of its prompt."}
     )
     template: list[str] | None = field(
         default=None,

@@ -10,8 +10,9 @@ which is `fastunlearn.ops.spectral_solve` of these moments: W + es (V* - W C) C^
 as columns of C and P; at lamb = 0 its limit, the smallest change that does it.
 
 The second factor depends on the text alone: it is found once, in fp64, for all projections. As in the authors' code, a concept's
-text is its last word (the last token before the ending one); `tokens="all"` takes every position of the prompt, each to where the
-guide's goes that stands in its place: what an image is drawn from when the concept is named inside a sentence.
+text is its last word; the prompts they add end with the concept, and where a template goes on behind it, the token is still the last
+one of the concept's own. `tokens="all"` takes every position of the prompt, each to where the guide's goes that stands in its place:
+what an image is drawn from when the concept is named inside a sentence.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ class UCEConfig:
     )
     tokens: Literal["last", "all"] = field(
         default="last",
-        metadata={"help": "Of a prompt: its last word, or every position."},
+        metadata={"help": "The last word of a concept, or every position of its prompt."},
     )
     template: list[str] | None = field(
         default=None,

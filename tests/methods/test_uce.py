@@ -11,8 +11,8 @@ pytest.importorskip("diffusers")
 
 from safetensors.torch import load_file
 
-from fastunlearn.data.concepts import Moments, in_templates
-from fastunlearn.data.prompts import encode_prompts, tokenize
+from fastunlearn.data.concepts import Moments
+from fastunlearn.data.prompts import encode_prompts, in_templates, last_features, tokenize
 from fastunlearn.methods.uce import UCEConfig, uce, uce_weights
 from fastunlearn.parametrize.partial_unet import load_partial_unet, save_partial_unet
 from fastunlearn.sampling import sample
@@ -180,3 +180,28 @@ def test_bad_input():
             UCEConfig(**options)
     assert in_templates(["A", "B"], ["{}", "an {}"]) == ["A", "B", "an A", "an B"]
     assert len(THEMES) == 4
+
+
+def test_the_last_word_is_the_concepts_own():
+    pipeline = tiny_pipeline()
+    template = ["A {} image.", "{}", "Photo in {} style.", "Cat {} {}."]
+    names = ["Van Gogh", "Mosaic", "style", "Cat image.", ""]
+    got = last_features(pipeline, names, template)
+    features = encode_prompts(pipeline, in_templates(names, template)).double()
+    # Behind the first token, which begins every prompt, every word and full stop is one; an empty name gives what is before it.
+    before, own = [1, 0, 2, 1], [2, 1, 1, 3, 0]
+    at = [b + o * (1 + text.startswith("Cat")) for text, b in zip(template, before, strict=True) for o in own]
+    torch.testing.assert_close(got, features[torch.arange(len(at)), torch.tensor(at)], rtol=0, atol=0)
+
+
+def test_the_last_word_in_a_template_is_what_moves():
+    pipeline = tiny_pipeline()
+    for part in (pipeline.unet, pipeline.text_encoder):
+        part.double()
+    name, old = next((n, w.clone()) for n, w in pipeline.unet.named_parameters() if "attn2.to_v." in n)
+    template = ["A Cat image in {} style."]
+    c, a = (last_features(pipeline, [text], template) for text in ("Mosaic", "Photo"))
+    full_stop = last_features(pipeline, ["A Cat image in Mosaic style."])
+    new = uce(pipeline, ["Mosaic"], ["Photo"], config=UCEConfig(lamb=1e-9, template=template))[name]
+    torch.testing.assert_close(new @ c.T, old @ a.T, rtol=1e-6, atol=1e-6)
+    assert not torch.allclose(new @ full_stop.T, old @ last_features(pipeline, ["A Cat image in Photo style."]).T)
