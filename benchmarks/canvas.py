@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,9 @@ from benchmarks import RESULTS, ROOT, machine
 from benchmarks.__main__ import write_json
 from fastunlearn.evaluation.canvas import AnswerSettings, RealFeatures, evaluate, real_features
 from fastunlearn.evaluation.metrics import table_mean
-from fastunlearn.evaluation.worlds import World, canvas_world
-from fastunlearn.methods.recipes import DEFAULTS, METHODS
+from fastunlearn.evaluation.worlds import Target, World, canvas_world
+from fastunlearn.methods.recipes import METHODS
+from fastunlearn.methods.resolved import resolved_settings
 from fastunlearn.pipelines import load_pipeline
 
 METRICS = ("UA", "IRA", "CRA")
@@ -119,6 +120,11 @@ def rows_of(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return out
 
 
+def _settings_of(method: str, given: Mapping[str, Any] | None = None) -> Callable[[Target], dict[str, Any]]:
+    """target -> what the method runs with."""
+    return lambda target: {} if method == "none" else resolved_settings(method, target.kind, given)
+
+
 def _facts(world: World, settings: AnswerSettings, model: str) -> dict[str, Any]:
     facts = machine.meta(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     settings = settings.of(world)
@@ -147,7 +153,7 @@ def run(
         with load:
             done = evaluate(
                 pipeline, world, targets, METHODS.get(method), method=method, seed=seed, settings=settings, real=real,
-                output=work / f"canvas-{seed}.json", about={"model": model, "defaults": DEFAULTS}, say=_say,
+                method_settings=_settings_of(method), output=work / f"canvas-{seed}.json", about={"model": model}, say=_say,
             )  # fmt: skip
         facts = _facts(world, settings, model) | {"targets": ", ".join(t.name for t in targets), "targets' seed": seed}
         share = load.share()
@@ -178,7 +184,7 @@ def tune(methods: Sequence[str], *, model: str, work: Path, out: Path, seed: int
 
             done = evaluate(
                 pipeline, world, targets, unlearn, method=f"{method} {number}", seed=seed, settings=TUNING_SETTINGS, real=real,
-                output=work / "canvas-tuning.json", about={"model": model, "grid": GRID}, say=_say,
+                method_settings=_settings_of(method, chosen), output=work / "canvas-tuning.json", about={"model": model}, say=_say,
             )  # fmt: skip
             mine = [row for row in done["rows"] if row["method"] == f"{method} {number}"]
             rows += [row | {"method": method, "settings": trial} for row in mine]

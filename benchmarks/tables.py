@@ -160,6 +160,21 @@ _CANVAS = [
 ]
 
 
+def _canvas_settings(result: dict[str, Any]) -> list[str]:
+    """What each method ran with, by the kind of target where that makes a difference."""
+    chosen: dict[str, dict[str, list[str]]] = {}
+    for row in result["rows"]:
+        if row.get("settings"):
+            kinds = chosen.setdefault(row["method"], {}).setdefault(json.dumps(row["settings"]), [])
+            kinds += [row["kind"]] if row["kind"] not in kinds else []
+    out = []
+    for method, found in chosen.items():
+        for said, kinds in found.items():
+            which = f" of {' and '.join(f'{kind}s' for kind in kinds)}" if len(found) > 1 else ""
+            out.append(f"- {method}{which}: `{said}`")
+    return ["", "Settings:", "", *out] if out else []
+
+
 def canvas_block(path: Path) -> str:
     """One line a method: means over its targets, the mean of the six accuracies, how many targets became noise."""
     if not path.is_file():
@@ -181,7 +196,15 @@ def canvas_block(path: Path) -> str:
         lines.append([method, *cells, f"{noise} of {len(rows)}" if noise else "none"])
     head = ["method", *(name for name, *_ in _CANVAS[:6]), "mean", *(name for name, *_ in _CANVAS[6:]), "noise"]
     out = [*_markdown(head, lines), *_about(result)]
-    out += ["", "<details><summary>Every target</summary>", "", *_quality_rows(result), "", "</details>"]
+    rows = [{key: value for key, value in row.items() if key != "settings"} for row in result["rows"]]
+    out += [
+        "",
+        "<details><summary>Every target</summary>",
+        "",
+        *_quality_rows({"rows": rows}),
+        *_canvas_settings(result),
+    ]
+    out += ["", "</details>"]
     return "\n".join(out) + "\n"
 
 

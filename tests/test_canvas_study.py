@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+from dataclasses import asdict
 from functools import partial
 
 import pytest
@@ -17,6 +18,7 @@ from fastunlearn.evaluation.canvas import AnswerSettings
 from fastunlearn.methods.finetune_surrogate import FinetuneConfig
 from fastunlearn.methods.rece import RECEConfig
 from fastunlearn.methods.recipes import DEFAULTS, METHODS, OWN, SMALL, TRAINERS, concept_template, method_of
+from fastunlearn.methods.resolved import resolved_settings
 from fastunlearn.methods.scapre import ScaPreConfig
 from fastunlearn.methods.speed import SPEEDConfig
 from fastunlearn.methods.time_edit import TIMEConfig
@@ -73,6 +75,9 @@ def test_the_study_goes_on_and_makes_a_table(tiny, tmp_path):
     stored = json.loads(out.read_text())
     assert stored["rows"] == result["rows"]
     assert "counts" not in stored["rows"][0]
+    assert stored["rows"][0]["settings"] == {}
+    wanted = asdict(UCEConfig(**DEFAULTS["uce"]["style"]))
+    assert stored["rows"][2]["settings"] == {key: value for key, value in wanted.items() if key != "template"}
     assert {"UA", "IRA", "CRA", "fid_canvas_features", "valid", "seconds", "storage_mib", "noise"} <= set(
         stored["rows"][0]
     )
@@ -88,7 +93,38 @@ def test_the_study_goes_on_and_makes_a_table(tiny, tmp_path):
     assert cells[1:7] == [f"{value:.1f}" for value in six]
     assert cells[7] == f"**{sum(six) / 6:.1f}**"
     assert "<details><summary>Every target</summary>" in lines
+    assert f"- uce: `{json.dumps(stored['rows'][2]['settings'])}`" in lines
+    assert not any(line.startswith("- none") for line in lines)
     assert tables.block("canvas", tmp_path / "absent") == tables.NOT_MEASURED
+
+
+def test_other_settings_of_a_recipe_are_no_row_of_the_study(tiny, tmp_path, monkeypatch):
+    arguments = {
+        "styles": 1,
+        "objects": 0,
+        "seed": 3,
+        "settings": AnswerSettings(),
+        "model": "canvas",
+        "work": tmp_path,
+    }
+    canvas.run(["none", "uce"], out=tmp_path / "canvas.json", **arguments)
+    monkeypatch.setitem(DEFAULTS, "uce", {"style": {"tokens": "all", "lamb": 3.0}, "object": {}})
+    with pytest.raises(ValueError, match=r"holds uce on style .* with settings.lamb = 0.5, this study has 3.0"):
+        canvas.run(["uce"], out=tmp_path / "canvas.json", **arguments)
+    canvas.run(["none"], out=tmp_path / "other.json", **arguments)
+
+
+def test_resolved_settings_are_what_the_method_gets():
+    assert resolved_settings("uce", "style", {"lamb": 2.0}) == {
+        "erase_scale": 1.0, "preserve_scale": 1.0, "lamb": 2.0, "tokens": "all"
+    } | {k: v for k, v in DEFAULTS["uce"]["style"].items() if k != "lamb"}  # fmt: skip
+    assert resolved_settings("lora", "object", {"max_steps": 3}) == SMALL | OWN["lora"] | DEFAULTS["lora"]["object"] | {
+        "max_steps": 3
+    }
+    for name in METHODS:
+        assert resolved_settings(name, "style", {"given": 1})["given"] == 1
+    with pytest.raises(ValueError, match="method: 'uc' is unknown; did you mean uce"):
+        resolved_settings("uc", "style")
 
 
 def test_tuning_keeps_every_trial(tiny, tmp_path, monkeypatch):

@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -49,13 +50,18 @@ class EvaluateArguments:
     )
 
 
+def _file(pattern: str, target: Any) -> Path:
+    """Where the weights of a target lie."""
+    path = Path(pattern.replace("{target}", target.name).replace("{kind}", target.kind)).expanduser()
+    return path / "unet.safetensors" if path.is_dir() else path
+
+
 def _stored(pattern: str) -> Any:
     """A method that loads what an earlier run left behind."""
     from fastunlearn.parametrize.partial_unet import load_partial_unet
 
     def load(pipeline: Any, world: Any, target: Any, seed: int) -> int:
-        path = Path(pattern.replace("{target}", target.name).replace("{kind}", target.kind)).expanduser()
-        path = path / "unet.safetensors" if path.is_dir() else path
+        path = _file(pattern, target)
         load_partial_unet(pipeline.unet, path)
         return path.stat().st_size
 
@@ -76,6 +82,26 @@ def _method(asked: EvaluateArguments) -> Any:
     raise ValueError(
         f"method: {asked.method!r} is unknown{near or '; want'} {', '.join(METHODS)}, none or a path with {{target}}"
     )
+
+
+def _settings(asked: EvaluateArguments) -> Any:
+    """target -> what the method runs with, of stored weights the file's hash: rows that were made with others are refused."""
+    from fastunlearn.methods.recipes import METHODS
+    from fastunlearn.methods.resolved import resolved_settings
+
+    def of(target: Any) -> dict[str, Any]:
+        if asked.method in METHODS:
+            # Under a name of one's own a row does not say which method it is of.
+            return {"method": asked.method} | resolved_settings(asked.method, target.kind, asked.settings)
+        if asked.method == "none":
+            return {}
+        path = _file(asked.method, target)
+        if not path.is_file():
+            raise ValueError(f"method: there is no file {path}")
+        with path.open("rb") as file:
+            return {"file": hashlib.file_digest(file, "sha256").hexdigest()}
+
+    return of
 
 
 def _world(name: str, asked: EvaluateArguments, pipeline_arguments: Any) -> Any:
@@ -137,7 +163,7 @@ def main(argv: Sequence[str]) -> int:
         about = {"model": pipeline_arguments.model_name_or_path}
         result = evaluate(
             pipeline, world, targets, unlearn, method=asked.name or asked.method, seed=asked.seed, settings=settings,
-            output=asked.output, about=about, say=lambda line: print(line, flush=True),
+            method_settings=_settings(asked), output=asked.output, about=about, say=lambda line: print(line, flush=True),
         )  # fmt: skip
         rows = [row for row in result["rows"] if row["method"] == (asked.name or asked.method)]
         for kind in ("style", "object"):

@@ -9,6 +9,7 @@ without the erased concept. It compares models of one world; it is not the FID o
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -25,6 +26,7 @@ from fastunlearn.evaluation import attacks
 from fastunlearn.evaluation.frechet import Moments, frechet_distance, moments
 from fastunlearn.evaluation.metrics import Counts, mean_accuracy, unlearning_metrics
 from fastunlearn.evaluation.worlds import Target, World
+from fastunlearn.objectives.cached_logprobs import weights_digest
 from fastunlearn.report.cost import MIB, Cost, measured
 from fastunlearn.report.files import plain, write_json
 from fastunlearn.sampling import check_pipeline, sample_batches
@@ -286,6 +288,42 @@ def _bytes(kept: Mapping[str, Tensor] | int) -> int:
     return kept if isinstance(kept, int) else sum(t.numel() * t.element_size() for t in kept.values())
 
 
+def _digest(parts: Mapping[str, Any]) -> str:
+    """SHA-256 of the weights of all parts."""
+    said = hashlib.sha256()
+    for name, part in parts.items():
+        said.update(f"{name} {weights_digest(part)}\n".encode())
+    return said.hexdigest()
+
+
+def weights_of(pipeline: Any, world: World) -> dict[str, str]:
+    """SHA-256 of what a study's rows depend on beside its settings: the pipeline's weights, and the classifiers' where they are modules."""
+    parts = {name: getattr(pipeline, name) for name in ("unet", "text_encoder", "vae")}
+    judges = {kind: judge for kind, judge in world.classifiers.items() if isinstance(judge, nn.Module)}
+    return {"weights": _digest(parts)} | ({"classifiers": _digest(judges)} if judges else {})
+
+
+def _short(value: Any) -> str:
+    """For a message: a hash by its beginning."""
+    return repr(f"{value[:12]}...") if isinstance(value, str) and len(value) == 64 else repr(value)
+
+
+def _check_settings(path: Path, row: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Whether a row that is there was made with these settings of the method.
+
+    Raises:
+        ValueError: it was not; the first key that differs is named.
+    """
+    old, new = dict(row.get("settings") or {}), plain(wanted)
+    for key in (*new, *old):
+        if (key in old, old.get(key)) != (key in new, new.get(key)):
+            had, has = (_short(d[key]) if key in d else "none" for d in (old, new))
+            raise ValueError(
+                f"output: {path} holds {row['method']} on {row['kind']} {row['target']} with settings.{key} = {had}, this study has "
+                f"{has}; choose another file or another name for the method"
+            )
+
+
 def _load(path: Path, meta: dict[str, Any]) -> list[dict[str, Any]]:
     """Rows of a study that was interrupted.
 
@@ -303,7 +341,8 @@ def _load(path: Path, meta: dict[str, Any]) -> list[dict[str, Any]]:
     if other:
         key = other[0]
         raise ValueError(
-            f"output: {path} holds a study with {key} = {old.get(key)!r}, this one has {plain(meta)[key]!r}; choose another file"
+            f"output: {path} holds a study with {key} = {_short(old.get(key))}, this one has {_short(plain(meta)[key])}; "
+            "choose another file"
         )
     return rows
 
@@ -317,6 +356,7 @@ def evaluate(
     method: str,
     seed: int = 0,
     settings: AnswerSettings | None = None,
+    method_settings: Callable[[Target], Mapping[str, Any]] | None = None,
     output: str | Path | None = None,
     real: RealFeatures | None = None,
     about: Mapping[str, Any] | None = None,
@@ -332,30 +372,39 @@ def evaluate(
         method: its name in the rows.
         seed: of the method and the attacks; the seeds of the answer set are the settings'.
         settings: of the answer sets.
+        method_settings: what the method runs with on a target; kept in its row, and a row that was made with others is refused.
         output: JSON file, written whole after every target; what it holds already is not done again.
         real: `real_features(world)`, where several studies share them.
         about: more for "meta"; a file with other values is refused.
         say: takes a line about each target.
 
     Returns:
-        {"meta": settings, "rows": one a target and method}: method, kind, target, seed; UA, IRA, CRA, valid (percent), noise; the
+        {"meta": settings and hashes of the weights, "rows": one a target and method}: method, kind, target, seed, settings; UA, IRA, CRA, valid (percent), noise; the
         Frechet distance; recovered_* (percent) where attacks were asked for; seconds, peak_mib, storage_mib of the method,
         evaluation_seconds; counts.
 
     Raises:
-        ValueError: a pipeline without its parts, no targets, an output of another study, a method that leaves an adapter behind.
+        ValueError: a pipeline without its parts, no targets, an output of another study (other settings, other weights), a method
+            that leaves an adapter behind.
     """
     check_pipeline(pipeline)
     settings = (settings or AnswerSettings()).of(world)
     if not targets:
         raise ValueError("targets: none given")
-    meta = {"world": world.name, **asdict(settings), **(about or {})}
+    meta = {"world": world.name, **asdict(settings), **weights_of(pipeline, world), **(about or {})}
     # The batch's size changes no result that is meant to be compared.
     meta.pop("sample_batch_size")
     path = None if output is None else Path(output)
     rows = [] if path is None else _load(path, meta)
-    done = {(row["method"], row["kind"], row["target"], row["seed"]) for row in rows}
-    left = [t for t in dict.fromkeys(targets) if (method, t.kind, t.name, seed) not in done]
+    done = {(row["method"], row["kind"], row["target"], row["seed"]): row for row in rows}
+    chosen_for = method_settings or (lambda target: {})
+    left = []
+    for target in dict.fromkeys(targets):
+        row = done.get((method, target.kind, target.name, seed))
+        if row is None:
+            left.append(target)
+        elif path is not None:
+            _check_settings(path, row, chosen_for(target))
     if not left:
         return {"meta": plain(meta), "rows": rows}
     device = next(pipeline.unet.parameters()).device
@@ -365,7 +414,7 @@ def evaluate(
         say(f"{real.unreadable} real images cannot be read and are left out")
     try:
         for target in tqdm(left, desc=method, unit="target", disable=None):
-            cost, storage = Cost(0.0, 0.0), 0
+            cost, storage, chosen = Cost(0.0, 0.0), 0, chosen_for(target)
             if unlearn is not None:
                 original.restore(pipeline)
                 kept, cost = measured(lambda t=target: unlearn(pipeline, world, t, seed), device)  # type: ignore[misc]
@@ -373,7 +422,13 @@ def evaluate(
             begin = time.perf_counter()
             answers = shared or answer_set(pipeline, world, settings, target if unlearn else None)
             shared = answers if unlearn is None else None
-            row: dict[str, Any] = {"method": method, "kind": target.kind, "target": target.name, "seed": seed}
+            row = {
+                "method": method,
+                "kind": target.kind,
+                "target": target.name,
+                "seed": seed,
+                "settings": plain(chosen),
+            }
             row |= metrics_of(world, answers, real, target, settings.seed_theme)
             row |= attacked(pipeline, world, target, settings, seed)
             if unlearn is None:

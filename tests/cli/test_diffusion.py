@@ -181,6 +181,14 @@ def test_evaluate_a_method_and_go_on(canvas, tmp_path, capsys):
     text = (tmp_path / "canvas.json").read_text()
     assert run_evaluate(tmp_path, "--method", "uce", "settings={lamb: 0.1}", "--name", "mine") == 0
     assert (tmp_path / "canvas.json").read_text() == text
+    assert run_evaluate(tmp_path, "--method", "uce", "settings={lamb: 0.2}", "--name", "mine") == 2
+    assert "with settings.lamb = 0.1, this study has 0.2; choose another file" in capsys.readouterr().err
+    assert run_evaluate(tmp_path, "--method", "time", "settings={lamb: 0.1}", "--name", "mine") == 2
+    assert "with settings.method = 'uce', this study has 'time'" in capsys.readouterr().err
+    assert result["rows"][0]["settings"] == {
+        "method": "uce", "erase_scale": 1.0, "preserve_scale": 1.0, "lamb": 0.1, "tokens": "all"
+    }  # fmt: skip
+    assert (tmp_path / "canvas.json").read_text() == text
     assert run_evaluate(tmp_path) == 0
     assert len(json.loads((tmp_path / "canvas.json").read_text())["rows"]) == 4
     assert run_evaluate(tmp_path, "--steps", 3) == 2
@@ -204,6 +212,10 @@ def test_evaluate_what_is_stored(canvas, tmp_path, capsys):
     assert rows[0]["storage_mib"] == pytest.approx((tmp_path / "runs/Mosaic/unet.safetensors").stat().st_size / 2**20)
     assert run_evaluate(tmp_path, "--targets", "Tree", "--method", tmp_path / "runs/{target}") == 2
     assert "there is no file" in capsys.readouterr().err
+    assert run_evaluate(tmp_path, *stored) == 0
+    (tmp_path / "runs/Mosaic/unet.safetensors").write_bytes((tmp_path / "runs/Cat/unet.safetensors").read_bytes())
+    assert run_evaluate(tmp_path, *stored) == 2
+    assert "with settings.file = '" in capsys.readouterr().err
 
 
 def test_evaluate_refuses(canvas, tmp_path, capsys):

@@ -361,10 +361,56 @@ def test_a_file_of_another_study_is_refused(tmp_path, pipeline):
         evaluate(pipeline, world, TARGETS, None, method="none", output=out, settings=AnswerSettings(steps=3))
     with pytest.raises(ValueError, match="holds a study with model = None, this one has 'other'"):
         evaluate(pipeline, world, TARGETS, None, method="none", output=out, about={"model": "other"})
+    for part in ("unet", "text_encoder", "vae"):
+        other = tiny_pipeline()
+        with torch.no_grad():
+            next(getattr(other, part).parameters()).view(-1)[0] += 1
+        with pytest.raises(
+            ValueError, match=r"with weights = '[0-9a-f]{12}\.\.\.', this one has '[0-9a-f]{12}\.\.\.'; choose"
+        ):
+            evaluate(other, world, TARGETS, None, method="none", output=out)
+    judges = {"style": TinyClassifier(THEMES, 1), "object": TinyClassifier(OBJECTS)}
+    with pytest.raises(ValueError, match="with classifiers = "):
+        evaluate(pipeline, tiny_world(classifiers=judges), TARGETS, None, method="none", output=out)
     assert out.read_text() == text
     out.write_text("[1")
     with pytest.raises(ValueError, match="is no result of an evaluation"):
         evaluate(pipeline, world, TARGETS, None, method="none", output=out)
+
+
+def test_rows_of_other_settings_are_refused(tmp_path, pipeline):
+    out, world = tmp_path / "out.json", tiny_world()
+
+    def run(chosen, targets=TARGETS):
+        return evaluate(
+            pipeline,
+            world,
+            targets,
+            blur,
+            method="blur",
+            output=out,
+            method_settings=lambda target: chosen[target.kind],
+        )
+
+    chosen = {"style": {"lamb": 0.1, "names": ("a", "b")}, "object": {}}
+    rows = run(chosen)["rows"]
+    assert [row["settings"] for row in rows] == [{"lamb": 0.1, "names": ["a", "b"]}, {}]
+    assert run(chosen)["rows"] == rows
+    text = out.read_text()
+    for other, message in (
+        (
+            {"lamb": 0.2},
+            r"holds blur on style Mosaic with settings.lamb = 0.1, this study has 0.2; choose another file or",
+        ),
+        ({"lamb": None, "names": ("a", "b")}, "settings.lamb = 0.1, this study has None"),
+        ({"lamb": 0.1}, r"settings.names = \['a', 'b'\], this study has none"),
+        ({"lamb": 0.1, "names": ("a", "b"), "new": None}, "settings.new = none, this study has None"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run(chosen | {"style": other})
+    # A study of the other target alone does not ask about that row.
+    assert run(chosen | {"style": {}}, TARGETS[1:])["rows"] == rows
+    assert out.read_text() == text
 
 
 def test_bad_input(pipeline):
