@@ -51,6 +51,17 @@ class PeckerArguments:
     surrogate_concept: str | None = field(default=None, metadata={"help": "What is drawn instead."})
     retain_concepts: list[str] | None = field(default=None, metadata={"help": "Concepts that must stay."})
     template: list[str] | None = field(default=None, metadata={"help": "Prompts with {} for the concept."})
+    report_images: int = field(
+        default=4,
+        metadata={
+            "help": "Images of what is forgotten, and as many of what is kept, drawn by the one-step generator before and after and kept "
+            "in _samples for `fastunlearn report`."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        if self.report_images < 0:
+            raise ValueError(f"report_images: want at least 0, got {self.report_images}")
 
 
 @dataclass
@@ -93,7 +104,9 @@ def main(argv: Sequence[str]) -> int:
 
     def run() -> int:
         from fastunlearn.methods.pecker import PECKERConfig, PECKERTrainer
+        from fastunlearn.report.cost import measured
         from fastunlearn.report.files import write_json
+        from fastunlearn.report.samples import write_images
 
         asked, config = parse(
             (PeckerArguments, PECKERConfig), argv, PROG, epilog=EXAMPLE, required=("output_dir",),
@@ -125,8 +138,15 @@ def main(argv: Sequence[str]) -> int:
         if _began_only(output, {"distilled"}):
             # What the first stage left is this run's own.
             config.overwrite_output_dir = True
-        outcome = trainer.train(resume_from_checkpoint=resume or None)
+        shown = _shown(trainer, asked.report_images)
+        before = _draw(trainer, shown) if shown else None
+        outcome, cost = measured(lambda: trainer.train(resume_from_checkpoint=resume or None), config.device)
         trainer.save_model()
+        if before is not None:
+            with trainer.ema.applied(trainer.generator):
+                after = _draw(trainer, shown)
+            parts = {part: [str(name) for name in names] for part, (names, _) in shown.items()}
+            write_images(output, parts, before, after, seed=0)
         model = trainer.masked_model
         if model is not None:
             print(
@@ -137,13 +157,48 @@ def main(argv: Sequence[str]) -> int:
             {
                 "method": config.method, "model": asked.model_name_or_path, "train": outcome.metrics,
                 "gradient_products": None if model is None else model.share, "history": trainer.state.log_history,
-                "seconds": time.perf_counter() - start, "versions": _run.versions(), "command": _run.shown_command(PROG, argv),
+                "seconds": time.perf_counter() - start, "peak_mib": cost.peak_mib, "versions": _run.versions(), "command": _run.shown_command(PROG, argv),
             },
         )  # fmt: skip
         print(f"saved to {output}: unet, scheduler, {'masks, ' if trainer.masks else ''}pecker.json, metrics.json")
         return 0
 
     return _run.guarded(PROG, run)
+
+
+def _shown(trainer: Any, count: int) -> dict[str, tuple[list[Any], Any]]:
+    """Part -> names and values of a few conditions, evenly over all; none where the model draws in many steps, or no pictures."""
+    by_class = trainer.setup.classes is not None
+    if trainer.args.method in ("gradient_ascent", "sid") or (by_class and trainer.setup.shape[0] not in (1, 3)):
+        return {}
+    out = {}
+    for part in ("forget", "retain"):
+        conditions = getattr(trainer, part)
+        if conditions is None or len(conditions.names) != len(conditions) or not count:
+            continue
+        some = min(count, len(conditions))
+        places = [i * len(conditions) // some for i in range(some)]
+        named = [conditions.names[i] for i in places]
+        names = [f"class {name}" for name in named] if by_class else named
+        out[part] = (names, conditions.values[places])
+    return out
+
+
+def _draw(trainer: Any, shown: dict[str, tuple[list[Any], Any]]) -> Any:
+    """uint8 [n, 3, H, W]: one step of the generator from one noise for all."""
+    import torch
+
+    from fastunlearn._modes import evaluating
+    from fastunlearn.evaluation.classes import to_images
+    from fastunlearn.sampling import decode_latents
+
+    values = torch.cat([values for _, values in shown.values()])
+    z = torch.randn(1, *trainer.setup.shape, generator=torch.Generator().manual_seed(0)).to(values.device)
+    with torch.no_grad(), evaluating(trainer.generator):
+        drawn = trainer.distillation.generate(trainer.generator, z.expand(len(values), -1, -1, -1), values)
+    if trainer.setup.classes is None:
+        return decode_latents(trainer.setup.pipeline, drawn)
+    return to_images(drawn).expand(-1, 3, -1, -1)
 
 
 def _check(config: Any, work: _Work, scheduler: Any, output: Path, resume: Any) -> None:

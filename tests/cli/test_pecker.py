@@ -16,6 +16,8 @@ from safetensors.torch import load_file
 from fastunlearn import load_masks
 from fastunlearn.cli import main
 from fastunlearn.cli import pecker as command
+from fastunlearn.report.page import render
+from fastunlearn.report.run_folder import load_run
 from tests.methods.test_pecker import tiny_unet
 from tests.proof import assert_equal
 
@@ -45,6 +47,16 @@ def test_two_stages(model, tmp_path, capsys):
     about = json.loads((out / "pecker.json").read_text())
     assert (about["forget"], about["override"], about["retain"], about["one_step"]) == ([0], [1], [1, 2], True)
     assert json.loads((out / "metrics.json").read_text())["gradient_products"] < 1
+    # What its report shows: one image a class, before and after.
+    run = load_run(out)
+    assert [(s.part, s.prompt) for s in run.samples] == [
+        ("forget", "class 0"),
+        ("retain", "class 1"),
+        ("retain", "class 2"),
+    ]
+    assert all(s.before_image and s.after_image for s in run.samples)
+    assert run.asked["forget"] == "classes 0"
+    assert "Masks by layer" in render([run])
     assert (out / "unet" / "config.json").is_file()
     assert any(not m.density for m in load_masks(out / "masks.safetensors").values())
     first = json.loads((out / "distilled" / "pecker.json").read_text())
@@ -160,6 +172,9 @@ def test_a_concept(tmp_path, monkeypatch):
     argv += ["--template", "A Cat image in {} style.", "--output", str(tmp_path / "out"), "stages=single", *SMALL]
     assert main(argv) == 0
     assert json.loads((tmp_path / "out" / "pecker.json").read_text())["kappa"] == 4.5
+    samples = load_run(tmp_path / "out").samples
+    assert [s.prompt for s in samples] == ["A Cat image in Mosaic style.", "A Cat image in Van Gogh style."]
+    assert all(s.before_image for s in samples)
 
 
 @pytest.mark.parametrize(
