@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -98,7 +99,7 @@ class Pictures:
     """The same prompts from the same start latents, before and after: `with` nothing, draw, change the pipeline, draw again.
 
     Args:
-        forget, retain: prompts; the first few of each are drawn, spread over all of them.
+        forget, retain: prompts; a few of each are drawn.
 
     Raises:
         ValueError: images are asked for of a pipeline that this library does not draw from, or report_images < 0.
@@ -142,9 +143,9 @@ class Pictures:
 
 
 def _spread(prompts: Sequence[str], count: int) -> list[str]:
-    """At most `count` of them, evenly over all."""
-    count = min(count, len(prompts))
-    return [prompts[i * len(prompts) // count] for i in range(count)]
+    """At most `count` of them, the same for the same prompts; not evenly, for prompts often go round in a circle."""
+    places = random.Random(0).sample(range(len(prompts)), min(count, len(prompts)))
+    return [prompts[i] for i in sorted(places)]
 
 
 @dataclass
