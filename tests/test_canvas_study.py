@@ -17,7 +17,18 @@ from benchmarks import canvas, tables
 from fastunlearn.evaluation.canvas import AnswerSettings
 from fastunlearn.methods.finetune_surrogate import FinetuneConfig
 from fastunlearn.methods.rece import RECEConfig
-from fastunlearn.methods.recipes import DEFAULTS, METHODS, OWN, SMALL, TRAINERS, concept_template, method_of
+from fastunlearn.methods.recipes import (
+    DEFAULTS,
+    METHODS,
+    OWN,
+    SETTINGS,
+    SMALL,
+    TRAINERS,
+    concept_template,
+    config_class,
+    method_of,
+    settings_of,
+)
 from fastunlearn.methods.resolved import resolved_settings
 from fastunlearn.methods.scapre import ScaPreConfig
 from fastunlearn.methods.speed import SPEEDConfig
@@ -202,3 +213,40 @@ def test_trained_methods_run_in_the_evaluator(method):
         assert 0 < kept < whole
     else:
         assert moved <= kept.keys()
+
+
+def test_settings_go_by_the_world():
+    """What a 64 x 64 pipeline asks of a trainer is nothing for SD 1.5."""
+    canvas_, other = tiny_world(), tiny_world(name="unlearncanvas", settings=None)
+    assert settings_of(canvas_, "esd", "style", {})["learning_rate"] == SMALL["learning_rate"]
+    assert settings_of(other, "esd", "style", {}) == {"train_method": "xattn"}
+    assert not set(SMALL) & set(settings_of(other, "lora", "style", {"r": 8}))
+    assert settings_of(other, "lora", "style", {"r": 8}) == {"variant": "dense", "r": 8}
+    uce = [settings_of(other, "uce", kind, {}) for kind in ("style", "object")]
+    assert [(x["erase_scale"], x["lamb"]) for x in uce] == [(0.05, 1.0), (0.01, 10.0)]
+    assert settings_of(other, "uce", "style", {"lamb": 3.0})["lamb"] == 3.0
+    for methods in SETTINGS.values():
+        for method, kinds in methods.items():
+            assert kinds.keys() == {"style", "object"}
+            for settings in kinds.values():
+                more = {"output_dir": "out", "use_cpu": True} if method in TRAINERS else {}
+                config_class(method)(**more, **settings)
+    for method in ("spare", "rece", "scapre"):
+        with pytest.raises(ValueError, match=f"settings: {method} has none for unlearncanvas"):
+            METHODS[method](tiny_pipeline(), other, other.target("Mosaic"), 0)
+    with pytest.raises(ValueError, match="settings: uce has none for elsewhere"):
+        settings_of(tiny_world(name="elsewhere", settings=None), "uce", "style", {})
+
+
+def test_esd_is_trained_on_the_authors_prompt():
+    world, pipeline = tiny_world(name="unlearncanvas", settings=None), tiny_pipeline()
+    seen = []
+    encode = type(pipeline.text_encoder).forward
+
+    def spy(self, ids, *args, **more):
+        seen.extend(pipeline.tokenizer.batch_decode(ids, skip_special_tokens=True))
+        return encode(self, ids, *args, **more)
+
+    pipeline.text_encoder.forward = spy.__get__(pipeline.text_encoder)
+    METHODS["esd"](pipeline, world, world.target("Mosaic"), 0, progress=False, max_steps=1, ddim_steps=2)
+    assert {text.strip() for text in seen} == {"", "mosaic style"}

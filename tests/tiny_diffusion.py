@@ -217,7 +217,7 @@ def tiny_world(**changes: Any) -> Any:
 
     return World(
         **{
-            "name": "tiny", "themes": THEMES, "objects": OBJECTS, "seed_theme": SEED_STYLE, "prompt": prompt,
+            "name": "tiny", "settings": "canvas", "themes": THEMES, "objects": OBJECTS, "seed_theme": SEED_STYLE, "prompt": prompt,
             "surrogate_theme": SEED_STYLE, "seeds": (1, 2), "steps": 2, "guidance_scale": 1.0, "real": real, "real_count": 3,
             "classifiers": {"style": TinyClassifier(THEMES), "object": TinyClassifier(OBJECTS, 1)},
             "feature_name": "fid_tiny_features",

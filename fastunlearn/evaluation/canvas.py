@@ -45,7 +45,9 @@ class AnswerSettings:
     guidance_scale: float | None = field(
         default=None, metadata={"help": "Classifier-free guidance, 1: none; the world's own by default."}
     )
-    sample_batch_size: int = field(default=100, metadata={"help": "Images drawn at once."})
+    sample_batch_size: int | None = field(
+        default=None, metadata={"help": "Images drawn at once; the world's own by default."}
+    )
     seed_theme: Literal["include", "exclude"] = field(
         default="include",
         metadata={
@@ -63,7 +65,7 @@ class AnswerSettings:
 
     def __post_init__(self) -> None:
         for name in ("sample_batch_size", "thin"):
-            if getattr(self, name) < 1:
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name}: want at least 1, got {getattr(self, name)}")
         if self.seed_theme not in ("include", "exclude"):
             raise ValueError(f"seed_theme: want include or exclude, got {self.seed_theme!r}")
@@ -78,7 +80,7 @@ class AnswerSettings:
         guidance = world.guidance_scale if self.guidance_scale is None else self.guidance_scale
         return replace(
             self, seeds=tuple(self.seeds or world.seeds), steps=self.steps or world.steps, guidance_scale=guidance,
-            attacks=tuple(self.attacks),
+            attacks=tuple(self.attacks), sample_batch_size=self.sample_batch_size or world.sample_batch_size,
         )  # fmt: skip
 
     def sampling(self) -> dict[str, Any]:

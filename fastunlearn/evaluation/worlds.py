@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -76,6 +76,7 @@ class Concepts:
         seed_theme: the style that is no painting style (Photo, Seed_Images).
         prompt: (object, theme) -> text that is evaluated.
         surrogate_theme: name in a prompt of what a style is replaced by.
+        settings: whose settings the methods of `fastunlearn.methods.recipes` take; None: those of the world's name.
     """
 
     name: str
@@ -84,6 +85,7 @@ class Concepts:
     seed_theme: str
     prompt: Callable[[str, str], str]
     surrogate_theme: str
+    settings: str | None = field(default=None, kw_only=True)
 
     @property
     def styles(self) -> tuple[str, ...]:
@@ -182,6 +184,7 @@ class World(Concepts):
         real_count: real images a theme and object.
         classifiers: "style" and "object".
         feature_name: of the Frechet distance in the classifiers' features.
+        sample_batch_size: images that are drawn at once where nobody says how many.
 
     Raises:
         ValueError: a classifier has other labels.
@@ -194,6 +197,7 @@ class World(Concepts):
     real_count: int
     classifiers: Mapping[str, ImageClassifier]
     feature_name: str
+    sample_batch_size: int = field(default=100, kw_only=True)
 
     def __post_init__(self) -> None:
         for kind, wanted in (("style", self.themes), ("object", self.objects)):
@@ -297,6 +301,15 @@ class ViTClassifier(nn.Module):
         return out
 
 
+def unlearncanvas_concepts() -> Concepts:
+    """The styles and objects of UnlearnCanvas."""
+
+    def prompt(thing: str, theme: str) -> str:
+        return f"A {thing} image in {theme.replace('_', ' ')} style."
+
+    return Concepts("unlearncanvas", UNLEARNCANVAS_THEMES, UNLEARNCANVAS_OBJECTS, "Seed_Images", prompt, "Photo")
+
+
 def unlearncanvas_world(
     images: str | Path, style_classifier: str | Path | ImageClassifier, object_classifier: str | Path | ImageClassifier,
     *, size: int = 512, real_count: int = 5, device: Any = None,
@@ -325,21 +338,13 @@ def unlearncanvas_world(
         path = next((p for suffix in SUFFIXES if (p := stem.with_suffix(suffix)).is_file()), None)
         return None if path is None else read_image(path, size)
 
-    def prompt(thing: str, theme: str) -> str:
-        return f"A {thing} image in {theme.replace('_', ' ')} style."
-
     given = {"style": (style_classifier, UNLEARNCANVAS_THEMES), "object": (object_classifier, UNLEARNCANVAS_OBJECTS)}
     classifiers: dict[str, Any] = {
         kind: ViTClassifier(source, labels).to(device or "cpu") if isinstance(source, (str, Path)) else source
         for kind, (source, labels) in given.items()
     }
     return World(
-        name="unlearncanvas",
-        themes=UNLEARNCANVAS_THEMES,
-        objects=UNLEARNCANVAS_OBJECTS,
-        seed_theme="Seed_Images",
-        prompt=prompt,
-        surrogate_theme="Photo",
+        **vars(unlearncanvas_concepts()),
         seeds=UNLEARNCANVAS_SEEDS,
         steps=100,
         guidance_scale=9.0,
@@ -347,4 +352,6 @@ def unlearncanvas_world(
         real_count=real_count,
         classifiers=classifiers,
         feature_name="fid_vit_features",
+        # Of 512 x 512 pixels in fp32, twice as many in the U-Net with guidance.
+        sample_batch_size=4,
     )

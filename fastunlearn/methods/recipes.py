@@ -3,9 +3,10 @@
     METHODS["uce"](pipeline, world, target, seed, **settings) -> weights to keep
 
 changes the pipeline in place, as `fastunlearn.evaluation.canvas.evaluate` wants it; those of `AT_ONCE` take several targets, too.
-The settings in `DEFAULTS` are to be those that `python -m benchmarks.canvas tune` finds best on targets that no table holds; until
-that has run they say little. A method that is a trainer (`TRAINERS`) has `SMALL` and `OWN` instead of the settings of its own class,
-and `DEFAULTS` over both; the others have their own.
+Settings go by the world. Those of the canvas, `DEFAULTS`, are to be what `python -m benchmarks.canvas tune` finds best on targets that
+no table holds; until that has run they say little. A method that is a trainer (`TRAINERS`) has `SMALL` and `OWN` there instead of the
+settings of its own class, and `DEFAULTS` over both. Those of UnlearnCanvas, `UNLEARNCANVAS`, are its authors' as far as their code
+says; what it does not say is the class's own. A method without settings for a world wants them given.
 """
 
 from __future__ import annotations
@@ -55,6 +56,80 @@ SMALL: dict[str, Any] = {
 OWN: dict[str, dict[str, Any]] = {
     "lora": {"variant": "dense"}, "esd": {"ddim_steps": 10}, "salun": {"learning_rate": 1e-4},
 }  # fmt: skip
+#: UnlearnCanvas (SD 1.5, 512 x 512 pixels), of the benchmark's code. UCE's guide there is one whole prompt for every text ("An image in
+#: Photo style"), and what it preserves are the prompts of all other concepts; here both are names in the same template.
+_NAMED = {
+    "style": ["{}", "image in {} Style", "art by {}", "artwork by {}", "picture by {}", "style of {}"],
+    "object": ["{}", "image of {}", "photo of {}", "portrait of {}", "picture of {}", "painting of {}"],
+}
+UNLEARNCANVAS: dict[str, dict[str, dict[str, Any]]] = {
+    "uce": {
+        "style": {"erase_scale": 0.05, "preserve_scale": 0.1, "lamb": 1.0, "template": _NAMED["style"]},
+        "object": {"erase_scale": 0.01, "preserve_scale": 0.1, "lamb": 10.0, "template": _NAMED["object"]},
+    },
+    "esd": {kind: {"train_method": "xattn"} for kind in ("style", "object")},
+    "ablation": {"style": {"num_forget_images": 200}, "object": {"num_forget_images": 80}},
+    "salun": {
+        "style": {"recipe": "unlearncanvas", "num_forget_images": 60, "num_retain_images": 60},
+        "object": {"recipe": "unlearncanvas", "num_forget_images": 153, "num_retain_images": 153},
+    },
+}
+#: by the world's `settings`, or its name: method -> kind -> settings, where that is a world of 64 x 64 pixels over `SMALL` and `OWN`
+SETTINGS = {"canvas": DEFAULTS, "unlearncanvas": UNLEARNCANVAS}
+#: what ESD is trained on where it is not every prompt of the concept
+ESD_PROMPTS = {"unlearncanvas": {"style": "{} Style", "object": "An image of {}"}}
+CLOSED_FORMS: dict[str, type[Any]] = {
+    "finetune": FinetuneConfig, "uce": UCEConfig, "time": TIMEConfig, "rece": RECEConfig, "speed": SPEEDConfig,
+    "scapre": ScaPreConfig,
+}  # fmt: skip
+
+
+def config_class(method: str) -> type[Any]:
+    """The class of a method's settings."""
+    if method in CLOSED_FORMS:
+        return CLOSED_FORMS[method]
+    module, config, _ = TRAINERS[method]
+    found: type[Any] = getattr(importlib.import_module(f"fastunlearn.methods.{module}"), config)
+    return found
+
+
+def settings_of(world: Concepts, method: str, kind: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """What a method is run with in a world: the world's settings for it, and over them what is given.
+
+    Raises:
+        ValueError: none are known for that world and none are given; a name that the method's settings have not.
+    """
+    check_settings(method, given)
+    key = world.settings or world.name
+    own = SETTINGS.get(key, {}).get(method)
+    if own is None and not given:
+        known = sorted(name for name, methods in SETTINGS.items() if method in methods)
+        raise ValueError(
+            f"settings: {method} has none for {world.name} (for {' and '.join(known) or 'no world'} it has); give some of "
+            f"{config_class(method).__name__}'s, as settings={{...}}: what is not given is its own"
+        )
+    base: dict[str, Any] = {}
+    if method in TRAINERS:
+        base = SMALL | OWN.get(method, {}) if key == "canvas" else {"variant": "dense"} if method == "lora" else {}
+    return base | (own or {}).get(kind, {}) | dict(given)
+
+
+def check_settings(method: str, given: Mapping[str, Any]) -> None:
+    """Refuses what a method's settings are not called, or cannot be, before anything is loaded.
+
+    Raises:
+        ValueError: a name (the closest are named), or a value that a method of `CLOSED_FORMS` refuses.
+    """
+    kind = config_class(method)
+    known = [f.name for f in fields(kind) if f.init]
+    for name in given:
+        if name not in known:
+            raise ValueError(f"settings: {method} has no {name!r}; {closest(str(name), known)}")
+    if method in CLOSED_FORMS:
+        try:
+            kind(**given)
+        except TypeError as error:
+            raise ValueError(f"settings: {method} cannot have {dict(given)}: {error}") from None
 
 
 def concept_template(world: Concepts, kind: str) -> list[str]:
@@ -72,14 +147,12 @@ def finetune_target(
     pipeline: Any, world: Concepts, target: Target, seed: int, *, progress: bool = True, **settings: Any
 ) -> dict[str, Tensor]:
     """`finetune_surrogate` with every prompt of the target; all other prompts are the retain set."""
-    config = FinetuneConfig(**{"seed": seed} | DEFAULTS["finetune"][target.kind] | settings)
+    config = FinetuneConfig(**{"seed": seed} | settings_of(world, "finetune", target.kind, settings))
     forget, surrogate = world.forget_prompts(target), world.surrogate_prompts(target)
     return finetune_surrogate(pipeline, forget, surrogate, world.retain_prompts(target), config, progress=progress)
 
 
-def _edit_of(
-    method: str, config_class: type[Any], edit: Callable[..., Any], *, preserves: bool = True
-) -> Callable[..., dict[str, Tensor]]:
+def _edit_of(method: str, edit: Callable[..., Any], *, preserves: bool = True) -> Callable[..., dict[str, Tensor]]:
     """A closed-form edit of one target, or of several of a kind at once, each toward its surrogate; all other concepts of that kind
     are preserved."""
 
@@ -94,9 +167,9 @@ def _edit_of(
             )
         kind = kinds.pop()
         chosen: dict[str, Any] = {"template": concept_template(world, kind)}
-        if any(f.name == "seed" for f in fields(config_class)):
+        if any(f.name == "seed" for f in fields(CLOSED_FORMS[method])):
             chosen["seed"] = seed
-        config = config_class(**chosen | DEFAULTS[method][kind] | settings)
+        config = CLOSED_FORMS[method](**chosen | settings_of(world, method, kind, settings))
         names = [_name(world, one.name) for one in targets]
         guides = [_guide(world, one, targets) for one in targets]
         kept = [name for name in _kept(world, kind) if name not in names] if preserves else None
@@ -125,13 +198,11 @@ def _scapre(pipeline: Any, names: list[str], guides: list[str], kept: list[str],
     return scapre(pipeline, names, guides, preserve=preserve, config=config).weights
 
 
-uce_target = _edit_of("uce", UCEConfig, uce)
-time_target = _edit_of(
-    "time", TIMEConfig, lambda p, names, guides, _, c: time_edit(p, names, guides, c), preserves=False
-)
-rece_target = _edit_of("rece", RECEConfig, rece)
-speed_target = _edit_of("speed", SPEEDConfig, speed)
-scapre_target = _edit_of("scapre", ScaPreConfig, _scapre)
+uce_target = _edit_of("uce", uce)
+time_target = _edit_of("time", lambda p, names, guides, _, c: time_edit(p, names, guides, c), preserves=False)
+rece_target = _edit_of("rece", rece)
+speed_target = _edit_of("speed", speed)
+scapre_target = _edit_of("scapre", _scapre)
 
 #: methods that erase several concepts at once: METHODS[name] takes a list of targets of one kind
 AT_ONCE = ("uce", "time", "rece", "speed", "scapre")
@@ -145,17 +216,28 @@ def trained_target(
     Returns:
         Of weights that train, the new ones; of an adapter, the bytes of its factors and masks.
     """
+    chosen = settings_of(world, method, target.kind, settings)
     name, config, trainer = TRAINERS[method]
     module = importlib.import_module(f"fastunlearn.methods.{name}")
     # Without a retain set the anchor's images are concept ablation's; ESD has none.
     alone = method in ("esd", "ablation")
-    forget = ConceptImages(world.forget_prompts(target), world.surrogate_prompts(target))
+    asked, instead = world.forget_prompts(target), world.surrogate_prompts(target)
+    if method == "esd" and world.name in ESD_PROMPTS:
+        text = ESD_PROMPTS[world.name][target.kind]
+        asked, instead = [text.replace("{}", _name(world, target.name))], [""]
+    forget = ConceptImages(asked, instead)
     retain = None if alone else ConceptImages(world.retain_prompts(target))
-    chosen = SMALL | OWN.get(method, {}) | DEFAULTS[method][target.kind] | settings
     on_cpu = pipeline.device.type == "cpu"
     with tempfile.TemporaryDirectory() as folder:
         args = getattr(module, config)(
-            output_dir=folder, seed=seed, use_cpu=on_cpu, disable_tqdm=not progress, logging_steps=10**6, **chosen
+            **{
+                "output_dir": folder,
+                "seed": seed,
+                "use_cpu": on_cpu,
+                "disable_tqdm": not progress,
+                "logging_steps": 10**6,
+            }
+            | chosen
         )
         done, weights = getattr(module, trainer).run(pipeline, args, forget, retain)
     return done.adapter_bytes or weights

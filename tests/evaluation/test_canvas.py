@@ -516,3 +516,10 @@ def test_without_timm_it_says_so(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(ImportError, match=r"need timm \(pip install timm\)"):
         worlds.ViTClassifier(tmp_path / "style.pth", worlds.UNLEARNCANVAS_THEMES)
+
+
+def test_the_worlds_own_batch():
+    world = tiny_world(sample_batch_size=4)
+    assert AnswerSettings().of(world).sampling()["batch_size"] == 4
+    assert AnswerSettings(sample_batch_size=7).of(world).sampling()["batch_size"] == 7
+    assert AnswerSettings().of(tiny_world()).sampling()["batch_size"] == 100
