@@ -6,17 +6,21 @@ The canvas pipeline is a diffusers `StableDiffusionPipeline` (4.8 M parameters, 
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any
 
 import torch
 
-__all__ = ["CANVAS", "load_pipeline", "pipeline_folder"]
+__all__ = ["CANVAS", "is_canvas", "load_pipeline", "mark_canvas", "pipeline_folder"]
 
 CANVAS = "canvas"
 _ASSETS = Path(__file__).parent / "assets"
 PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+INDEX = "model_index.json"
+#: beside it where a pipeline draws the canvas' styles and objects
+MARK = "fastunlearn.json"
 
 
 def pipeline_folder(name: str | os.PathLike[str]) -> str:
@@ -27,15 +31,71 @@ def pipeline_folder(name: str | os.PathLike[str]) -> str:
     Raises:
         FileNotFoundError: this installation came without the canvas pipeline.
     """
-    if str(name) != CANVAS or (Path(name) / "model_index.json").is_file():
+    if str(name) != CANVAS or (Path(name) / INDEX).is_file():
         return str(name)
     folder = _ASSETS / CANVAS
-    if not (folder / "model_index.json").is_file():
+    if not (folder / INDEX).is_file():
         raise FileNotFoundError(
             f"the canvas pipeline is not in this installation ({folder}); install fastunlearn from a wheel or a full checkout, "
             "or train it: python -m benchmarks.train_canvas"
         )
     return str(folder)
+
+
+def mark_canvas(folder: str | os.PathLike[str]) -> None:
+    """Says of a folder of `save_pretrained` that its pipeline knows the styles and objects of the canvas by name."""
+    (Path(folder) / MARK).write_text(json.dumps({"world": CANVAS}) + "\n", encoding="utf-8")
+
+
+def is_canvas(name: str | os.PathLike[str]) -> bool:
+    """Whether a pipeline draws the canvas: "canvas", this package's folder, or one that `mark_canvas` has marked.
+
+    Raises:
+        ValueError: the mark is no JSON object.
+    """
+    folder = Path(name).expanduser()
+    if str(name) == CANVAS or (folder.is_dir() and folder.resolve() == (_ASSETS / CANVAS).resolve()):
+        return True
+    return (folder / MARK).is_file() and _json(folder / MARK).get("world") == CANVAS
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON file: {error}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: want a JSON object, got {type(found).__name__}")
+    return found
+
+
+def check_folder(folder: str | os.PathLike[str]) -> None:
+    """Refuses a folder that is no whole pipeline of diffusers; one that is not there may be a name of the hub.
+
+    Raises:
+        ValueError: it has no model_index.json, the index lacks parts, or the folder those that the index has; they are named.
+    """
+    path = Path(folder).expanduser()
+    if not path.is_dir():
+        return
+    if not (path / INDEX).is_file():
+        raise ValueError(f"pipeline: {path} has no {INDEX}; want a folder that save_pretrained of a pipeline wrote")
+    index = _json(path / INDEX)
+    listed = {name for name, kind in index.items() if isinstance(kind, list) and any(kind)}
+    denoiser = "transformer" if "transformer" in listed else "unet"
+    wanted = [denoiser, *PARTS[1:]]
+    absent = [part for part in wanted if part not in listed]
+    if absent:
+        raise ValueError(
+            f"pipeline: {path / INDEX} ({index.get('_class_name')}) has no {', '.join(absent)}; want {', '.join(wanted)}"
+        )
+    gone = sorted(part for part in listed if not (path / part).is_dir())
+    if gone:
+        raise ValueError(f"pipeline: {path} lacks {', '.join(f'{part}/' for part in gone)}, which its {INDEX} names")
+    models = [part for part in listed if part in (denoiser, "vae") or part.startswith("text_encoder")]
+    bare = sorted(part for part in models if not (path / part / "config.json").is_file())
+    if bare:
+        raise ValueError(f"pipeline: {path} lacks {', '.join(f'{part}/config.json' for part in bare)}")
 
 
 def load_pipeline(
@@ -56,7 +116,7 @@ def load_pipeline(
 
     Raises:
         ImportError: diffusers is not installed.
-        ValueError: the pipeline lacks a denoiser or a text encoder.
+        ValueError: the pipeline lacks a denoiser or a text encoder; a folder that is no whole pipeline (as `check_folder`).
     """
     try:
         from diffusers import DiffusionPipeline, __version__
@@ -68,7 +128,9 @@ def load_pipeline(
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     # Its name changed; the old one works before 0.42 and warns after.
     keyword = "dtype" if tuple(map(int, __version__.split(".")[:2])) >= (0, 42) else "torch_dtype"
-    pipe = DiffusionPipeline.from_pretrained(pipeline_folder(name), **{keyword: dtype})
+    folder = pipeline_folder(name)
+    check_folder(folder)
+    pipe = DiffusionPipeline.from_pretrained(folder, **{keyword: dtype})
     if getattr(pipe, "unet", None) is None and getattr(pipe, "transformer", None) is None:
         raise ValueError(
             f"pipeline {str(name)!r} has neither a unet nor a transformer; it has {sorted(pipe.components)}"

@@ -1,5 +1,8 @@
 """The pipeline and the classifiers that the package ships: whole, small, and they do what they say."""
 
+import json
+import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -117,3 +120,47 @@ def test_a_folder_called_canvas_counts_only_with_a_pipeline_in_it(tmp_path, monk
     assert pipelines.pipeline_folder("canvas") == str(pipelines._ASSETS / "canvas")
     (tmp_path / "canvas" / "model_index.json").write_text("{}")
     assert pipelines.pipeline_folder("canvas") == "canvas"
+
+
+def spoilt(tmp_path, gone=(), **index):
+    folder = tmp_path / "model"
+    parts = {"unet": "config", "vae": "config", "text_encoder": "config", "tokenizer": "x", "scheduler": "x"}
+    for part, name in parts.items():
+        (folder / part).mkdir(parents=True)
+        (folder / part / f"{name}.json").write_text("{}")
+    listed = {part: ["diffusers", "X"] for part in parts} | {"safety_checker": [None, None]} | index
+    (folder / pipelines.INDEX).write_text(json.dumps({"_class_name": "StableDiffusionPipeline"} | listed))
+    for name in gone:
+        (shutil.rmtree if (folder / name).is_dir() else os.unlink)(folder / name)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("gone", "index", "words"),
+    [
+        ((pipelines.INDEX,), {}, "has no model_index.json; want a folder that save_pretrained"),
+        (("unet", "vae"), {}, "lacks unet/, vae/, which its model_index.json names"),
+        (("vae/config.json",), {}, "lacks vae/config.json"),
+        (
+            (),
+            {"text_encoder": [None, None]},
+            r"\(StableDiffusionPipeline\) has no text_encoder; want unet, vae, text_encoder",
+        ),
+        ((), {"unet": [None, None], "transformer": ["a", "b"]}, "lacks transformer/"),
+    ],
+)
+def test_missing_parts_of_a_folder_are_named(tmp_path, gone, index, words):
+    folder = spoilt(tmp_path, gone, **index)
+    with pytest.raises(ValueError, match=words):
+        pipelines.load_pipeline(folder)
+
+
+def test_the_canvas_is_known_by_its_name_its_folder_and_a_mark(tmp_path):
+    folder = spoilt(tmp_path)
+    pipelines.check_folder(folder)
+    assert not pipelines.is_canvas(folder)
+    pipelines.mark_canvas(folder)
+    assert pipelines.is_canvas(folder)
+    assert pipelines.is_canvas("canvas")
+    assert pipelines.is_canvas(pipelines._ASSETS / "canvas")
+    assert not pipelines.is_canvas("stabilityai/sdxl")

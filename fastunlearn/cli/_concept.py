@@ -159,13 +159,15 @@ def _train(
         },
     )  # fmt: skip
     if asked.save_pipeline:
-        _diffusion.save_pipeline_folder(pipeline, folder / "pipeline", True)
+        _diffusion.save_pipeline_folder(pipeline, folder / "pipeline", True, canvas=given.concepts is not None)
     kept = f"adapter ({stored / MIB:.1f} MiB), " if trainer.adapter_bytes else ""
     print(f"{cost.seconds:.1f} s; {kept}{name} ({size / MIB:.1f} MiB) in {folder}")
     if trainer.family.part == "transformer" or getattr(pipeline, "text_encoder_2", None) is not None:
         print(f"look at it with diffusers: pipe.{trainer.family.part}.load_state_dict(load_file(...), strict=False)")
     else:
-        model = "" if given.concepts is not None else f"--model {shlex.quote(given.model_name_or_path)} "
+        model = (
+            "" if given.model_name_or_path == _diffusion.CANVAS else f"--model {shlex.quote(given.model_name_or_path)} "
+        )
         print(f"look at it: fastunlearn sample {model}--weights {folder / name} ...")
     return 0
 

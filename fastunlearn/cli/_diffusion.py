@@ -19,7 +19,7 @@ from fastunlearn.evaluation.worlds import Concepts, Target, canvas_concepts
 from fastunlearn.localize.text_paths import denoiser_of, text_paths
 from fastunlearn.methods.recipes import concept_template
 from fastunlearn.parametrize.partial_unet import load_partial_unet, save_partial_unet
-from fastunlearn.pipelines import CANVAS, load_pipeline
+from fastunlearn.pipelines import CANVAS, is_canvas, load_pipeline, mark_canvas
 from fastunlearn.report.cost import MIB, measured
 from fastunlearn.report.files import write_json
 from fastunlearn.report.samples import write_images
@@ -75,8 +75,8 @@ class PipelineArguments:
 
     @property
     def concepts(self) -> Concepts | None:
-        """The canvas' styles and objects; None for another model."""
-        return canvas_concepts() if self.model_name_or_path == CANVAS else None
+        """The canvas' styles and objects, of any pipeline that draws it; None for another model."""
+        return canvas_concepts() if is_canvas(self.model_name_or_path) else None
 
 
 @dataclass
@@ -285,7 +285,8 @@ def edit(
         )  # fmt: skip
         pictures.write(pipeline, output.path)
         if output_arguments.save_pipeline:
-            save_pipeline_folder(pipeline, output.path / "pipeline", output_arguments.overwrite)
+            canvas = pipeline_arguments.concepts is not None
+            save_pipeline_folder(pipeline, output.path / "pipeline", output_arguments.overwrite, canvas=canvas)
     print(f"{cost.seconds:.1f} s; {size / MIB:.1f} MiB in {path}")
     if part == "unet" and getattr(pipeline, "text_encoder_2", None) is None:
         print(f"look at it: fastunlearn sample --model {pipeline_arguments.model_name_or_path} --weights {path} ...")
@@ -294,13 +295,19 @@ def edit(
     return 0
 
 
-def save_pipeline_folder(pipeline: Any, folder: Path, overwrite: bool) -> None:
-    """A pipeline's folder, there whole or not at all."""
+def save_pipeline_folder(pipeline: Any, folder: Path, overwrite: bool, *, canvas: bool = False) -> None:
+    """A pipeline's folder, there whole or not at all.
+
+    Args:
+        canvas: it draws the canvas' styles and objects, and the folder says so.
+    """
     import shutil
 
     temporary = folder.with_name(f".{folder.name}.new.tmp")
     try:
         pipeline.save_pretrained(temporary)
+        if canvas:
+            mark_canvas(temporary)
         if folder.exists() and overwrite:
             shutil.rmtree(folder)
         temporary.rename(folder)
