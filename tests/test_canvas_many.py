@@ -67,7 +67,7 @@ def test_objects_become_one_that_stays():
     pipeline = tiny_pipeline()
     from fastunlearn.methods import recipes
 
-    edit = recipes._edit_of("uce", recipes.UCEConfig, lambda p, names, guides, kept, c: seen.update(names=names, guides=guides, kept=kept) or {})  # fmt: skip
+    edit = recipes._edit_of("uce", lambda p, names, guides, kept, c: seen.update(names=names, guides=guides, kept=kept) or {})  # fmt: skip
     edit(pipeline, world, [Target("object", "Cat"), Target("object", "Tree")], 0)
     assert seen == {"names": ["Cat", "Tree"], "guides": ["Fish", "Fish"], "kept": ["Fish"]}
     edit(pipeline, world, Target("style", "Mosaic"), 0)

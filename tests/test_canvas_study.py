@@ -250,3 +250,10 @@ def test_esd_is_trained_on_the_authors_prompt():
     pipeline.text_encoder.forward = spy.__get__(pipeline.text_encoder)
     METHODS["esd"](pipeline, world, world.target("Mosaic"), 0, progress=False, max_steps=1, ddim_steps=2)
     assert {text.strip() for text in seen} == {"", "mosaic style"}
+
+
+def test_rows_carry_the_settings_of_their_world():
+    other = tiny_world(name="unlearncanvas", settings=None)
+    assert resolved_settings("esd", "style", {"ddim_steps": 5}, other) == {"train_method": "xattn", "ddim_steps": 5}
+    assert resolved_settings("uce", "object", None, other)["lamb"] == 10.0
+    assert resolved_settings("rece", "style", {"ridge": 0.5}, "unlearncanvas")["ridge"] == 0.5

@@ -93,25 +93,30 @@ def config_class(method: str) -> type[Any]:
     return found
 
 
+def world_settings(world: Concepts | str, method: str, kind: str) -> dict[str, Any] | None:
+    """What a world (or the one of that name) has for a method on a style or an object, over the method's own; None: nothing."""
+    key = world if isinstance(world, str) else world.settings or world.name
+    own = SETTINGS.get(key, {}).get(method)
+    if own is None:
+        return None
+    return (SMALL | OWN.get(method, {}) if key == "canvas" and method in TRAINERS else {}) | own[kind]
+
+
 def settings_of(world: Concepts, method: str, kind: str, given: Mapping[str, Any]) -> dict[str, Any]:
-    """What a method is run with in a world: the world's settings for it, and over them what is given.
+    """What a method is run with in a world: `world_settings`, and over them what is given.
 
     Raises:
         ValueError: none are known for that world and none are given; a name that the method's settings have not.
     """
     check_settings(method, given)
-    key = world.settings or world.name
-    own = SETTINGS.get(key, {}).get(method)
+    own = world_settings(world, method, kind)
     if own is None and not given:
         known = sorted(name for name, methods in SETTINGS.items() if method in methods)
         raise ValueError(
             f"settings: {method} has none for {world.name} (for {' and '.join(known) or 'no world'} it has); give some of "
             f"{config_class(method).__name__}'s, as settings={{...}}: what is not given is its own"
         )
-    base: dict[str, Any] = {}
-    if method in TRAINERS:
-        base = SMALL | OWN.get(method, {}) if key == "canvas" else {"variant": "dense"} if method == "lora" else {}
-    return base | (own or {}).get(kind, {}) | dict(given)
+    return ({"variant": "dense"} if method == "lora" else {}) | (own or {}) | dict(given)
 
 
 def check_settings(method: str, given: Mapping[str, Any]) -> None:
