@@ -30,11 +30,13 @@ class EvaluateArguments:
     method: str = field(
         default="none",
         metadata={
-            "help": "spare, lora, esd, ablation, salun, finetune, uce, scapre, none (the model as it is), or a path with {target} (and "
-            "{kind}) in it: unet.safetensors files or folders that hold one."
+            "help": "spare, lora, esd, ablation, salun, finetune, uce, time, rece, speed, scapre, none (the model as it is), or a path "
+            "with {target} (and {kind}) in it: unet.safetensors files or folders that hold one."
         },
     )
-    settings: dict[str, Any] | None = field(default=None, metadata={"help": "Of the method: {lamb: 0.1}."})
+    settings: dict[str, Any] | None = field(
+        default=None, metadata={"help": "Of the method: {lamb: 0.1}; over those that the world has for it."}
+    )
     name: str | None = field(default=None, metadata={"help": "Of the method in the rows; default: the method."})
     targets: list[str] | None = field(default=None, metadata={"help": "Styles and objects by name, or all."})
     styles: int = field(default=4, metadata={"help": "How many styles, drawn by the seed, where no targets are given."})
@@ -71,10 +73,14 @@ def _stored(pattern: str) -> Any:
 def _method(asked: EvaluateArguments) -> Any:
     from fastunlearn.methods.recipes import METHODS
 
+    run, settings = METHODS.get(asked.method), asked.settings or {}
+    if settings and (asked.method == "none" or "{target}" in asked.method):
+        raise ValueError(
+            f"settings: a method's, one of {', '.join(METHODS)}; {asked.method} has none to take {', '.join(settings)}"
+        )
     if asked.method == "none":
         return None
-    if asked.method in METHODS:
-        run, settings = METHODS[asked.method], asked.settings or {}
+    if run is not None:
         return lambda pipeline, world, target, seed: run(pipeline, world, target, seed, **settings)
     if "{target}" in asked.method:
         return _stored(asked.method)
@@ -84,7 +90,7 @@ def _method(asked: EvaluateArguments) -> Any:
     )
 
 
-def _settings(asked: EvaluateArguments) -> Any:
+def _settings(asked: EvaluateArguments, concepts: Any) -> Any:
     """target -> what the method runs with, of stored weights the file's hash: rows that were made with others are refused."""
     from fastunlearn.methods.recipes import METHODS
     from fastunlearn.methods.resolved import resolved_settings
@@ -92,7 +98,7 @@ def _settings(asked: EvaluateArguments) -> Any:
     def of(target: Any) -> dict[str, Any]:
         if asked.method in METHODS:
             # Under a name of one's own a row does not say which method it is of.
-            return {"method": asked.method} | resolved_settings(asked.method, target.kind, asked.settings)
+            return {"method": asked.method} | resolved_settings(asked.method, target.kind, asked.settings, concepts)
         if asked.method == "none":
             return {}
         path = _file(asked.method, target)
@@ -140,7 +146,8 @@ def main(argv: Sequence[str]) -> int:
         from fastunlearn.cli import _diffusion
         from fastunlearn.evaluation.canvas import AnswerSettings, evaluate
         from fastunlearn.evaluation.metrics import table_mean
-        from fastunlearn.evaluation.worlds import canvas_concepts
+        from fastunlearn.evaluation.worlds import canvas_concepts, unlearncanvas_concepts
+        from fastunlearn.methods.recipes import METHODS, settings_of
 
         words = list(argv)
         name = words.pop(0) if words and not words[0].startswith("-") and "=" not in words[0] else ""
@@ -156,14 +163,17 @@ def main(argv: Sequence[str]) -> int:
         )  # fmt: skip
         unlearn = _method(asked)
         # Names are checked before anything is loaded.
-        targets = _targets(asked, canvas_concepts()) if name == "canvas" else None
+        concepts = canvas_concepts() if name == "canvas" else unlearncanvas_concepts()
+        targets = _targets(asked, concepts)
+        if asked.method in METHODS:
+            for target in targets:
+                settings_of(concepts, asked.method, target.kind, asked.settings or {})
         world = _world(name, asked, pipeline_arguments)
-        targets = targets or _targets(asked, world)
         pipeline = pipeline_arguments.load(trained=unlearn is not None or bool(settings.attacks))
         about = {"model": pipeline_arguments.model_name_or_path}
         result = evaluate(
             pipeline, world, targets, unlearn, method=asked.name or asked.method, seed=asked.seed, settings=settings,
-            method_settings=_settings(asked), output=asked.output, about=about, say=lambda line: print(line, flush=True),
+            method_settings=_settings(asked, concepts), output=asked.output, about=about, say=lambda line: print(line, flush=True),
         )  # fmt: skip
         rows = [row for row in result["rows"] if row["method"] == (asked.name or asked.method)]
         for kind in ("style", "object"):

@@ -23,8 +23,18 @@ class SampleArguments:
     """What is drawn."""
 
     output: str = field(metadata={"help": "The PNG file."})
-    concepts: list[str] | None = field(default=None, metadata={"help": "Names, a row each; columns are seeds."})
-    template: str = field(default="an image of {}", metadata={"help": "Prompt with {} for the concept."})
+    concepts: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Names, a row each; columns are seeds. Of the canvas: styles and objects that it knows, or all."
+        },
+    )
+    template: str | None = field(
+        default=None,
+        metadata={
+            "help": "Prompt with {} for the concept; default: 'an image of {}', of the canvas 'A {} image.' and '{} style.'."
+        },
+    )
     prompts: list[str] | None = field(default=None, metadata={"help": "Whole prompts, a row each; columns are seeds."})
     styles: list[str] | None = field(
         default=None, metadata={"help": "Styles of the canvas, a row each, or all; columns are --objects."}
@@ -52,9 +62,14 @@ def _grid(asked: SampleArguments, concepts: Any) -> tuple[list[list[str]], list[
     if asked.prompts is not None:
         return [[prompt] for prompt in asked.prompts], asked.prompts, columns
     if asked.concepts is not None:
-        if "{}" not in asked.template:
+        if asked.template is not None and "{}" not in asked.template:
             raise ValueError(f"template: want a text with {{}} in it, got {asked.template!r}")
-        return [[asked.template.replace("{}", name)] for name in asked.concepts], asked.concepts, columns
+        names, texts = asked.concepts, {}
+        if concepts is not None:
+            names = _names("concepts", names, (*concepts.themes, *concepts.objects))
+            texts = {name: "{} style." if name in concepts.themes else "A {} image." for name in names}
+        prompts = [(asked.template or texts.get(name, "an image of {}")).replace("{}", name) for name in names]
+        return [[prompt] for prompt in prompts], names, columns
     if concepts is None:
         raise ValueError("styles: styles and objects by name are those of the canvas; use --prompts for another model")
     styles = _names("styles", asked.styles or ["all"], concepts.themes)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,8 @@ from safetensors.torch import load_file
 from fastunlearn.cli import evaluate, finetune, sample, uce
 from fastunlearn.cli._arguments import parse
 from fastunlearn.cli._diffusion import PipelineArguments
-from fastunlearn.pipelines import load_pipeline
+from fastunlearn.methods.recipes import METHODS
+from fastunlearn.pipelines import is_canvas, load_pipeline
 from fastunlearn.report.grid import draw_grid
 
 TRAIN = ("max_steps=2", "batch_size=2", "num_forget_images=3", "num_retain_images=3", "sampling_steps=2")
@@ -233,6 +235,63 @@ def test_evaluate_refuses(canvas, tmp_path, capsys):
     assert run_evaluate(tmp_path, world="unlearncanvas") == 2
     assert "images: unlearncanvas needs --images" in capsys.readouterr().err
     assert not (tmp_path / "canvas.json").exists()
+
+
+def test_evaluate_checks_settings_before_it_loads(canvas, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("fastunlearn.cli._diffusion.load_pipeline", lambda *_, **__: pytest.fail("it was loaded"))
+    for more, message in (
+        (("--method", "uce", "settings={lam: 0.1}"), "settings: uce has no 'lam'; did you mean lamb"),
+        (("--method", "uce", "settings={lamb: -1}"), "lamb: want a finite number >= 0, got -1"),
+        (("--method", "uce", "settings={lamb: much}"), "settings: uce cannot have {'lamb': 'much'}"),
+        (("--method", "esd", "settings={learning_rat: 1}"), "settings: esd has no 'learning_rat'; did you mean"),
+        (("--method", "none", "settings={lamb: 0.1}"), "none has none to take lamb"),
+        (("--method", "runs/{target}", "settings={lamb: 0.1}"), "runs/{target} has none to take lamb"),
+    ):
+        assert run_evaluate(tmp_path, *more) == 2
+        assert message in capsys.readouterr().err
+    assert run_evaluate(tmp_path, "--method", "rece", world="unlearncanvas") == 2
+    assert (
+        "settings: rece has none for unlearncanvas (for canvas it has); give some of RECEConfig"
+        in capsys.readouterr().err
+    )
+
+
+def test_evaluate_names_every_method():
+    said = {field.name: field.metadata["help"] for field in fields(evaluate.EvaluateArguments)}["method"]
+    assert said.startswith(f"{', '.join(METHODS)}, none (")
+
+
+def test_concepts_of_the_canvas_are_those_it_knows(canvas, tmp_path, capsys, monkeypatch):
+    asked = []
+
+    def draw_nothing(pipeline, prompts, seeds, **_):
+        asked.extend(prompts)
+        return torch.zeros(len(seeds), len(prompts), 3, 4, 4, dtype=torch.uint8)
+
+    monkeypatch.setattr("fastunlearn.sampling.sample", draw_nothing)
+    out = ["--output", str(tmp_path / "a.png"), "--overwrite", "--concepts"]
+    assert sample.main([*out, "pop_art", "cat"]) == 0
+    assert sample.main([*out, "cat", "--template", "a {}"]) == 0
+    assert asked == ["Pop Art style.", "A Cat image.", "a Cat"]
+    assert sample.main([*out, "Dragon"]) == 2
+    assert "concepts: concept: 'Dragon' is not on the canvas. It knows Photo, Pop Art" in capsys.readouterr().err
+
+
+def test_a_saved_canvas_keeps_its_names(canvas, folder, tmp_path, capsys):
+    whole = tmp_path / "whole"
+    assert (
+        uce.main(["--edit_concepts", "mosaic", "--output", str(whole), "--save_pipeline", "--report_images", "0"]) == 0
+    )
+    model = ["--model", str(whole / "pipeline"), "--report_images", "0"]
+    assert uce.main([*model, "--edit_concepts", "pop_art", "--output", str(tmp_path / "b"), "--save_pipeline"]) == 0
+    assert json.loads((tmp_path / "b" / "metrics.json").read_text())["edit_concepts"] == ["Pop Art"]
+    assert is_canvas(tmp_path / "b" / "pipeline")
+    assert not is_canvas(folder)
+    assert uce.main([*model, "--edit_concepts", "pop_ort", "--output", str(tmp_path / "c")]) == 2
+    assert "did you mean Pop Art?" in capsys.readouterr().err
+    (whole / "pipeline" / "fastunlearn.json").write_text("[]")
+    assert uce.main([*model, "--edit_concepts", "pop_art", "--output", str(tmp_path / "c")]) == 2
+    assert "fastunlearn.json: want a JSON object, got list" in capsys.readouterr().err
 
 
 def run_exit(call) -> int:
