@@ -177,7 +177,7 @@ def main(argv: Sequence[str]) -> int:
         )  # fmt: skip
         rows = [row for row in result["rows"] if row["method"] == (asked.name or asked.method)]
         for kind in ("style", "object"):
-            mine = [row for row in rows if row["kind"] == kind]
+            mine = [row for row in rows if row["kind"] == kind and "failed" not in row]
             means = table_mean(mine, ("UA", "IRA", "CRA", world.feature_name, "seconds", "evaluation_seconds"))
             if mine:
                 print(

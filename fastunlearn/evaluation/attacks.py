@@ -2,7 +2,11 @@
 
 embedding   the words of the concept get new input embeddings, trained by the diffusion loss with all weights frozen (textual
             inversion, Gal et al. 2023; used against unlearning by Pham et al. 2024): whether the U-Net can still draw it
-relearning  the U-Net is fine-tuned by the same loss for a few steps: whether it is quicker to learn than something new
+relearning  the U-Net is fine-tuned by the same loss for a few steps: how much of the concept they bring back
+
+The examples are real images of the very prompts that are scored afterwards, one of each. What the same attack makes of the model
+before unlearning stands in a study's rows of the method `none`; there is no control with a concept that the model never knew, so the
+numbers compare methods and do not say whether relearning is quicker than learning.
 """
 
 from __future__ import annotations

@@ -9,10 +9,9 @@ without the erased concept. It compares models of one world; it is not the FID o
 
 from __future__ import annotations
 
-import hashlib
-import json
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -23,12 +22,12 @@ from tqdm import tqdm
 
 from fastunlearn.data.prompts import encode_prompts
 from fastunlearn.evaluation import attacks
+from fastunlearn.evaluation.canvas_rows import check_settings, load_rows, weights_of
 from fastunlearn.evaluation.frechet import Moments, frechet_distance, moments
-from fastunlearn.evaluation.metrics import Counts, mean_accuracy, unlearning_metrics
+from fastunlearn.evaluation.metrics import Counts, confident, mean_accuracy, unlearning_metrics
 from fastunlearn.evaluation.worlds import Target, World
-from fastunlearn.objectives.cached_logprobs import weights_digest
 from fastunlearn.report.cost import MIB, Cost, measured
-from fastunlearn.report.files import plain, write_json
+from fastunlearn.report.files import only_writer, plain, write_json
 from fastunlearn.sampling import check_pipeline, sample_batches
 
 #: (pipeline, world, target, seed) -> what is kept of the unlearned model: its tensors, or their bytes. Changes the pipeline in place.
@@ -238,7 +237,10 @@ def recognised(pipeline: Any, world: World, target: Target, text: Tensor, settin
 
 
 def attacked(pipeline: Any, world: World, target: Target, settings: AnswerSettings, seed: int) -> dict[str, float]:
-    """Accuracy of the erased concept after each attack, in percent; the U-Net is changed by relearning (the last one)."""
+    """Accuracy of the erased concept after each attack, in percent, and how many example images it had.
+
+    The U-Net is changed by relearning (the last one). The examples are of the prompts that are scored.
+    """
     out: dict[str, float] = {}
     if not settings.attacks:
         return out
@@ -247,6 +249,7 @@ def attacked(pipeline: Any, world: World, target: Target, settings: AnswerSettin
     known = [n for n, image in enumerate(images) if image is not None]
     if not known:
         raise ValueError(f"images: not one image of {target} can be read; an attack needs some")
+    out["attack_examples"] = len(known)
     latents = attacks.example_latents(pipeline, torch.stack([images[n] for n in known]), torch.tensor(known))  # type: ignore[misc]
     if "embedding" in settings.attacks:
         text = attacks.embedding_attack(
@@ -290,63 +293,89 @@ def _bytes(kept: Mapping[str, Tensor] | int) -> int:
     return kept if isinstance(kept, int) else sum(t.numel() * t.element_size() for t in kept.values())
 
 
-def _digest(parts: Mapping[str, Any]) -> str:
-    """SHA-256 of the weights of all parts."""
-    said = hashlib.sha256()
-    for name, part in parts.items():
-        said.update(f"{name} {weights_digest(part)}\n".encode())
-    return said.hexdigest()
+#: what a method that diverges raises: a row, for it would do so again
+DIVERGED = (ArithmeticError, torch.linalg.LinAlgError)
 
 
-def weights_of(pipeline: Any, world: World) -> dict[str, str]:
-    """SHA-256 of what a study's rows depend on beside its settings: the pipeline's weights, and the classifiers' where they are modules."""
-    parts = {name: getattr(pipeline, name) for name in ("unet", "text_encoder", "vae")}
-    judges = {kind: judge for kind, judge in world.classifiers.items() if isinstance(judge, nn.Module)}
-    return {"weights": _digest(parts)} | ({"classifiers": _digest(judges)} if judges else {})
+class _Surrogates:
+    """Percent of the unedited model's images of a target's surrogate prompts that are images of something; each drawn once."""
+
+    def __init__(self, pipeline: Any, world: World, settings: AnswerSettings, rows: Sequence[Mapping[str, Any]]):
+        self.pipeline, self.world, self.settings = pipeline, world, settings
+        found = [(Target(row["kind"], row["target"]), row.get("valid_surrogate")) for row in rows]
+        self.known = {self._prompts(target): float(share) for target, share in found if share is not None}
+
+    def _prompts(self, target: Target) -> tuple[str, ...]:
+        """Of the target's images that count."""
+        gone = self.world.themes.index(self.world.seed_theme) if self.settings.seed_theme == "exclude" else None
+        pairs = zip(self.world.forget_pairs(target), self.world.surrogate_prompts(target), strict=True)
+        return tuple(prompt for (theme, _), prompt in pairs if theme != gone)
+
+    @torch.no_grad()
+    def of(self, target: Target) -> float:
+        """The pipeline is the unedited one."""
+        prompts = self._prompts(target)
+        if prompts not in self.known:
+            sure = total = 0
+            seeds = self.settings.of(self.world).seeds
+            assert seeds is not None
+            for _, _, images in sample_batches(
+                self.pipeline, list(prompts), seeds, what="  surrogates", **self.settings.of(self.world).sampling()
+            ):
+                seen = _features(self.world, images)
+                heads = [
+                    self.world.classifiers[kind].head(part)
+                    for kind, part in zip(("style", "object"), seen, strict=True)
+                ]
+                sure += int(confident(*heads).sum())
+                total += len(images)
+            self.known[prompts] = 100 * sure / total
+        return self.known[prompts]
 
 
-def _short(value: Any) -> str:
-    """For a message: a hash by its beginning."""
-    return repr(f"{value[:12]}...") if isinstance(value, str) and len(value) == 64 else repr(value)
+@dataclass
+class _Study:
+    """What all targets of one call share."""
 
+    pipeline: Any
+    world: World
+    unlearn: Unlearn | None
+    seed: int
+    settings: AnswerSettings
+    real: RealFeatures
+    original: _Original
+    shared: Answers | None = None
 
-def _check_settings(path: Path, row: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    """Whether a row that is there was made with these settings of the method.
+    def row(self, target: Target) -> dict[str, Any]:
+        """Unlearns one target and measures; a method that diverges leaves {"failed": what it said}."""
+        start, cost, storage = time.perf_counter(), Cost(0.0, 0.0), 0
+        try:
+            if self.unlearn is not None:
+                device = next(self.pipeline.unet.parameters()).device
+                unlearn = self.unlearn
+                kept, cost = measured(lambda: unlearn(self.pipeline, self.world, target, self.seed), device)
+                storage = _bytes(kept)
+            return self._measured(target) | {
+                "seconds": cost.seconds,
+                "peak_mib": cost.peak_mib,
+                "storage_mib": storage / MIB,
+            }
+        except DIVERGED as error:
+            return {
+                "failed": " ".join(str(error).split())[:200] or type(error).__name__,
+                "seconds": time.perf_counter() - start,
+            }
 
-    Raises:
-        ValueError: it was not; the first key that differs is named.
-    """
-    old, new = dict(row.get("settings") or {}), plain(wanted)
-    for key in (*new, *old):
-        if (key in old, old.get(key)) != (key in new, new.get(key)):
-            had, has = (_short(d[key]) if key in d else "none" for d in (old, new))
-            raise ValueError(
-                f"output: {path} holds {row['method']} on {row['kind']} {row['target']} with settings.{key} = {had}, this study has "
-                f"{has}; choose another file or another name for the method"
-            )
-
-
-def _load(path: Path, meta: dict[str, Any]) -> list[dict[str, Any]]:
-    """Rows of a study that was interrupted.
-
-    Raises:
-        ValueError: the file is none of a study, or of one with other settings.
-    """
-    if not path.exists():
-        return []
-    try:
-        found = json.loads(path.read_text())
-        rows, old = list(found["rows"]), dict(found["meta"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"output: {path} is no result of an evaluation ({type(error).__name__})") from None
-    other = [key for key, value in plain(meta).items() if old.get(key) != value]
-    if other:
-        key = other[0]
-        raise ValueError(
-            f"output: {path} holds a study with {key} = {_short(old.get(key))}, this one has {_short(plain(meta)[key])}; "
-            "choose another file"
-        )
-    return rows
+    def _measured(self, target: Target) -> dict[str, Any]:
+        begin = time.perf_counter()
+        answers = self.shared or answer_set(self.pipeline, self.world, self.settings, target if self.unlearn else None)
+        row = metrics_of(self.world, answers, self.real, target, self.settings.seed_theme)
+        row |= attacked(self.pipeline, self.world, target, self.settings, self.seed)
+        if self.unlearn is None:
+            self.shared = answers
+            row |= mean_accuracy(answers.counts)
+        row["evaluation_seconds"] = time.perf_counter() - begin
+        return row | {"counts": {name: table.tolist() for name, table in vars(answers.counts).items()}}
 
 
 def evaluate(
@@ -362,6 +391,7 @@ def evaluate(
     output: str | Path | None = None,
     real: RealFeatures | None = None,
     about: Mapping[str, Any] | None = None,
+    stamp: Mapping[str, Any] | None = None,
     say: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
     """Unlearns every target from the same weights and measures each model; the pipeline is given back as it was.
@@ -375,19 +405,23 @@ def evaluate(
         seed: of the method and the attacks; the seeds of the answer set are the settings'.
         settings: of the answer sets.
         method_settings: what the method runs with on a target; kept in its row, and a row that was made with others is refused.
-        output: JSON file, written whole after every target; what it holds already is not done again.
+        output: JSON file, written whole after every target; what it holds already is not done again, a failed target neither.
         real: `real_features(world)`, where several studies share them.
         about: more for "meta"; a file with other values is refused.
+        stamp: more for every row that this call makes, such as the machine; rows that are there keep theirs.
         say: takes a line about each target.
 
     Returns:
-        {"meta": settings and hashes of the weights, "rows": one a target and method}: method, kind, target, seed, settings; UA, IRA, CRA, valid (percent), noise; the
-        Frechet distance; recovered_* (percent) where attacks were asked for; seconds, peak_mib, storage_mib of the method,
-        evaluation_seconds; counts.
+        {"meta": settings, hashes of the weights, how many real images were unreadable; "rows": one a target and method}: method,
+        kind, target, seed, settings; UA, IRA, CRA, valid (percent), noise; valid_surrogate (percent), what the unedited model's
+        images of the surrogate prompts reach; the Frechet distance; recovered_* (percent) and attack_examples (images) where attacks
+        were asked for; seconds, peak_mib, storage_mib of the method, evaluation_seconds; counts. Of a method that diverged (it
+        raised ArithmeticError or LinAlgError) "failed", the message, in place of the numbers.
 
     Raises:
-        ValueError: a pipeline without its parts, no targets, an output of another study (other settings, other weights), a method
-            that leaves an adapter behind.
+        ValueError: a pipeline without its parts, no targets, an output of another study (other settings, other weights, other real
+            images), a method that leaves an adapter behind.
+        BlockingIOError: another process writes the output.
     """
     check_pipeline(pipeline)
     settings = (settings or AnswerSettings()).of(world)
@@ -397,63 +431,61 @@ def evaluate(
     # The batch's size changes no result that is meant to be compared.
     meta.pop("sample_batch_size")
     path = None if output is None else Path(output)
-    rows = [] if path is None else _load(path, meta)
-    done = {(row["method"], row["kind"], row["target"], row["seed"]): row for row in rows}
     chosen_for = method_settings or (lambda target: {})
-    left = []
-    for target in dict.fromkeys(targets):
-        row = done.get((method, target.kind, target.name, seed))
-        if row is None:
-            left.append(target)
-        elif path is not None:
-            _check_settings(path, row, chosen_for(target))
-    if not left:
-        return {"meta": plain(meta), "rows": rows}
-    device = next(pipeline.unet.parameters()).device
-    original, shared = _Original(pipeline), None
-    real = real or real_features(world)
-    if real.unreadable and say:
-        say(f"{real.unreadable} real images cannot be read and are left out")
-    try:
-        for target in tqdm(left, desc=method, unit="target", disable=None):
-            cost, storage, chosen = Cost(0.0, 0.0), 0, chosen_for(target)
-            if unlearn is not None:
+    with nullcontext() if path is None else only_writer(path):
+        old, rows = (plain(meta), []) if path is None else load_rows(path, meta)
+        done = {(row["method"], row["kind"], row["target"], row["seed"]): row for row in rows}
+        left = []
+        for target in dict.fromkeys(targets):
+            row = done.get((method, target.kind, target.name, seed))
+            if row is None:
+                left.append(target)
+            else:
+                assert path is not None
+                check_settings(path, row, chosen_for(target))
+        if not left:
+            return {"meta": old, "rows": rows}
+        original = _Original(pipeline)
+        real = real or real_features(world)
+        if old.get("unreadable", real.unreadable) != real.unreadable:
+            raise ValueError(
+                f"output: {path} holds a study without {old['unreadable']} unreadable real images, now there are {real.unreadable}; "
+                "choose another file"
+            )
+        meta["unreadable"] = real.unreadable
+        if real.unreadable and say:
+            say(f"{real.unreadable} real images cannot be read and are left out")
+        surrogates = _Surrogates(pipeline, world, settings, rows)
+        study = _Study(pipeline, world, unlearn, seed, settings, real, original)
+        try:
+            for target in tqdm(left, desc=method, unit="target", disable=None):
+                row = {
+                    "method": method,
+                    "kind": target.kind,
+                    "target": target.name,
+                    "seed": seed,
+                    "settings": chosen_for(target),
+                }
                 original.restore(pipeline)
-                kept, cost = measured(lambda t=target: unlearn(pipeline, world, t, seed), device)  # type: ignore[misc]
-                storage = _bytes(kept)
-            begin = time.perf_counter()
-            answers = shared or answer_set(pipeline, world, settings, target if unlearn else None)
-            shared = answers if unlearn is None else None
-            row = {
-                "method": method,
-                "kind": target.kind,
-                "target": target.name,
-                "seed": seed,
-                "settings": plain(chosen),
-            }
-            row |= metrics_of(world, answers, real, target, settings.seed_theme)
-            row |= attacked(pipeline, world, target, settings, seed)
-            if unlearn is None:
-                row |= mean_accuracy(answers.counts)
-                original.restore(pipeline)
-            row |= {"seconds": cost.seconds, "peak_mib": cost.peak_mib, "storage_mib": storage / MIB,
-                    "evaluation_seconds": time.perf_counter() - begin}  # fmt: skip
-            row["counts"] = {name: table.tolist() for name, table in vars(answers.counts).items()}
-            rows.append(plain(row))
-            if path is not None:
-                write_json(path, {"meta": meta, "rows": rows})
-            if say:
-                say(line_of(row, world))
-    finally:
-        original.restore(pipeline)
+                share = surrogates.of(target)
+                row |= study.row(target) | {"valid_surrogate": share} | dict(stamp or {})
+                rows.append(plain(row))
+                if path is not None:
+                    write_json(path, {"meta": meta, "rows": rows})
+                if say:
+                    say(line_of(row, world))
+        finally:
+            original.restore(pipeline)
     return {"meta": plain(meta), "rows": rows}
 
 
 def line_of(row: Mapping[str, Any], world: World) -> str:
     """One row for a terminal."""
+    if "failed" in row:
+        return f"{row['method']}, {row['kind']} {row['target']}: failed ({row['failed']})"
     numbers = " ".join(f"{name} {row[name]:5.1f}" for name in ("UA", "IRA", "CRA"))
     more = "".join(f"  {name.replace('_', ' ')} {row[name]:.0f}" for name in row if name.startswith("recovered_"))
-    noise = "  noise" if row["noise"] else ""
+    noise = f"  noise (surrogates: {row['valid_surrogate']:.0f} % valid)" if row["noise"] else ""
     return (
         f"{row['method']}, {row['kind']} {row['target']}: {numbers}  distance {row[world.feature_name]:.2f}{more}{noise}"
         f"  ({row['seconds']:.1f} s, evaluated in {row['evaluation_seconds']:.0f} s)"

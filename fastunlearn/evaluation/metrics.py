@@ -15,9 +15,9 @@ out of everything, `"include"` counts it as one more style.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -26,8 +26,16 @@ from torch import Tensor
 CONFIDENCE = 0.5
 #: share of the images of the erased concept that must be images of something
 VALID_SHARE = 0.9
+#: percent by which they may stay below what the unedited model's images of the surrogate prompts reach
+SURROGATE_MARGIN = 5.0
 
 Kind = Literal["style", "object"]
+
+
+def confident(style_logits: Tensor, object_logits: Tensor) -> Tensor:
+    """Which images are images of something: bool [n] of logits [n, themes] and [n, objects]."""
+    sure = [logits.detach().float().cpu().softmax(1).amax(1) >= CONFIDENCE for logits in (style_logits, object_logits)]
+    return sure[0] & sure[1]
 
 
 @dataclass
@@ -68,11 +76,10 @@ class Counts:
                     f"{name}_logits: want {(len(theme), labels)}, got {tuple(logits.shape)}: another classifier's labels"
                 )
         where = (theme.cpu(), thing.cpu())
-        says = [logits.detach().float().cpu().softmax(1).max(1) for logits in (style_logits, object_logits)]
-        sure = (says[0].values >= CONFIDENCE) & (says[1].values >= CONFIDENCE)
+        says = [logits.detach().float().cpu().argmax(1) for logits in (style_logits, object_logits)]
         parts = (
-            (self.images, torch.ones_like(where[0])), (self.style, says[0].indices == where[0]),
-            (self.object, says[1].indices == where[1]), (self.valid, sure),
+            (self.images, torch.ones_like(where[0])), (self.style, says[0] == where[0]),
+            (self.object, says[1] == where[1]), (self.valid, confident(style_logits, object_logits)),
         )  # fmt: skip
         for table, which in parts:
             table.index_put_(where, which.long(), accumulate=True)
@@ -140,13 +147,25 @@ def unlearning_metrics(
     }
 
 
+def worse_than_surrogate(row: Mapping[str, Any]) -> bool:
+    """Whether a model draws less of something than noise and the unedited model both excuse.
+
+    `noise` asks for `VALID_SHARE` of the erased prompts' images. A perfect eraser draws what the unedited model draws of the
+    surrogate prompts, and the classifiers may be unsure of those, too (`valid_surrogate`): what counts against a model is to be
+    below the lower of `VALID_SHARE` and `valid_surrogate` - `SURROGATE_MARGIN`.
+    """
+    surrogate = row.get("valid_surrogate")
+    floor = 100 * VALID_SHARE if surrogate is None else min(100 * VALID_SHARE, surrogate - SURROGATE_MARGIN)
+    return bool(row["valid"] < floor)
+
+
 def mean_accuracy(counts: Counts) -> dict[str, float]:
-    """Percent of all images whose style, object is recognised: of a model before unlearning."""
+    """Percent of all images whose style, object is recognised, that are images of something: of a model before unlearning."""
     images = counts.images.sum()
     return {
         "style accuracy": 100 * float(counts.style.sum() / images),
         "object accuracy": 100 * float(counts.object.sum() / images),
-        "valid": 100 * float(counts.valid.sum() / images),
+        "all valid": 100 * float(counts.valid.sum() / images),
     }
 
 

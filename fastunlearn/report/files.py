@@ -5,10 +5,53 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
 from typing import Any
+
+try:
+    import fcntl
+except ImportError:  # Windows: nothing keeps a second process off
+    fcntl = None  # type: ignore[assignment]
+
+
+@contextmanager
+def only_writer(path: str | os.PathLike[str]) -> Iterator[None]:
+    """While entered, no other process may enter it for the same file; a process that is killed leaves no claim behind.
+
+    Raises:
+        BlockingIOError: another process writes the file.
+    """
+    path = Path(path)
+    if fcntl is None:
+        yield
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = path.with_name(f".{path.name}.lock")
+    while True:
+        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # The process before removes the file as it goes: a lock on a removed file locks nothing.
+            if lock.exists() and os.stat(lock).st_ino == os.fstat(descriptor).st_ino:
+                break
+        except BlockingIOError:
+            holder = os.pread(descriptor, 40, 0).decode(errors="replace").strip() or "another process"
+            os.close(descriptor)
+            raise BlockingIOError(f"output: {holder} writes {path}; wait for it or choose another file") from None
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
+    try:
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"process {os.getpid()}\n".encode(), 0)
+        yield
+    finally:
+        lock.unlink(missing_ok=True)
+        os.close(descriptor)
 
 
 def write_bytes(path: str | os.PathLike[str], data: bytes, *, overwrite: bool = False) -> None:

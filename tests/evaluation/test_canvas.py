@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -24,9 +25,15 @@ from fastunlearn.evaluation.canvas import (
     real_features,
 )
 from fastunlearn.evaluation.frechet import Moments, frechet_distance, moments
-from fastunlearn.evaluation.metrics import Counts, mean_accuracy, table_mean, unlearning_metrics
+from fastunlearn.evaluation.metrics import (
+    Counts,
+    mean_accuracy,
+    table_mean,
+    unlearning_metrics,
+    worse_than_surrogate,
+)
 from fastunlearn.evaluation.worlds import Target
-from fastunlearn.sampling import sample
+from fastunlearn.sampling import sample, sample_batches
 
 # Metrics.
 
@@ -106,10 +113,20 @@ def test_noise_is_said_to_be_noise():
     assert of(0)["valid"] == 100
 
 
+def test_what_counts_as_noise_beside_the_surrogate():
+    for valid, surrogate, wanted in (
+        (90.0, 100.0, False), (89.9, 100.0, True), (86.0, 90.0, False), (85.0, 90.0, False), (84.9, 90.0, True), (0.0, 5.0, False),
+        (89.9, None, True), (90.0, None, False),
+    ):  # fmt: skip
+        assert worse_than_surrogate({"valid": valid, "valid_surrogate": surrogate}) is wanted
+    assert worse_than_surrogate({"valid": 89.0})
+
+
 def test_means_and_accuracy():
     got = mean_accuracy(confusion())
     assert got["style accuracy"] == pytest.approx(100 * 7 / 12)
     assert got["object accuracy"] == pytest.approx(100 * 9 / 12)
+    assert got["all valid"] == 100
     rows = [{"UA": 100.0, "x": None}, {"UA": 50.0, "x": None}]
     assert table_mean(rows, ("UA", "x")) == {"UA": 75.0}
 
@@ -299,6 +316,9 @@ def test_a_study_writes_a_row_a_target_and_gives_the_pipeline_back(tmp_path):
         "recovered_embedding",
         "recovered_relearning",
     } <= set(row)
+    assert row["attack_examples"] == 3
+    assert result["rows"][1]["attack_examples"] == 4
+    assert result["meta"]["unreadable"] == 0
     assert row["storage_mib"] == pytest.approx(2 * 8 * 9 * 4 / 2**20)
     assert row["seconds"] >= 0
     assert row["peak_mib"] >= 0
@@ -351,6 +371,122 @@ def test_the_unchanged_model_is_drawn_once(pipeline, monkeypatch):
     result = evaluate(pipeline, tiny_world(), TARGETS, None, method="none")
     assert len(calls) == 1
     assert result["rows"][0]["counts"] == result["rows"][1]["counts"]
+
+
+def test_a_row_says_what_the_surrogates_of_the_unedited_model_reach(tmp_path, pipeline, monkeypatch):
+    world, out, drawn = tiny_world(), tmp_path / "out.json", []
+    batches = sample_batches
+
+    def counting(pipeline, prompts, *rest, what, **options):
+        drawn.append((what.strip(), list(prompts)))
+        return batches(pipeline, prompts, *rest, what=what, **options)
+
+    monkeypatch.setattr("fastunlearn.evaluation.canvas.sample_batches", counting)
+    targets = [Target("style", "Mosaic"), Target("style", "Pop Art"), Target("object", "Tree"), Target("object", "Cat")]
+    rows = evaluate(pipeline, world, targets, blur, method="blur", output=out)["rows"]
+    # Both styles have the same surrogates.
+    asked = [prompts for what, prompts in drawn if what == "surrogates"]
+    assert asked == [world.surrogate_prompts(target) for target in targets if target.name != "Pop Art"]
+    before = answer_set(pipeline, world, AnswerSettings()).counts
+    share = {
+        "style": before.valid[0].sum() / 6,
+        "Tree": before.valid[:, 0].sum() / 8,
+        "Cat": before.valid[:, 1].sum() / 8,
+    }
+    for row in rows:
+        wanted = share["style" if row["kind"] == "style" else row["target"]]
+        assert row["valid_surrogate"] == pytest.approx(100 * float(wanted))
+    # What the file says is not drawn again.
+    drawn.clear()
+    none = evaluate(pipeline, world, targets, None, method="none", output=out)["rows"][4:]
+    assert [row["valid_surrogate"] for row in none] == [row["valid_surrogate"] for row in rows]
+    assert [what for what, _ in drawn] == ["answer set"]
+    # Pictures of the surrogate style count no more than they do among the erased ones.
+    drawn.clear()
+    evaluate(pipeline, world, targets[2:3], blur, method="blur", settings=AnswerSettings(seed_theme="exclude"))
+    assert drawn[0] == ("surrogates", world.surrogate_prompts(targets[2])[1:])
+
+
+@pytest.mark.parametrize(
+    "error", [FloatingPointError("the loss is nan;\n lower it"), torch.linalg.LinAlgError("singular")]
+)
+def test_a_method_that_diverges_is_a_row(tmp_path, error):
+    world, out, calls, lines = tiny_world(), tmp_path / "out.json", [], []
+
+    def method(pipe, world, target, seed):
+        calls.append(target)
+        if target == TARGETS[0]:
+            blur(pipe, world, target, seed)
+            raise error
+        return blur(pipe, world, target, seed)
+
+    result = evaluate(tiny_pipeline(), world, TARGETS, method, method="it", output=out, say=lines.append)
+    failed, fine = result["rows"]
+    assert failed["failed"] == " ".join(str(error).split())
+    assert (failed["target"], "UA" in failed, "failed" in fine) == ("Mosaic", False, False)
+    assert lines[0] == f"it, style Mosaic: failed ({failed['failed']})"
+    alone = evaluate(tiny_pipeline(), world, TARGETS[1:], blur, method="it")
+    assert alone["rows"][0]["counts"] == fine["counts"]
+    evaluate(tiny_pipeline(), world, TARGETS, method, method="it", output=out)
+    assert calls == TARGETS
+
+    def broken(*_):
+        raise RuntimeError("a bug")
+
+    with pytest.raises(RuntimeError, match="a bug"):
+        evaluate(tiny_pipeline(), world, TARGETS, broken, method="broken", output=out)
+
+
+def test_unreadable_images_are_in_the_file(tmp_path, pipeline):
+    good = tiny_world().real
+    world, out = tiny_world(real=lambda t, o, n: None if n == 1 else good(t, o, n)), tmp_path / "out.json"
+    result = evaluate(pipeline, world, TARGETS[:1], None, method="none", output=out)
+    assert result["meta"]["unreadable"] == 12
+    assert evaluate(pipeline, world, TARGETS[:1], None, method="none", output=out) == result
+    with pytest.raises(ValueError, match="without 12 unreadable real images, now there are 0; choose another file"):
+        evaluate(pipeline, tiny_world(), TARGETS, None, method="none", output=out)
+    settings = AnswerSettings(attacks=("relearning",))
+    half = tiny_world(real=lambda t, o, n: None if n == 3 and o == "Cat" else good(t, o, n))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fastunlearn.evaluation.attacks.relearning_attack", lambda *_: None)
+        row = evaluate(pipeline, half, TARGETS[:1], None, method="none", settings=settings)["rows"][0]
+    assert row["attack_examples"] == 2
+
+
+_CHILD = """
+import sys, time
+from tests.evaluation.test_canvas import TARGETS, blur
+from tests.tiny_diffusion import tiny_pipeline, tiny_world
+from fastunlearn.evaluation.canvas import evaluate
+
+def method(pipe, world, target, seed):
+    if target == TARGETS[1]:
+        print("second", flush=True)
+        time.sleep(600)
+    return blur(pipe, world, target, seed)
+
+evaluate(tiny_pipeline(), tiny_world(), TARGETS, method, method="blur", output=sys.argv[1])
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no flock")
+def test_one_process_a_file_and_a_killed_one_leaves_a_file_to_go_on_from(tmp_path):
+    out = tmp_path / "out.json"
+    child = subprocess.Popen([sys.executable, "-c", _CHILD, str(out)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert child.stdout.readline() == "second\n"
+        text = out.read_text()
+        with pytest.raises(BlockingIOError, match=f"output: process {child.pid} writes .*out.json; wait for it"):
+            evaluate(tiny_pipeline(), tiny_world(), TARGETS, None, method="none", output=out)
+        assert out.read_text() == text
+    finally:
+        child.kill()
+        child.communicate()
+    result = evaluate(tiny_pipeline(), tiny_world(), TARGETS, blur, method="blur", output=out)
+    assert [row["target"] for row in result["rows"]] == ["Mosaic", "Cat"]
+    whole = evaluate(tiny_pipeline(), tiny_world(), TARGETS, blur, method="blur")
+    assert [row["counts"] for row in result["rows"]] == [row["counts"] for row in whole["rows"]]
+    assert [path.name for path in tmp_path.iterdir()] == ["out.json"]
 
 
 def test_a_file_of_another_study_is_refused(tmp_path, pipeline):
