@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -22,21 +24,23 @@ def shipped() -> bool:
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not shipped(), reason="the canvas pipeline is not in this checkout")]
 
 
-@pytest.mark.parametrize("seed", [0, 1])
-def test_uce_erases_a_style_of_the_canvas_pipeline(seed):
-    world, pipeline = canvas_world(), load_pipeline("canvas", device="cpu", dtype=torch.float32)
-    targets = world.draw_targets(1, 0, seed)
-    settings = AnswerSettings(seeds=(7 + seed,), thin=4, bf16=True)
+def test_uce_erases_a_style_of_the_canvas_pipeline(tmp_path):
+    world, pipeline = replace(canvas_world(), real_count=1), load_pipeline("canvas", device="cpu", dtype=torch.float32)
+    targets = world.draw_targets(1, 0, 0)
+    settings = AnswerSettings(seeds=(7,), thin=20, bf16=True)
     real = real_features(world)
     none, uce = (
-        evaluate(pipeline, world, targets, METHODS.get(name), method=name, settings=settings, real=real)["rows"][0]
+        evaluate(
+            pipeline, world, targets, METHODS.get(name), method=name, settings=settings, real=real, output=tmp_path / "canvas.json"
+        )["rows"][-1]
         for name in ("none", "uce")
-    )
+    )  # fmt: skip
     assert none["style accuracy"] >= 95
     assert none["object accuracy"] >= 95
-    assert none["UA"] <= 20
-    assert not none["noise"]
-    assert uce["UA"] >= 80
-    assert uce["IRA"] >= 50
-    assert uce["CRA"] >= 50
+    assert none["all valid"] >= 85
+    # Erased: most of what was recognised is no longer. Kept: what was recognised of the rest, but for a few pictures.
+    assert uce["UA"] >= none["UA"] + 75
+    assert uce["IRA"] >= none["IRA"] - 15
+    assert uce["CRA"] >= none["CRA"] - 15
+    assert uce["fid_canvas_features"] <= 2 * none["fid_canvas_features"]
     assert uce["storage_mib"] < 1
