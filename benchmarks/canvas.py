@@ -23,21 +23,24 @@ import torch
 from benchmarks import RESULTS, ROOT, machine
 from benchmarks.__main__ import write_json
 from fastunlearn.evaluation.canvas import AnswerSettings, RealFeatures, evaluate, real_features
-from fastunlearn.evaluation.metrics import table_mean
+from fastunlearn.evaluation.metrics import table_mean, worse_than_surrogate
 from fastunlearn.evaluation.worlds import Target, World, canvas_world
 from fastunlearn.methods.recipes import METHODS
 from fastunlearn.methods.resolved import resolved_settings
 from fastunlearn.pipelines import load_pipeline
+from fastunlearn.report.files import plain
 
 METRICS = ("UA", "IRA", "CRA")
 STUDY, TUNING = RESULTS / "quality" / "canvas.json", RESULTS / "quality" / "canvas_tuning.json"
 #: name of a metric in a row -> in the committed rows, with its digits
 SHOWN = {
     "UA": ("UA", 1), "IRA": ("IRA", 1), "CRA": ("CRA", 1), "fid_canvas_features": ("fid_canvas_features", 2),
-    "valid": ("valid", 1), "recovered_embedding": ("recovered_embedding", 1),
-    "recovered_relearning": ("recovered_relearning", 1), "seconds": ("seconds", 2), "peak_mib": ("peak_mib", 0),
+    "valid": ("valid", 1), "valid_surrogate": ("valid_surrogate", 1), "recovered_embedding": ("recovered_embedding", 1),
+    "recovered_relearning": ("recovered_relearning", 1), "attack_examples": ("attack_examples", None), "seconds": ("seconds", 2), "peak_mib": ("peak_mib", 0),
     "storage_mib": ("storage_mib", 2), "evaluation_seconds": ("evaluation_seconds", 0),
 }  # fmt: skip
+#: what a row says of where it was made
+MADE = ("machine", "torch", "commit", "date")
 #: settings that every method is tried with: as many for each
 GRID: dict[str, list[dict[str, Any]]] = {
     "finetune": [
@@ -109,14 +112,15 @@ TUNING_SETTINGS = AnswerSettings(seeds=(11,), thin=4, bf16=True)
 
 
 def rows_of(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Rows of the evaluator without their counts, rounded."""
+    """Rows of the evaluator without their counts, rounded; one that failed says so in place of the numbers."""
     out = []
     for row in rows:
         short = {key: row[key] for key in ("method", "kind", "target", "seed", "settings") if key in row}
         for key, (name, digits) in SHOWN.items():
             if row.get(key) is not None:
                 short[name] = round(row[key], digits)
-        out.append(short | {"noise": row["noise"]})
+        said = {key: row[key] for key in ("noise", "failed", *MADE) if key in row}
+        out.append(short | said)
     return out
 
 
@@ -125,27 +129,77 @@ def _settings_of(method: str, given: Mapping[str, Any] | None = None) -> Callabl
     return lambda target: {} if method == "none" else resolved_settings(method, target.kind, given)
 
 
-def _facts(world: World, settings: AnswerSettings, model: str) -> dict[str, Any]:
-    facts = machine.meta(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+def _stamp(device: torch.device) -> dict[str, Any]:
+    """Of the rows that are made now."""
+    facts = machine.meta(device)
+    return dict(zip(MADE, (facts["device"], facts["torch"], facts["commit"], facts["date"]), strict=True))
+
+
+def _facts(world: World, settings: AnswerSettings, model: str, done: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:  # fmt: skip
     settings = settings.of(world)
     assert settings.seeds is not None
+    made = {key: [row[key] for row in rows if key in row] for key in MADE}
     return {
         "model": f"{model} pipeline, {len(world.styles)} styles and {world.seed_theme} x {len(world.objects)} objects",
+        "weights": done["meta"]["weights"][:12],
         "answer set": f"{len(settings.pairs(world)) * len(settings.seeds)} images, seeds {', '.join(map(str, settings.seeds))}, "
         f"{settings.steps} DDIM steps, guidance {settings.guidance_scale:g}{', bf16 autocast' if settings.bf16 else ''}",
         "seed theme": f"{world.seed_theme} {'counts as a style' if settings.seed_theme == 'include' else 'is left out'}",
-        "machine": facts["device"],
-        "torch": facts["torch"],
-        "commit": facts["commit"],
-        "date": facts["date"],
+        "unreadable real images": done["meta"].get("unreadable", 0),
+        **{key: " and ".join(dict.fromkeys(made[key])) for key in ("machine", "torch", "commit")},
+        "date": " to ".join(dict.fromkeys((min(made["date"]), max(made["date"])))) if made["date"] else "",
     }
+
+
+#: what makes two committed studies one
+SAME = ("model", "weights", "answer set", "seed theme", "targets", "targets' seed")
+
+
+def _committed(out: Path, facts: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of methods that the committed table has and these rows lack; none where it is of another study."""
+    if not out.is_file():
+        return []
+    old = json.loads(out.read_text())
+    other = [key for key in SAME if old["meta"].get(key) != facts[key]]
+    if other:
+        _say(f"{out} held a study with another {other[0]}; it is replaced")
+        return []
+    mine = {row["method"] for row in rows}
+    return [row for row in old["rows"] if row["method"] not in mine]
+
+
+def _whole(
+    rows: Iterable[Mapping[str, Any]], targets: Sequence[Target], seed: int
+) -> tuple[list[Mapping[str, Any]], list[dict[str, str]]]:
+    """Rows of every method that has all targets with the settings that it has now, and the methods that have not."""
+    found: dict[str, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        if Target(row["kind"], row["target"]) in targets and row["seed"] == seed:
+            found.setdefault(row["method"], []).append(row)
+    kept: list[Mapping[str, Any]] = []
+    left_out = []
+    for method, mine in found.items():
+        chosen = _settings_of(method)
+        if any(row["settings"] != plain(chosen(Target(row["kind"], row["target"]))) for row in mine):
+            left_out.append({"method": method, "why": "other settings than its recipe has now"})
+        elif len(mine) < len(targets):
+            left_out.append({"method": method, "why": f"{len(mine)} of {len(targets)} targets"})
+        else:
+            kept += sorted(mine, key=lambda row: targets.index(Target(row["kind"], row["target"])))
+    return kept, left_out
 
 
 def run(
     methods: Sequence[str], styles: int, objects: int, seed: int, settings: AnswerSettings, *, model: str, work: Path, out: Path
 ) -> dict[str, Any]:  # fmt: skip
-    """The table's study; `work` holds the evaluator's own file, with the counts."""
-    world, pipeline = canvas_world(), load_pipeline(model, dtype=torch.float32)
+    """The table's study; `work` holds the evaluator's own file, with the counts.
+
+    The table holds every method that the work file has on all of this run's targets, and those that the table had before in the same
+    study: methods may be run one at a time.
+    """
+    pipeline = load_pipeline(model, dtype=torch.float32)
+    device = next(pipeline.unet.parameters()).device
+    world = canvas_world(device)
     targets = world.draw_targets(styles, objects, seed)
     load, real = machine.OtherLoad(), real_features(world)
     done: dict[str, Any] = {}
@@ -153,12 +207,17 @@ def run(
         with load:
             done = evaluate(
                 pipeline, world, targets, METHODS.get(method), method=method, seed=seed, settings=settings, real=real,
-                method_settings=_settings_of(method), output=work / f"canvas-{seed}.json", about={"model": model}, say=_say,
+                method_settings=_settings_of(method), output=work / f"canvas-{seed}.json", about={"model": model},
+                stamp=_stamp(device), say=_say,
             )  # fmt: skip
-        facts = _facts(world, settings, model) | {"targets": ", ".join(t.name for t in targets), "targets' seed": seed}
+        whole, left_out = _whole(done["rows"], targets, seed)
+        facts = {"targets": ", ".join(t.name for t in targets), "targets' seed": seed}
+        rows = rows_of(whole)
+        rows += _committed(out, _facts(world, settings, model, done, rows) | facts, rows)
+        facts = _facts(world, settings, model, done, rows) | facts
         share = load.share()
-        facts |= {"other load": f"{share:.0%}"} if share is not None else {}
-        result = {"meta": facts, "rows": rows_of(r for r in done["rows"] if r["method"] in methods)}
+        facts |= {"other load, last run": f"{share:.0%}"} if share is not None else {}
+        result = {"meta": facts, "rows": rows, "left_out": left_out}
         write_json(out, result)
     return result
 
@@ -169,10 +228,13 @@ def _say(line: str) -> None:
 
 def tune(methods: Sequence[str], *, model: str, work: Path, out: Path, seed: int = 0) -> dict[str, Any]:
     """Every trial of every method's grid on held-out targets."""
-    world, pipeline = canvas_world(), load_pipeline(model, dtype=torch.float32)
+    pipeline = load_pipeline(model, dtype=torch.float32)
+    device = next(pipeline.unet.parameters()).device
+    world = canvas_world(device)
     targets = world.held_out_targets()
     real: RealFeatures = real_features(world)
     rows: list[dict[str, Any]] = []
+    done: dict[str, Any] = {}
     for method in methods:
         for number, trial in enumerate(GRID[method]):
             chosen = dict(trial)
@@ -184,11 +246,12 @@ def tune(methods: Sequence[str], *, model: str, work: Path, out: Path, seed: int
 
             done = evaluate(
                 pipeline, world, targets, unlearn, method=f"{method} {number}", seed=seed, settings=TUNING_SETTINGS, real=real,
-                method_settings=_settings_of(method, chosen), output=work / "canvas-tuning.json", about={"model": model}, say=_say,
+                method_settings=_settings_of(method, chosen), output=work / "canvas-tuning.json", about={"model": model},
+                stamp=_stamp(device), say=_say,
             )  # fmt: skip
             mine = [row for row in done["rows"] if row["method"] == f"{method} {number}"]
             rows += [row | {"method": method, "settings": trial} for row in mine]
-    meta = _facts(world, TUNING_SETTINGS, model) | {
+    meta = _facts(world, TUNING_SETTINGS, model, done, rows) | {
         "targets": ", ".join(t.name for t in targets),
         "methods' seed": seed,
     }
@@ -201,15 +264,21 @@ def tune(methods: Sequence[str], *, model: str, work: Path, out: Path, seed: int
 
 
 def chosen_of(tuning: Mapping[str, Any], method: str, kind: str) -> dict[str, Any]:
-    """The settings of a kind of target with the highest mean of UA, IRA and CRA; a trial that draws noise is none."""
+    """The settings of a kind of target with the highest mean of UA, IRA and CRA.
+
+    A trial that failed on a target comes after all others, and before those one that draws noise on a target by
+    `worse_than_surrogate`: what the unedited model's own surrogate pictures would be called counts against none.
+    """
     trials: dict[str, list[dict[str, Any]]] = {}
     for row in tuning["rows"]:
         if row["method"] == method and row["kind"] == kind:
             trials.setdefault(json.dumps(row["settings"]), []).append(row)
 
-    def score(rows: list[dict[str, Any]]) -> tuple[bool, float]:
+    def score(rows: list[dict[str, Any]]) -> tuple[bool, bool, float]:
+        if any("failed" in row for row in rows):
+            return False, False, 0.0
         means = table_mean(rows, METRICS)
-        return not any(row["noise"] for row in rows), sum(means.values()) / len(METRICS)
+        return True, not any(map(worse_than_surrogate, rows)), sum(means.values()) / len(METRICS)
 
     if not trials:
         raise ValueError(f"tuning: no trial of {method} on a {kind}")
@@ -233,6 +302,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if args.what == "tune":
             methods = [method for method in args.methods if method in GRID]
+            if not methods:
+                raise ValueError("methods: there is nothing to choose for none")
             tune(methods, model=args.model, work=args.work, out=args.out or TUNING, seed=args.seed)
         else:
             settings = AnswerSettings(
@@ -242,7 +313,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 args.methods, args.styles, args.objects, args.seed, settings, model=args.model, work=args.work,
                 out=args.out or STUDY,
             )  # fmt: skip
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, FileNotFoundError, BlockingIOError) as error:
         parser.exit(2, f"python -m benchmarks.canvas: {error}\n")
     return 0
 

@@ -97,7 +97,8 @@ def run(
     attack: int = 1,
 ) -> dict[str, Any]:  # fmt: skip
     """The rows, one a method and number of concepts; of the first `attack` targets of each what the attacks bring back."""
-    world, pipeline = canvas_world(), load_pipeline(model, dtype=torch.float32)
+    pipeline = load_pipeline(model, dtype=torch.float32)
+    world = canvas_world(next(pipeline.unet.parameters()).device)
     listed = list(counts) or counts_of(kind, world)
     most = max(listed)
     order = world.draw_targets(most if kind == "style" else 0, most if kind == "object" else 0, seed)

@@ -133,7 +133,12 @@ def quality_block(path: Path) -> str:
     if not path.is_file():
         return NOT_MEASURED
     result = json.loads(path.read_text())
-    return "\n".join([*_quality_rows(result), *_about(result)]) + "\n"
+    goals = [
+        f"{t['kind']} ({t['case']}) {t['ratio']:.2%}, wanted {t['rule']}: {'met' if t['met'] else '**missed**'}"
+        for t in result.get("targets", [])
+    ]
+    said = ["", "Targets: " + "; ".join(goals) + "."] if goals else []
+    return "\n".join([*_quality_rows(result), *said, *_about(result)]) + "\n"
 
 
 def parts_block(path: Path) -> str:
@@ -176,13 +181,18 @@ def _canvas_settings(result: dict[str, Any]) -> list[str]:
 
 
 def canvas_block(path: Path) -> str:
-    """One line a method: means over its targets, the mean of the six accuracies, how many targets became noise."""
+    """One line a method: means over its targets, the mean of the six accuracies, how many targets became noise or failed.
+
+    A target on which a method failed counts with accuracies of 0; a method on fewer targets than the others says so beside its name.
+    """
     if not path.is_file():
         return NOT_MEASURED
     result = json.loads(path.read_text())
+    everywhere = {(row["kind"], row["target"]) for row in result["rows"]}
+    worst = {"UA": 0.0, "IRA": 0.0, "CRA": 0.0}
     lines = []
     for method in dict.fromkeys(row["method"] for row in result["rows"]):
-        rows = [row for row in result["rows"] if row["method"] == method]
+        rows = [(worst if "failed" in row else {}) | row for row in result["rows"] if row["method"] == method]
 
         def mean(kind: str | None, metric: str, rows: list[dict[str, Any]] = rows) -> float | None:
             values = [r[metric] for r in rows if kind in (None, r["kind"]) and r.get(metric) is not None]
@@ -191,12 +201,21 @@ def canvas_block(path: Path) -> str:
         values = [mean(kind, metric) for _, kind, metric, _ in _CANVAS]
         cells = ["-" if v is None else f"{v:.{digits}f}" for v, (*_, digits) in zip(values, _CANVAS)]
         six = [v for v in values[:6] if v is not None]
-        noise = sum(row["noise"] for row in rows)
         cells.insert(6, f"**{sum(six) / 6:.1f}**" if len(six) == 6 else "-")
-        lines.append([method, *cells, f"{noise} of {len(rows)}" if noise else "none"])
-    head = ["method", *(name for name, *_ in _CANVAS[:6]), "mean", *(name for name, *_ in _CANVAS[6:]), "noise"]
+        bad = {"noise": sum(row.get("noise", False) for row in rows), "failed": sum("failed" in row for row in rows)}
+        said = ", ".join(f"{n} of {len(rows)} {what}" for what, n in bad.items() if n)
+        mine = {(row["kind"], row["target"]) for row in rows}
+        name = method if mine == everywhere else f"{method} ({len(mine)} of {len(everywhere)} targets)"
+        lines.append([name, *cells, said or "none"])
+    head = ["method", *(name for name, *_ in _CANVAS[:6]), "mean", *(name for name, *_ in _CANVAS[6:]), "noise, failed"]
     out = [*_markdown(head, lines), *_about(result)]
-    rows = [{key: value for key, value in row.items() if key != "settings"} for row in result["rows"]]
+    if result.get("left_out"):
+        out += [
+            "",
+            "Left out: " + "; ".join(f"{entry['method']}: {entry['why']}" for entry in result["left_out"]) + ".",
+        ]
+    hidden = ("settings", "machine", "torch", "commit", "date")
+    rows = [{key: value for key, value in row.items() if key not in hidden} for row in result["rows"]]
     out += [
         "",
         "<details><summary>Every target</summary>",

@@ -19,7 +19,7 @@ from fastunlearn.methods.recipes import AT_ONCE, METHODS
 
 @pytest.fixture
 def tiny(monkeypatch):
-    monkeypatch.setattr(canvas_many, "canvas_world", tiny_world)
+    monkeypatch.setattr(canvas_many, "canvas_world", lambda device: tiny_world())
     monkeypatch.setattr(canvas_many, "load_pipeline", lambda name, dtype: tiny_pipeline())
 
 

@@ -13,7 +13,7 @@ import torch
 from tests.tiny_diffusion import tiny_pipeline, tiny_world
 
 pytest.importorskip("diffusers")
-from benchmarks import canvas, tables
+from benchmarks import canvas, canvas_pipeline, tables
 from fastunlearn.evaluation.canvas import AnswerSettings
 from fastunlearn.methods.finetune_surrogate import FinetuneConfig
 from fastunlearn.methods.rece import RECEConfig
@@ -38,7 +38,7 @@ from fastunlearn.methods.uce import UCEConfig
 
 @pytest.fixture
 def tiny(monkeypatch):
-    monkeypatch.setattr(canvas, "canvas_world", lambda: tiny_world(feature_name="fid_canvas_features"))
+    monkeypatch.setattr(canvas, "canvas_world", lambda device: tiny_world(feature_name="fid_canvas_features"))
     monkeypatch.setattr(canvas, "load_pipeline", lambda name, dtype: tiny_pipeline())
 
 
@@ -94,6 +94,8 @@ def test_the_study_goes_on_and_makes_a_table(tiny, tmp_path):
     )
     assert stored["meta"]["answer set"] == "24 images, seeds 1, 2, 2 DDIM steps, guidance 1"
     assert stored["meta"]["targets"].count(",") == 1
+    assert stored["meta"]["unreadable real images"] == 0
+    assert stored["meta"]["commit"] == stored["rows"][0]["commit"]
 
     lines = tables.block("canvas", tmp_path).splitlines()
     assert lines[0].startswith("| method | style UA | style IRA | style CRA | object UA |")
@@ -109,6 +111,58 @@ def test_the_study_goes_on_and_makes_a_table(tiny, tmp_path):
     assert tables.block("canvas", tmp_path / "absent") == tables.NOT_MEASURED
 
 
+def test_a_method_run_later_joins_the_table(tiny, tmp_path):
+    settings = AnswerSettings()
+    arguments = {"styles": 2, "objects": 0, "seed": 3, "settings": settings, "model": "canvas"}
+    out, work = tmp_path / "canvas.json", {"work": tmp_path / "work"}
+
+    def methods(result):
+        assert json.loads(out.read_text())["rows"] == result["rows"]
+        return [row["method"] for row in result["rows"]]
+
+    assert methods(canvas.run(["none"], out=out, **arguments, **work)) == ["none"] * 2
+    again = canvas.run(["uce"], out=out, **arguments, **work)
+    assert methods(again) == ["none"] * 2 + ["uce"] * 2
+    # From another machine, without the work file.
+    made = canvas.run(["time"], out=out, **arguments, work=tmp_path / "elsewhere")
+    assert sorted(methods(made)) == ["none"] * 2 + ["time"] * 2 + ["uce"] * 2
+    assert all(row["commit"] and row["machine"] for row in made["rows"])
+    # Rows of other targets stay out, and a method with too few of them is named.
+    canvas.run(["none"], out=tmp_path / "more.json", **(arguments | {"styles": 3}), **work)
+    whole = canvas.run(["none"], out=tmp_path / "more.json", **(arguments | {"styles": 3}), **work)
+    assert methods_of(whole) == ["none"] * 3
+    assert whole["left_out"] == [{"method": "uce", "why": "2 of 3 targets"}]
+    assert methods(canvas.run(["none"], out=out, **arguments, **work)).count("none") == 2
+    # Another study replaces the file, and says so.
+    assert methods(canvas.run(["none"], out=out, **(arguments | {"styles": 1}), **work)) == ["none", "uce"]
+
+
+def methods_of(result):
+    return [row["method"] for row in result["rows"]]
+
+
+def test_a_table_of_unlike_targets_and_failures_says_so(tmp_path):
+    def row(method, target, **more):
+        numbers = {"UA": 80.0, "IRA": 90.0, "CRA": 70.0, "noise": False}
+        return {"method": method, "kind": target[0], "target": target[1], "seed": 0} | (more or numbers)
+
+    targets = [("style", "Mosaic"), ("style", "Pop Art"), ("object", "Cat")]
+    rows = [row("a", target) for target in targets] + [row("b", target) for target in targets[:1]]
+    rows += [row("c", targets[0], failed="the loss is nan"), *(row("c", target) for target in targets[1:])]
+    (tmp_path / "canvas.json").write_text(
+        json.dumps({"meta": {}, "rows": rows, "left_out": [{"method": "d", "why": "1 of 3 targets"}]})
+    )
+    text = tables.canvas_block(tmp_path / "canvas.json")
+    lines = text.splitlines()
+    assert lines[2].startswith("| a | 80.0 | 90.0 | 70.0 | 80.0 | 90.0 | 70.0 | **80.0** |")
+    assert lines[2].endswith("| none |")
+    assert lines[3].startswith("| b (1 of 3 targets) | 80.0 |")
+    assert lines[4].startswith("| c | 40.0 | 45.0 | 35.0 | 80.0 | 90.0 | 70.0 | **60.0** |")
+    assert lines[4].endswith("| 1 of 3 failed |")
+    assert "Left out: d: 1 of 3 targets." in lines
+    assert "the loss is nan" in text
+
+
 def test_other_settings_of_a_recipe_are_no_row_of_the_study(tiny, tmp_path, monkeypatch):
     arguments = {
         "styles": 1,
@@ -122,7 +176,9 @@ def test_other_settings_of_a_recipe_are_no_row_of_the_study(tiny, tmp_path, monk
     monkeypatch.setitem(DEFAULTS, "uce", {"style": {"tokens": "all", "lamb": 3.0}, "object": {}})
     with pytest.raises(ValueError, match=r"holds uce on style .* with settings.lamb = 0.5, this study has 3.0"):
         canvas.run(["uce"], out=tmp_path / "canvas.json", **arguments)
-    canvas.run(["none"], out=tmp_path / "other.json", **arguments)
+    other = canvas.run(["none"], out=tmp_path / "other.json", **arguments)
+    assert methods_of(other) == ["none"]
+    assert other["left_out"] == [{"method": "uce", "why": "other settings than its recipe has now"}]
 
 
 def test_resolved_settings_are_what_the_method_gets():
@@ -151,24 +207,44 @@ def test_tuning_keeps_every_trial(tiny, tmp_path, monkeypatch):
 
 
 def test_the_best_trial_is_chosen():
-    def row(kind, lamb, ua, noise=False):
-        return {
-            "method": "uce",
-            "kind": kind,
-            "settings": {"lamb": lamb},
+    def row(kind, lamb, ua, valid=100.0, surrogate=100.0):
+        numbers = {
             "UA": ua,
             "IRA": 50.0,
             "CRA": 50.0,
-            "noise": noise,
+            "valid": valid,
+            "valid_surrogate": surrogate,
+            "noise": valid < 90,
         }
+        return {"method": "uce", "kind": kind, "settings": {"lamb": lamb}} | numbers
 
-    tuning = {
-        "rows": [row("style", 1, 10.0), row("style", 2, 30.0), row("style", 3, 90.0, True), row("object", 1, 99.0)]
-    }
-    assert canvas.chosen_of(tuning, "uce", "style") == {"lamb": 2}
-    assert canvas.chosen_of(tuning, "uce", "object") == {"lamb": 1}
+    failed = {"method": "uce", "kind": "style", "settings": {"lamb": 4}, "failed": "the loss is nan"}
+    rows = [row("style", 1, 10.0), row("style", 2, 30.0), row("style", 3, 90.0, 80.0), failed, row("object", 1, 99.0)]
+    assert canvas.chosen_of({"rows": rows}, "uce", "style") == {"lamb": 2}
+    assert canvas.chosen_of({"rows": rows}, "uce", "object") == {"lamb": 1}
+    # What the unedited model's own surrogate pictures would be called counts against none.
+    rows[2] = row("style", 3, 90.0, 80.0, 85.0)
+    assert canvas.chosen_of({"rows": rows}, "uce", "style") == {"lamb": 3}
+    rows[2] = row("style", 3, 90.0, 79.0, 85.0)
+    assert canvas.chosen_of({"rows": rows}, "uce", "style") == {"lamb": 2}
+    # Noise is better than nothing.
+    assert canvas.chosen_of({"rows": rows[2:]}, "uce", "style") == {"lamb": 3}
+    half = [failed | {"settings": {"lamb": 3}}, *rows[2:]]
+    assert canvas.chosen_of({"rows": [row("style", 1, 0.0, 0.0), *half]}, "uce", "style") == {"lamb": 1}
     with pytest.raises(ValueError, match="no trial of finetune on a style"):
-        canvas.chosen_of(tuning, "finetune", "style")
+        canvas.chosen_of({"rows": rows}, "finetune", "style")
+
+
+def test_the_canvas_pipeline_meets_its_targets():
+    """What is committed, of the run that wrote it."""
+    found = json.loads((canvas.RESULTS / "quality" / "canvas_pipeline.json").read_text())
+    assert found["targets"] == canvas_pipeline.targets_of(found["rows"])
+    wanted = {("drawn, held out", 0.99), ("pipeline", 0.98)}
+    assert {(t["case"], t["target"]) for t in found["targets"]} == wanted
+    assert len(found["targets"]) == 4
+    assert all(t["met"] for t in found["targets"])
+    low = canvas_pipeline.targets_of([{"pictures": "pipeline", "style": 0.9799, "object": 0.98}])
+    assert [t["met"] for t in low] == [False, True]
 
 
 @pytest.mark.skipif(not canvas.TUNING.is_file(), reason="no tuning has been committed")
@@ -178,7 +254,7 @@ def test_recipes_use_what_was_chosen():
         for kind in ("style", "object"):
             assert DEFAULTS[method][kind] == canvas.chosen_of(tuning, method, kind)
         count = sum(row["method"] == method for row in tuning["rows"])
-        assert count == 2 * len(canvas.GRID[method])
+        assert count == len(tuning["meta"]["targets"].split(", ")) * len(canvas.GRID[method])
 
 
 def test_templates_and_names_of_methods():
