@@ -27,7 +27,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(not shipped(), reason="the ca
 def test_uce_erases_a_style_of_the_canvas_pipeline(tmp_path):
     world, pipeline = replace(canvas_world(), real_count=1), load_pipeline("canvas", device="cpu", dtype=torch.float32)
     targets = world.draw_targets(1, 0, 0)
-    settings = AnswerSettings(seeds=(7,), thin=20, bf16=True)
+    settings = AnswerSettings(seeds=(7,), steps=6, thin=20, bf16=True)
     real = real_features(world)
     none, uce = (
         evaluate(
