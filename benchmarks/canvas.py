@@ -142,7 +142,8 @@ def _facts(world: World, settings: AnswerSettings, model: str, done: Mapping[str
     return {
         "model": f"{model} pipeline, {len(world.styles)} styles and {world.seed_theme} x {len(world.objects)} objects",
         "weights": done["meta"]["weights"][:12],
-        "answer set": f"{len(settings.pairs(world)) * len(settings.seeds)} images, seeds {', '.join(map(str, settings.seeds))}, "
+        "answer set": f"{len(settings.pairs(world)) * len(settings.seeds)} images{' and the rest of the target' if settings.thin > 1 else ''}, "
+        f"seeds {', '.join(map(str, settings.seeds))}, "
         f"{settings.steps} DDIM steps, guidance {settings.guidance_scale:g}{', bf16 autocast' if settings.bf16 else ''}",
         "seed theme": f"{world.seed_theme} {'counts as a style' if settings.seed_theme == 'include' else 'is left out'}",
         "unreadable real images": done["meta"].get("unreadable", 0),

@@ -3,8 +3,8 @@
     METHODS["uce"](pipeline, world, target, seed, **settings) -> weights to keep
 
 changes the pipeline in place, as `fastunlearn.evaluation.canvas.evaluate` wants it; those of `AT_ONCE` take several targets, too.
-Settings go by the world. Those of the canvas, `DEFAULTS`, are to be what `python -m benchmarks.canvas tune` finds best on targets that
-no table holds; until that has run they say little. A method that is a trainer (`TRAINERS`) has `SMALL` and `OWN` there instead of the
+Settings go by the world. Those of the canvas, `DEFAULTS`, are what `python -m benchmarks.canvas tune` finds best on targets that no
+table holds, for the methods in benchmarks/results/quality/canvas_tuning.json; of the others they say little yet. A method that is a trainer (`TRAINERS`) has `SMALL` and `OWN` there instead of the
 settings of its own class, and `DEFAULTS` over both. Those of UnlearnCanvas, `UNLEARNCANVAS`, are its authors' as far as their code
 says; what it does not say is the class's own. A method without settings for a world wants them given.
 """
@@ -32,8 +32,14 @@ from fastunlearn.objectives.language import closest
 
 #: method -> its settings, by the kind of target
 DEFAULTS: dict[str, dict[str, dict[str, Any]]] = {
-    "finetune": {"style": {}, "object": {}},
-    "uce": {"style": {"tokens": "all"}, "object": {"tokens": "all"}},
+    "finetune": {
+        kind: {"train_method": "full", "learning_rate": rate, "max_steps": 100, "batch_size": 8, "bf16": True}
+        for kind, rate in (("style", 3e-4), ("object", 1e-4))
+    },
+    "uce": {
+        "style": {"tokens": "all", "lamb": 0.1, "erase_scale": 10.0},
+        "object": {"tokens": "all", "lamb": 0.1, "preserve_scale": 0.1},
+    },
     "time": {"style": {}, "object": {}},
     "rece": {"style": {"tokens": "all"}, "object": {"tokens": "all"}},
     "speed": {"style": {"tokens": "all"}, "object": {"tokens": "all"}},
