@@ -1,7 +1,8 @@
 # The manual. `make demo` and `make test` need python3.11 and a C++ compiler, nothing else.
 #
 #   make demo         a real language model memorises sixty people and forgets six, in about four minutes on two cores
-#   make test         the whole test suite
+#   make test         every test but some seeds and variants
+#   make test-all     those, too
 #   make lint         ruff, clang-format, mypy
 #   make fuzz         the property tests with 10,000 cases an op
 #   make bench        every op beside its peers on this CPU -> benchmarks/results/, tables in README.md
@@ -32,7 +33,7 @@ PIP := $(BIN)/pip install -q --disable-pip-version-check -c constraints.txt $(PI
 QUIET_THREADS := KMP_BLOCKTIME=0 OMP_WAIT_POLICY=PASSIVE GOMP_SPINCOUNT=0
 NATIVE := $(wildcard csrc/*) setup.py pyproject.toml fastunlearn/_version.py
 
-.PHONY: help demo test lint fuzz bench bench-plots docs gpu-test gpu-bench wheel clean
+.PHONY: help demo test test-all lint fuzz bench bench-plots docs gpu-test gpu-bench wheel clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -67,8 +68,11 @@ demo: .venv/.installed .venv/.demo
 # Test files in JOBS processes of one thread each, then what times something or starts processes, alone. (pytest ends with 5
 # where PYTEST_ARGS leaves nothing to run.)
 test: .venv/.dev
-	$(QUIET_THREADS) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not serial" $(PYTEST_ARGS) || [ $$? = 5 ]
-	$(QUIET_THREADS) $(BIN)/python -m pytest -m serial $(PYTEST_ARGS) || [ $$? = 5 ]
+	$(QUIET_THREADS) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not serial and not thorough" $(PYTEST_ARGS) || [ $$? = 5 ]
+	$(QUIET_THREADS) $(BIN)/python -m pytest -m "serial and not thorough" $(PYTEST_ARGS) || [ $$? = 5 ]
+
+test-all: test
+	$(QUIET_THREADS) $(BIN)/python -m pytest -m thorough $(PYTEST_ARGS) || [ $$? = 5 ]
 
 lint: .venv/.dev
 	$(BIN)/ruff format --check .
@@ -104,7 +108,7 @@ gpu-test:
 	mkdir -p $(OUT)
 	$(HAS_NATIVE)
 	tests=0; FASTUNLEARN_GPU_RUNS=$(OUT)/gpu_runs.json HYPOTHESIS_PROFILE=quick timeout 400 \
-	  $(PYTHON) -m pytest -q -m "not serial" --junitxml=$(OUT)/gpu-test.xml $(PYTEST_ARGS) > $(OUT)/gpu-test.log 2>&1 || tests=$$?; \
+	  $(PYTHON) -m pytest -q -m "not serial and not thorough" --junitxml=$(OUT)/gpu-test.xml $(PYTEST_ARGS) > $(OUT)/gpu-test.log 2>&1 || tests=$$?; \
 	  tail -30 $(OUT)/gpu-test.log; \
 	  timeout 120 compute-sanitizer --tool memcheck --error-exitcode 1 $(PYTHON) -m tests.sanitize 2>&1 | tee $(OUT)/sanitizer.log; \
 	  exit $$tests

@@ -94,7 +94,16 @@ def write_ninja(path: Path, target: Path, *, cxx: str, nvcc: str | None, simt_mo
     import pybind11
 
     includes = [f"-I{CSRC}", f"-isystem {pybind11.get_include()}", f"-isystem {sysconfig.get_paths()['include']}"]
-    flags = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-Wall", "-Wextra"]
+    # The host's own code is in the module of kernel bodies only to be linked: it need not be fast, but soon there.
+    flags = [
+        "-std=c++20",
+        "-O0" if simt_module else "-O3",
+        "-fPIC",
+        "-fvisibility=hidden",
+        "-fno-math-errno",
+        "-Wall",
+        "-Wextra",
+    ]
     flags += ["-Wno-unknown-pragmas", *includes]
     links = ["-shared"]
     if sys.platform == "darwin":

@@ -103,6 +103,7 @@ def test_rows_of_another_answer_set_are_refused(tiny, tmp_path):
         canvas_many.run(["uce"], settings=AnswerSettings(seeds=(7,)), **arguments)
 
 
+@pytest.mark.thorough
 def test_attacks_leave_the_next_method_alone(tiny, tmp_path):
     settings = AnswerSettings(attacks=("embedding",))
     out = canvas_many.run(["uce"], "style", 1, settings, model="canvas", out=tmp_path / "x.json", counts=[1], attack=1)

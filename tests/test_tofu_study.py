@@ -132,6 +132,7 @@ def _trials() -> dict:
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_evidence(work, tmp_path, monkeypatch):
     pytest.importorskip("scipy")
     tuning = _trials()

@@ -21,6 +21,7 @@ from fastunlearn.cli import evaluate, finetune, sample, uce
 from fastunlearn.cli._arguments import parse
 from fastunlearn.cli._diffusion import PipelineArguments
 from fastunlearn.methods.recipes import METHODS
+from fastunlearn.methods.resolved import resolved_settings
 from fastunlearn.pipelines import is_canvas, load_pipeline
 from fastunlearn.report.grid import draw_grid
 
@@ -187,9 +188,9 @@ def test_evaluate_a_method_and_go_on(canvas, tmp_path, capsys):
     assert "with settings.lamb = 0.1, this study has 0.2; choose another file" in capsys.readouterr().err
     assert run_evaluate(tmp_path, "--method", "time", "settings={lamb: 0.1}", "--name", "mine") == 2
     assert "with settings.method = 'uce', this study has 'time'" in capsys.readouterr().err
-    assert result["rows"][0]["settings"] == {
-        "method": "uce", "erase_scale": 1.0, "preserve_scale": 1.0, "lamb": 0.1, "tokens": "all"
-    }  # fmt: skip
+    chosen = resolved_settings("uce", "style", {"lamb": 0.1})
+    assert chosen.keys() == {"erase_scale", "preserve_scale", "lamb", "tokens"}
+    assert result["rows"][0]["settings"] == {"method": "uce"} | chosen
     assert (tmp_path / "canvas.json").read_text() == text
     assert run_evaluate(tmp_path) == 0
     assert len(json.loads((tmp_path / "canvas.json").read_text())["rows"]) == 4
@@ -198,15 +199,21 @@ def test_evaluate_a_method_and_go_on(canvas, tmp_path, capsys):
 
 
 def test_evaluate_what_is_stored(canvas, tmp_path, capsys):
+    settings = ["lamb=0.1", "tokens=all", "erase_scale=2", "preserve_scale=1"]
     for name in ("Mosaic", "Cat"):
-        assert (
-            uce.main(["--edit_concepts", name, "--output", str(tmp_path / "runs" / name), "lamb=0.1", "tokens=all"])
-            == 0
-        )
+        assert uce.main(["--edit_concepts", name, "--output", str(tmp_path / "runs" / name), *settings]) == 0
     stored = ["--targets", "mosaic", "cat", "--method", tmp_path / "runs/{target}", "--name", "stored"]
     assert run_evaluate(tmp_path, *stored) == 0
     assert (
-        run_evaluate(tmp_path, "--targets", "mosaic", "cat", "--method", "uce", "settings={lamb: 0.1, tokens: all}")
+        run_evaluate(
+            tmp_path,
+            "--targets",
+            "mosaic",
+            "cat",
+            "--method",
+            "uce",
+            "settings={lamb: 0.1, tokens: all, erase_scale: 2, preserve_scale: 1}",
+        )
         == 0
     )
     rows = json.loads((tmp_path / "canvas.json").read_text())["rows"]

@@ -9,7 +9,10 @@ import pytest
 pytestmark = pytest.mark.serial
 
 
-@pytest.mark.parametrize(("dies", "how"), [(1, "SIGKILL"), (0, "SIGKILL"), (1, "SIGSTOP"), (1, "raise")])
+@pytest.mark.parametrize(
+    ("dies", "how"),
+    [(1, "SIGKILL"), pytest.param(0, "SIGKILL", marks=pytest.mark.thorough), (1, "SIGSTOP"), (1, "raise")],
+)
 def test_the_others_stop(processes, tmp_path, dies, how):
     start = time.monotonic()
     codes = processes.ask("watched", [dies, how], tmp_path, 2, limit=20.0)

@@ -127,7 +127,10 @@ def test_guidance_is_that_of_the_noise(kind, guidance):
     torch.testing.assert_close(got, e0 + guidance * (e1 - e0), rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize(("granularity", "steps"), [("weight", 100), ("tile", 100), ("row", 5), ("module", 5)])
+@pytest.mark.parametrize(
+    ("granularity", "steps"),
+    [pytest.param("weight", 100, marks=pytest.mark.thorough), ("weight", 5), ("tile", 100), ("row", 5), ("module", 5)],
+)
 def test_masked_weights_after_100_steps(tmp_path, granularity, steps):
     model = tiny_unet()
     run = trainer(
@@ -398,7 +401,9 @@ run.train()
 """
 
 
-@pytest.mark.parametrize("options", [{"granularity": "tile", "block": 64}, {"refresh_every": 3}])
+@pytest.mark.parametrize(
+    "options", [pytest.param({"granularity": "tile", "block": 64}, marks=pytest.mark.thorough), {"refresh_every": 3}]
+)
 def test_a_killed_run_goes_on_exactly(tmp_path, options):
     common = {"max_steps": 7, "save_strategy": "steps", "save_steps": 2, "density": 0.3, **options}
     whole = trainer(tmp_path / "whole", **common)

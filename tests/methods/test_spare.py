@@ -138,7 +138,7 @@ def distance(unet, frozen, rows, other):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.thorough)])
 def test_it_approaches_the_surrogate_and_keeps_the_rest(tmp_path, seed):
     """Against the same run without its retain term."""
     frozen = tiny_pipeline()

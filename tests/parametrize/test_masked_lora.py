@@ -199,7 +199,16 @@ def _reload(kind, folder, known="known"):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "variant"), [("llama", "per_weight"), ("unet", "per_weight"), ("unet", "per_module")])
+@pytest.mark.parametrize(
+    ("kind", "variant"),
+    [
+        ("unet", "per_weight"),
+        *(
+            pytest.param(*pair, marks=pytest.mark.thorough)
+            for pair in (("llama", "per_weight"), ("unet", "per_module"))
+        ),
+    ],
+)
 def test_reloaded_in_a_clean_process(tmp_path, kind, variant):
     model = adapted(kind, variant)
     model.save_pretrained(tmp_path)
@@ -511,7 +520,16 @@ for form in forms:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "variant"), [("llama", "per_weight"), ("unet", "per_weight"), ("unet", "dense")])
+@pytest.mark.parametrize(
+    ("kind", "variant"),
+    [
+        ("unet", "dense"),
+        *(
+            pytest.param(*pair, marks=pytest.mark.thorough)
+            for pair in (("llama", "per_weight"), ("unet", "per_weight"))
+        ),
+    ],
+)
 def test_every_export_in_a_clean_process(tmp_path, kind, variant, capsys):
     model = adapted(kind, variant)
     want = run(model)
