@@ -160,6 +160,7 @@ _CANVAS = [
     ("back by embedding", None, "recovered_embedding", 0),
     ("back by relearning", None, "recovered_relearning", 0),
     ("seconds", None, "seconds", 1),
+    ("evaluation, s", None, "evaluation_seconds", 0),
     ("peak MiB", None, "peak_mib", 0),
     ("kept MiB", None, "storage_mib", 2),
 ]
