@@ -8,6 +8,7 @@ Environment:
     FASTUNLEARN_CUDA=0        no CUDA; =1: fail without nvcc
     FASTUNLEARN_CUDA_ARCHS    e.g. "80;90a" (default 80;86;89;90a;100;120, and PTX of the newest)
     CUDA_HOME, NVCC           where nvcc is, when it is not on PATH
+    CXXFLAGS                  more for the C++ compiler, behind its own flags
     MAX_JOBS                  compile jobs at once
 """
 
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -104,7 +106,7 @@ def write_ninja(path: Path, target: Path, *, cxx: str, nvcc: str | None, simt_mo
         "-Wall",
         "-Wextra",
     ]
-    flags += ["-Wno-unknown-pragmas", *includes]
+    flags += ["-Wno-unknown-pragmas", *shlex.split(os.environ.get("CXXFLAGS", "")), *includes]
     links = ["-shared"]
     if sys.platform == "darwin":
         links += ["-undefined dynamic_lookup"]

@@ -92,7 +92,7 @@ def test_without_a_compiler(tmp_path):
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="no g++ on this machine")
 def test_without_nvcc(tmp_path):
-    site, _ = build(tmp_path, NVCC="/nonexistent/nvcc")
+    site, _ = build(tmp_path, NVCC="/nonexistent/nvcc", CXXFLAGS="-O0")
     lines = use(site)
     assert lines[1] == "native:cpu"
     assert "'cuda': False" in lines[2]
@@ -101,12 +101,12 @@ def test_without_nvcc(tmp_path):
 
 @pytest.mark.skipif(not (shutil.which("nvcc") or os.environ.get("CUDA_HOME")), reason="no nvcc on this machine")
 def test_with_nvcc(tmp_path):
-    """All architectures of the default are compiled by the install itself; here two, to keep the test short."""
-    site, _ = build(tmp_path, FASTUNLEARN_CUDA="1", FASTUNLEARN_CUDA_ARCHS="80;90a")
+    """More architectures are compiled by the install itself; here one without optimisation, to keep the test short."""
+    site, _ = build(tmp_path, FASTUNLEARN_CUDA="1", FASTUNLEARN_CUDA_ARCHS="80", CXXFLAGS="-O0")
     lines = use(site)
     assert lines[1] == "native:cpu"
     assert "'cuda': True" in lines[2]
-    assert "'cuda_archs': '80,90a'" in lines[2]
+    assert "'cuda_archs': '80'" in lines[2]
 
 
 def test_a_broken_compiler_still_installs(tmp_path):

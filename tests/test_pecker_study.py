@@ -43,6 +43,7 @@ def test_a_whole_study(study, tmp_path, monkeypatch):
     assert b"<svg" in out.with_suffix(".svg").read_bytes()
 
 
+@pytest.mark.thorough
 def test_seconds_hold_the_mask(study, monkeypatch):
     from fastunlearn import PECKERTrainer
 

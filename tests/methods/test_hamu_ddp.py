@@ -42,6 +42,7 @@ def _worker(rank: int, port: int, folder: str) -> None:
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.thorough
 def test_two_processes_take_the_step_of_one(tmp_path):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))

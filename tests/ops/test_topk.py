@@ -166,7 +166,11 @@ def test_workspace_on_a_gpu(entries, tensors, dtype, size, simt_module):
 
 @pytest.mark.parametrize(
     ("what", "dtype", "density"),
-    [("normal", torch.bfloat16, 0.3), ("products", torch.bfloat16, 0.5), ("normal", torch.float16, 0.5)],
+    [
+        ("normal", torch.bfloat16, 0.3),
+        pytest.param("products", torch.bfloat16, 0.5, marks=pytest.mark.thorough),
+        pytest.param("normal", torch.float16, 0.5, marks=pytest.mark.thorough),
+    ],
 )
 def test_ordinary_scores_are_read_once_on_a_gpu(what, dtype, density, simt_module, monkeypatch):
     """The entries inside the bracket fit their pool, also where ties widen it: no digits are counted over the scores."""

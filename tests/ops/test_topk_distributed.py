@@ -147,7 +147,7 @@ def test_pieces_of_a_shard(name: str, key: str, simt_module: ModuleType):
 
 
 @pytest.mark.serial
-@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("world", [pytest.param(2, marks=pytest.mark.thorough), 4])
 def test_shards_equal_one_process(world: int, tmp_path: Path):
     assert not dist.is_initialized()
     mp.spawn(work, (world, os.fspath(tmp_path)), nprocs=world)
