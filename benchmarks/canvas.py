@@ -161,7 +161,7 @@ def _committed(out: Path, facts: Mapping[str, Any], rows: Sequence[Mapping[str, 
     if not out.is_file():
         return []
     old = json.loads(out.read_text())
-    other = [key for key in SAME if old["meta"].get(key) != facts[key]]
+    other = [key for key in SAME if old["meta"].get(key) != facts.get(key)]
     if other:
         _say(f"{out} held a study with another {other[0]}; it is replaced")
         return []
@@ -228,7 +228,7 @@ def _say(line: str) -> None:
 
 
 def tune(methods: Sequence[str], *, model: str, work: Path, out: Path, seed: int = 0) -> dict[str, Any]:
-    """Every trial of every method's grid on held-out targets."""
+    """Every trial of every method's grid on held-out targets; what `out` has of other methods in the same study stays."""
     pipeline = load_pipeline(model, dtype=torch.float32)
     device = next(pipeline.unet.parameters()).device
     world = canvas_world(device)
@@ -256,7 +256,8 @@ def tune(methods: Sequence[str], *, model: str, work: Path, out: Path, seed: int
         "targets": ", ".join(t.name for t in targets),
         "methods' seed": seed,
     }
-    result = {"meta": meta, "rows": rows_of(rows)}
+    short = rows_of(rows)
+    result = {"meta": meta, "rows": _committed(out, meta, short) + short}
     write_json(out, result)
     for method in methods:
         for kind in ("style", "object"):

@@ -206,6 +206,10 @@ def test_tuning_keeps_every_trial(tiny, tmp_path, monkeypatch):
     assert [(row["method"], row["kind"], row["target"], row["settings"]) for row in rows] == [
         ("uce", target.kind, target.name, trial) for trial in grid["uce"] for target in tiny_world().held_out_targets()
     ]
+    monkeypatch.setattr(canvas, "GRID", grid | {"time": [{"lamb": 1.0}]})
+    more = canvas.tune(["time"], model="canvas", work=tmp_path, out=tmp_path / "tuning.json")["rows"]
+    assert more[: len(rows)] == rows
+    assert {row["method"] for row in more[len(rows) :]} == {"time"}
 
 
 def test_the_best_trial_is_chosen():
