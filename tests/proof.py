@@ -127,6 +127,8 @@ class OpProof:
     aot: ClassVar[Sequence[Aot]] = ()
     #: cases the rungs that are slow a call (interpreter, compile, opcheck) take; None: all
     few: ClassVar[Sequence[str] | None] = None
+    #: cases that opcheck and the compiler take; None: `few`
+    traced: ClassVar[Sequence[str] | None] = None
 
     def run(self, args: Any) -> Any:
         raise AssertionError(f"{type(self).__name__} defines run(args): a call of the public op on copies of args")
@@ -145,6 +147,7 @@ class OpProof:
         return {
             "case": list(cls.cases),
             "few_case": few,
+            "traced_case": few if cls.traced is None else list(cls.traced),
             "native_case": list(cls.cases) if native else [],
             "triton_case": few if "triton" in cls.backends else [],
             "bodies_case": few if cls.cuda_bodies else [],
@@ -204,8 +207,8 @@ class OpProof:
         with fastunlearn.backend("reference"):
             assert torch.autograd.gradcheck(f, leaves)
 
-    def test_opcheck(self, few_case: str) -> None:
-        calls = list(self.library_calls(self.cases[few_case]("cpu")))
+    def test_opcheck(self, traced_case: str) -> None:
+        calls = list(self.library_calls(self.cases[traced_case]("cpu")))
         assert calls, "library_calls(args) lists no torch.library op (compiled = False: the op has none)"
         for op, positional in calls:
             # A tensor list that is mutated cannot be traced dynamically by opcheck's last test (torch 2.11 - 2.13).
@@ -213,8 +216,8 @@ class OpProof:
                 op, positional, test_utils=("test_schema", "test_autograd_registration", "test_faketensor")
             )
 
-    def test_fullgraph(self, few_case: str) -> None:
-        args = self.cases[few_case]("cpu")
+    def test_fullgraph(self, traced_case: str) -> None:
+        args = self.cases[traced_case]("cpu")
         cpu = "cpu" in _backend._ops[self.op].backends.get("native", ())
         backend = "native" if cpu and _native._C is not None else "reference"
         torch._dynamo.reset()

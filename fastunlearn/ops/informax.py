@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastunlearn import _backend
-from fastunlearn.ops.spectral import matrices
+from fastunlearn.ops._spectral_checks import matrices
 from fastunlearn.reference import informax as reference
 
 _OP = _backend.register("informax", triton=("cuda",))
@@ -81,6 +81,11 @@ def informax(
     for name, value, words in (("estimator", estimator, get_args(Estimator)), ("reduce", reduce, get_args(Reduce))):
         if value not in words:
             raise ValueError(f"{name}: want one of {', '.join(words)}; got {value!r}")
+    run = _informax_op if _backend.traced(stacked, positives, negatives) else _informax
+    return run(stacked, positives, negatives, estimator, reduce)
+
+
+def _informax(stacked: Tensor, positives: Tensor, negatives: Tensor, estimator: str, reduce: str) -> Tensor:
     unsupported = {}
     if stacked.dtype != torch.float32:
         unsupported["triton"] = f"weights are {stacked.dtype}; the kernel takes up to float32"
@@ -92,6 +97,18 @@ def informax(
 
         return kernels.informax(stacked, positives, negatives, estimator, reduce)
     return reference.informax(stacked, positives, negatives, estimator, reduce)
+
+
+# What torch.compile sees.
+@torch.library.custom_op("fastunlearn::informax", mutates_args=())
+def _informax_op(stacked: Tensor, positives: Tensor, negatives: Tensor, estimator: str, reduce: str) -> Tensor:
+    return _informax(stacked, positives, negatives, estimator, reduce).contiguous()
+
+
+@_informax_op.register_fake
+def _(stacked: Tensor, positives: Tensor, negatives: Tensor, estimator: str, reduce: str) -> Tensor:
+    rows = stacked.shape[0]
+    return stacked.new_empty((rows, positives.shape[0]) if reduce == "none" else (rows,))
 
 
 def row_entropy(weights: Tensor | Sequence[Tensor], samples: Tensor, *, bins: int = 20) -> Tensor:
@@ -112,6 +129,10 @@ def row_entropy(weights: Tensor | Sequence[Tensor], samples: Tensor, *, bins: in
     flat = _samples("samples", samples, stacked).flatten(0, 1)
     if not isinstance(bins, int) or bins < 2:
         raise ValueError(f"bins: want a whole number of at least 2, got {bins!r}")
+    return (_entropy_op if _backend.traced(stacked, flat) else _entropy)(stacked, flat, bins)
+
+
+def _entropy(stacked: Tensor, flat: Tensor, bins: int) -> Tensor:
     unsupported = {}
     if stacked.dtype != torch.float32:
         unsupported["triton"] = f"weights are {stacked.dtype}; the kernel takes up to float32"
@@ -122,3 +143,13 @@ def row_entropy(weights: Tensor | Sequence[Tensor], samples: Tensor, *, bins: in
 
         return kernels.row_entropy(stacked, flat, bins)
     return reference.row_entropy(stacked, flat, bins)
+
+
+@torch.library.custom_op("fastunlearn::row_entropy", mutates_args=())
+def _entropy_op(stacked: Tensor, flat: Tensor, bins: int) -> Tensor:
+    return _entropy(stacked, flat, bins).contiguous()
+
+
+@_entropy_op.register_fake
+def _(stacked: Tensor, flat: Tensor, bins: int) -> Tensor:
+    return stacked.new_empty(stacked.shape[0])

@@ -55,14 +55,22 @@ def token_moments(
             )
             raise ValueError(f"weights: want one for each token, {list(features.shape[:-1])} on {device}; got {got}")
         weights = weights.detach().flatten()
-        if not bool(((weights >= 0) & weights.isfinite()).all()):
-            raise ValueError("weights: want finite numbers of at least 0")
     if out is None:
         out = torch.zeros(d, d, dtype=torch.float64, device=device)
     elif not isinstance(out, Tensor) or out.dtype != torch.float64 or out.shape != (d, d) or out.device != device:
         got = f"{out.dtype} {list(out.shape)} on {out.device}" if isinstance(out, Tensor) else type(out).__name__
         raise ValueError(f"out: want float64 [{d}, {d}] on {device}, got {got}")
-    backend = _backend.resolve(_OP, device)
+    if not _backend.traced(flat, other, out):
+        return _add(other, flat, weights, out)
+    _moments_op(None if anchors is None else other, flat, weights, out)
+    return out
+
+
+def _add(other: Tensor, flat: Tensor, weights: Tensor | None, out: Tensor) -> Tensor:
+    """Adds to `out` once the values are seen to be in order."""
+    if weights is not None and not bool(((weights >= 0) & weights.isfinite()).all()):
+        raise ValueError("weights: want finite numbers of at least 0")
+    backend = _backend.resolve(_OP, flat.device)
     if not bool(flat.isfinite().all()) or not bool(other.isfinite().all()):
         raise ValueError("features, anchors: want finite numbers, got NaN or infinite ones")
     maths: Any = reference
@@ -70,4 +78,16 @@ def token_moments(
         from fastunlearn.kernels import moments as kernels
 
         maths = kernels
-    return maths.token_moments(other, flat, weights, out)
+    found: Tensor = maths.token_moments(other, flat, weights, out)
+    return found
+
+
+# What torch.compile sees. `other`: None where it is `flat` itself.
+@torch.library.custom_op("fastunlearn::token_moments_", mutates_args=("out",))
+def _moments_op(other: Tensor | None, flat: Tensor, weights: Tensor | None, out: Tensor) -> None:
+    _add(flat if other is None else other, flat, weights, out)
+
+
+@_moments_op.register_fake
+def _(other: Tensor | None, flat: Tensor, weights: Tensor | None, out: Tensor) -> None:
+    return None

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastunlearn import _backend
-from fastunlearn.ops.spectral import matrices
+from fastunlearn.ops._spectral_checks import matrices
 from fastunlearn.reference import polar as reference
 
 _OP = _backend.register("polar", triton=("cuda",))
@@ -51,6 +51,10 @@ def polar(M: Tensor, *, method: Method = "newton-schulz", steps: int = 10) -> Te
         got = f"{M.dtype} {tuple(M.shape)}" if isinstance(M, Tensor) else type(M).__name__
         raise TypeError(f"M: want floating matrices [..., p, q], got {got}")
     _method(method, steps)
+    return _polar_op(M.detach(), method, steps) if _backend.traced(M) else _polar(M, method, steps)
+
+
+def _polar(M: Tensor, method: str, steps: int) -> Tensor:
     # The singular value decomposition is the vendor's on every backend.
     wide = M.dtype == torch.float64 and method != "svd"
     beyond = {"triton": "M is float64; the kernel takes up to float32"} if wide else None
@@ -65,6 +69,17 @@ def polar(M: Tensor, *, method: Method = "newton-schulz", steps: int = 10) -> Te
 
         maths = kernels
     return maths.newton_schulz(x, steps).to(M.dtype)
+
+
+# What torch.compile sees: how many steps are taken is read from values.
+@torch.library.custom_op("fastunlearn::polar", mutates_args=())
+def _polar_op(M: Tensor, method: str, steps: int) -> Tensor:
+    return _polar(M, method, steps).contiguous()
+
+
+@_polar_op.register_fake
+def _(M: Tensor, method: str, steps: int) -> Tensor:
+    return torch.empty_like(M, memory_format=torch.contiguous_format)
 
 
 def _pairs(weights: Any, old: Any) -> tuple[list[Tensor], list[Tensor], bool]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastunlearn import _backend
+from fastunlearn.ops._spectral_checks import concept_rows, flat_rows, matrices, numbers, rows_of, square, symmetric
 from fastunlearn.reference import spectral as reference
 
 _SOLVE = _backend.register("spectral_solve", triton=("cuda",))
@@ -25,99 +26,6 @@ class SpectralTraces(NamedTuple):
     decrease: Tensor  #: of the objective, from W to W_new: sum of D (lam / relevance I + H) D^T
     spectral: Tensor  #: tr(D H D^T), H = S + gamma R
     energy: Tensor  #: ||D||_F^2
-
-
-# Checks.
-
-
-def matrices(weights: Any) -> tuple[list[Tensor], bool]:
-    """The list of matrices of one width and device, and whether it was given as one tensor."""
-    single = isinstance(weights, Tensor)
-    listed: list[Any] = [weights] if single else list(weights)
-    for i, w in enumerate(listed):
-        if not isinstance(w, Tensor) or not w.is_floating_point() or w.dim() != 2 or w.layout != torch.strided:
-            got = f"{w.dtype} {tuple(w.shape)}" if isinstance(w, Tensor) else type(w).__name__
-            raise TypeError(f"weights[{i}]: want a dense floating matrix [rows, d], got {got}")
-        if hasattr(w, "to_local"):
-            raise TypeError(f"weights[{i}]: a DTensor; gather it first (full_tensor())")
-        first = listed[0]
-        if w.shape[1] != first.shape[1] or w.device != first.device:
-            raise ValueError(
-                f"weights[{i}]: {tuple(w.shape)} on {w.device}, the first is {tuple(first.shape)} on {first.device}; "
-                "want one width and one device (call once for each)"
-            )
-    return listed, single
-
-
-def _square(name: str, value: Any, num: int, d: int, device: torch.device) -> Tensor:
-    """float64 [d, d] or [num, d, d]."""
-    if not isinstance(value, Tensor) or not value.is_floating_point():
-        raise TypeError(f"{name}: want a floating tensor, got {type(value).__name__}")
-    if value.shape not in ((d, d), (num, d, d)):
-        raise ValueError(f"{name}: want [{d}, {d}], or one for each weight [{num}, {d}, {d}]; got {list(value.shape)}")
-    if value.device != device:
-        raise ValueError(f"{name}: on {value.device}, the weights are on {device}")
-    value = value.detach().double()
-    if not bool(value.isfinite().all()):
-        raise ValueError(f"{name}: want finite numbers, got NaN or infinite ones")
-    return value
-
-
-def _symmetric(name: str, value: Tensor) -> Tensor:
-    gap = (value - value.mT).abs().max() if value.numel() else 0.0
-    if float(gap) > 1e-5 * float(value.abs().max() if value.numel() else 0.0):
-        raise ValueError(f"{name}: want a symmetric matrix, got entries that differ by up to {float(gap):.3g}")
-    return (value + value.mT) / 2
-
-
-def _numbers(name: str, value: Any, num: int, *, above: bool) -> list[float]:
-    """One number for each weight: `value` itself, or a list of them."""
-    each = [value] * num if isinstance(value, int | float) and not isinstance(value, bool) else value
-    if isinstance(each, Tensor):
-        each = each.tolist()
-    if not isinstance(each, list | tuple) or len(each) != num:
-        raise ValueError(f"{name}: want a number, or one for each of the {num} weights; got {value!r}")
-    for x in each:
-        if not math.isfinite(x) or x < 0 or (above and x == 0):
-            raise ValueError(f"{name}: want finite numbers {'above 0' if above else 'of at least 0'}, got {x}")
-    return [float(x) for x in each]
-
-
-def _rows(relevance: Any, heights: Sequence[int], like: Tensor) -> Tensor | None:
-    """[rows] of all weights together, or None where all are 1."""
-    if relevance is None:
-        return None
-    if isinstance(relevance, int | float) and not isinstance(relevance, bool):
-        out = torch.full((sum(heights),), float(relevance))
-    elif isinstance(relevance, Tensor):
-        out = relevance.detach().flatten()
-    elif isinstance(relevance, list | tuple) and all(isinstance(r, Tensor) for r in relevance):
-        for i, (r, height) in enumerate(zip(relevance, heights)):
-            if r.numel() != height:
-                raise ValueError(f"relevance[{i}]: want one number a row, {height}; got {r.numel()}")
-        out = torch.cat([r.detach().flatten() for r in relevance]) if relevance else torch.zeros(0)
-    else:
-        raise TypeError(f"relevance: want a number, a tensor or a list of tensors, got {type(relevance).__name__}")
-    if out.numel() != sum(heights):
-        raise ValueError(f"relevance: want one number for each of the {sum(heights)} rows, got {out.numel()}")
-    out = out.to(like)
-    if not bool((out >= 0).all()) or not bool(out.isfinite().all()):
-        raise ValueError("relevance: want finite numbers of at least 0")
-    return out
-
-
-def _masked(per_concept: Any, rows: int, d: int) -> tuple[Tensor, ...]:
-    try:
-        mask, anchors, features = per_concept
-    except (TypeError, ValueError):
-        raise TypeError("per_concept: want (mask [rows, m], anchors [m, T, d], features [m, T, d])") from None
-    m = mask.shape[-1]
-    if mask.shape != (rows, m) or anchors.dim() != 3 or anchors.shape != features.shape or anchors.shape[::2] != (m, d):
-        raise ValueError(
-            f"per_concept: want mask [{rows}, m], anchors and features [m, T, {d}]; got {list(mask.shape)}, "
-            f"{list(anchors.shape)}, {list(features.shape)}"
-        )
-    return mask.detach(), anchors.detach(), features.detach()
 
 
 def spectral_solve(
@@ -178,6 +86,25 @@ def spectral_solve(
         >>> S, S_star = ops.token_moments(c), ops.token_moments(c, anchors=c_star)
         >>> new = ops.spectral_solve(projections, S, S_star, lam=0.5, relevance=ops.informax(projections, pos, neg))
     """
+    options: dict[str, Any] = {"eta": eta, "projector": projector, "mode": mode, "traces": traces}
+    listed, single = matrices(weights)
+    if not listed or not _backend.traced(listed, S):
+        return _solve(
+            weights, S, S_star, lam=lam, relevance=relevance, R=R, gamma=gamma, per_concept=per_concept, **options
+        )
+    num, heights = len(listed), [w.shape[0] for w in listed]
+    found = _solve_op(
+        [w.detach() for w in listed], S, S_star, numbers("lam", lam, num, above=True), flat_rows(relevance, heights), R,
+        numbers("gamma", gamma, num, above=False), per_concept=list(per_concept or ()), **options,
+    )  # fmt: skip
+    result: Any = found[0] if single else found[:num]
+    return (result, SpectralTraces(*found[num:])) if traces else result
+
+
+def _solve(
+    weights: Any, S: Tensor, S_star: Tensor | None, *, lam: Any, relevance: Any, R: Tensor | None, gamma: Any, eta: float,
+    projector: Tensor | None, mode: str, per_concept: Any, traces: bool,
+) -> Any:  # fmt: skip
     listed, single = matrices(weights)
     if mode not in MODES:
         raise ValueError(f"mode: want one of {', '.join(MODES)}; got {mode!r}")
@@ -192,9 +119,9 @@ def spectral_solve(
         return ([], SpectralTraces(empty, empty, empty)) if traces else []
     num, d, device = len(listed), listed[0].shape[1], listed[0].device
     heights = [w.shape[0] for w in listed]
-    lams = _numbers("lam", lam, num, above=True)
-    gammas = _numbers("gamma", gamma, num, above=False)
-    S = _symmetric("S", _square("S", S, num, d, device))
+    lams = numbers("lam", lam, num, above=True)
+    gammas = numbers("gamma", gamma, num, above=False)
+    S = symmetric("S", square("S", S, num, d, device))
     if S_star is None:
         if per_concept is None:
             raise TypeError("S_star: want a tensor; None goes with per_concept")
@@ -202,9 +129,9 @@ def spectral_solve(
     elif per_concept is not None:
         raise ValueError("S_star: want None where per_concept says what the tokens become")
     else:
-        S_star = _square("S_star", S_star, num, d, device)
+        S_star = square("S_star", S_star, num, d, device)
     if R is not None:
-        R = _symmetric("R", _square("R", R, num, d, device))
+        R = symmetric("R", square("R", R, num, d, device))
     if mode == "paper":
         eta = 0.0
     if mode == "paper" and not bool(S_star.any()):
@@ -215,13 +142,13 @@ def spectral_solve(
     wide = any(w.dtype == torch.float64 for w in listed)
     dtype = torch.float64 if wide else torch.float32
     like = torch.empty(0, dtype=dtype, device=device)
-    alpha = _rows(relevance, heights, like)
+    alpha = rows_of(relevance, heights, like)
     concepts = None
     if projector is not None:
         if projector.dim() != 2 or projector.shape[0] != d or projector.device != device:
             raise ValueError(f"projector: want [{d}, m] on {device}, got {list(projector.shape)} on {projector.device}")
         concepts = reference.span(projector.detach())
-    masked = None if per_concept is None else _masked(per_concept, sum(heights), d)
+    masked = None if per_concept is None else concept_rows(per_concept, sum(heights), d)
     # Mode official is products alone, whatever the backend.
     beyond = {"triton": "weights are float64; the kernel takes up to float32"} if wide and mode != "official" else None
     backend = _backend.resolve(_SOLVE, device, beyond)
@@ -255,6 +182,30 @@ def spectral_solve(
         return result
     table = torch.stack(found)
     return result, SpectralTraces(table[:, 2], table[:, 1], table[:, 0])
+
+
+# What torch.compile sees: values are checked, and the shared ones found, inside. New weights, then the three traces where asked for.
+@torch.library.custom_op("fastunlearn::spectral_solve", mutates_args=())
+def _solve_op(
+    weights: Sequence[Tensor], S: Tensor, S_star: Tensor | None, lam: Sequence[float], relevance: Tensor | None, R: Tensor | None,
+    gamma: Sequence[float], eta: float, projector: Tensor | None, mode: str, per_concept: Sequence[Tensor], traces: bool,
+) -> list[Tensor]:  # fmt: skip
+    found = _solve(
+        list(weights), S, S_star, lam=list(lam), relevance=relevance, R=R, gamma=list(gamma), eta=eta, projector=projector, mode=mode,
+        per_concept=tuple(per_concept) or None, traces=traces,
+    )  # fmt: skip
+    new, sums = found if traces else (found, ())
+    # No result of an op may be a view of another or of an input.
+    return [t.clone(memory_format=torch.contiguous_format) for t in (*new, *sums)]
+
+
+@_solve_op.register_fake
+def _(
+    weights: Sequence[Tensor], S: Tensor, S_star: Tensor | None, lam: Sequence[float], relevance: Tensor | None, R: Tensor | None,
+    gamma: Sequence[float], eta: float, projector: Tensor | None, mode: str, per_concept: Sequence[Tensor], traces: bool,
+) -> list[Tensor]:  # fmt: skip
+    new = [torch.empty_like(w, memory_format=torch.contiguous_format) for w in weights]
+    return new + [S.new_empty(len(weights), dtype=torch.float64) for _ in range(3 if traces else 0)]
 
 
 def _groups(

@@ -65,7 +65,7 @@ class TestInformax(OpProof):
     op = "informax"
     backends = ("triton",)
     exact = False
-    compiled = False
+    traced = ("none", "gaussian mean")
     eps = 1e-5
     cases = {
         "none": _case(),
@@ -103,6 +103,10 @@ class TestInformax(OpProof):
             args["weights"], args["positives"], args["negatives"], estimator=args["estimator"], reduce=args["reduce"]
         )
 
+    def library_calls(self, args):
+        told = (args["positives"], args["negatives"], args["estimator"], args["reduce"])
+        yield torch.ops.fastunlearn.informax.default, (torch.cat(args["weights"]), *told)
+
     def oracle(self, args):
         by = brute_force if args["estimator"] == "binary" else brute_force_gaussian
         mi = by(args["weights"], args["positives"], args["negatives"])
@@ -122,7 +126,7 @@ class TestRowEntropy(OpProof):
     op = "row_entropy"
     backends = ("triton",)
     exact = False
-    compiled = False
+    traced = ("ragged", "no rows")
     eps = 1e-5
     cases = {
         "ragged": _samples((33, 7), 45),
@@ -143,6 +147,9 @@ class TestRowEntropy(OpProof):
 
     def run(self, args):
         return ops.row_entropy(args["weights"], args["samples"], bins=args["bins"])
+
+    def library_calls(self, args):
+        yield torch.ops.fastunlearn.row_entropy.default, (torch.cat(args["weights"]), args["samples"], args["bins"])
 
     def oracle(self, args):
         samples, out = args["samples"].double(), []

@@ -35,7 +35,7 @@ class TestTokenMoments(OpProof):
         for t, symmetric, weighted in (("fp32", True, False), ("fp64", False, True), ("bf16", False, True))
     ]  # fmt: skip
     exact = False
-    compiled = False
+    traced = ("prompts", "half")
     eps = 1e-13
     cases = {
         "tokens": _case((9, 5)),
@@ -50,6 +50,14 @@ class TestTokenMoments(OpProof):
 
     def run(self, args):
         return ops.token_moments(args["features"], args["weights"], anchors=args["anchors"])
+
+    def library_calls(self, args):
+        c, a, w = (
+            None if t is None else t.flatten(0, -2) if t.dim() > 2 else t
+            for t in (args["features"], args["anchors"], args["weights"])
+        )
+        out = torch.zeros(c.shape[1], c.shape[1], dtype=torch.float64)
+        yield torch.ops.fastunlearn.token_moments_.default, (a, c, None if w is None else w.flatten(), out)
 
     def oracle(self, args):
         c = args["features"].double().flatten(0, -2)

@@ -45,7 +45,7 @@ class TestPolar(OpProof):
         for addend in (False, True)
     ]  # fmt: skip
     exact = False
-    compiled = False
+    traced = ("tall", "svd of low rank")
     # The factor's own condition is 1 / smallest value (500 here), of float32's rounding; up to 1e-3 in directions without a value.
     eps = 2e-3
     cases = {
@@ -63,6 +63,9 @@ class TestPolar(OpProof):
 
     def run(self, args):
         return ops.polar(args["M"], method=args["method"])
+
+    def library_calls(self, args):
+        yield torch.ops.fastunlearn.polar.default, (args["M"], args["method"], 10)
 
     def oracle(self, args):
         U, s, Vh = torch.linalg.svd(args["M"].double(), full_matrices=False)

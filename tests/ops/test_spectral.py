@@ -82,7 +82,7 @@ class TestSpectralSolve(OpProof):
         )
     ]  # fmt: skip
     exact = False
-    compiled = False
+    traced = ("held, eta 0", "halves")
     eps = 2e-5
     cases = {
         "small": _case(),
@@ -104,6 +104,14 @@ class TestSpectralSolve(OpProof):
             [w.clone() for w in args["weights"]], args["S"], args["S_star"], lam=args["lam"], R=args["R"], gamma=args["gamma"],
             eta=args["eta"], relevance=args["relevance"] if args["relevant"] else None,
         )  # fmt: skip
+
+    def library_calls(self, args):
+        num, alpha = len(args["weights"]), args["relevance"] if args["relevant"] else None
+        for traces in (False, True):
+            yield torch.ops.fastunlearn.spectral_solve.default, (
+                args["weights"], args["S"], args["S_star"], [args["lam"]] * num, alpha, args["R"], [args["gamma"]] * num, args["eta"],
+                None, "robust", [], traces,
+            )  # fmt: skip
 
     def oracle(self, args):
         return robust(args, args["lam"], args["gamma"], args["eta"], args["relevant"])
