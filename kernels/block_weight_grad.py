@@ -13,6 +13,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastunlearn._tuned import tuned
+
+#: options of the launch that `python -m benchmarks tune` tries beside the defaults
+CANDIDATES = dict.fromkeys(
+    ("block_weight_grad.linear", "block_weight_grad.convolution"),
+    tuple({"num_warps": w, "num_stages": s} for w in (4, 8) for s in (2, 3, 4)),
+)
 #: Programs that fill a GPU of this generation twice over.
 _PROGRAMS = 264
 #: Tokens below which a tile is not split further.
@@ -140,11 +147,11 @@ def _precision(dtype: torch.dtype) -> str:
     return "ieee" if dtype == torch.float32 and not torch.backends.cuda.matmul.allow_tf32 else "tf32"
 
 
-def _options(x: Tensor, block: int) -> dict:
+def _options(kernel: str, x: Tensor, block: int) -> dict:
     # A step of 32 tokens in fp32 keeps three stages of both operands in shared memory.
     return {
         "T": 64 if x.dtype.itemsize == 2 else 32, "BLOCK": block, "PRECISION": _precision(x.dtype),
-        "num_warps": 8 if block == 128 else 4,
+        **tuned(kernel, f"{8 * x.dtype.itemsize} bits, {block}", x.device, num_warps=8 if block == 128 else 4, num_stages=3),
     }  # fmt: skip
 
 
@@ -156,7 +163,7 @@ def tiles(
     grad [tokens, rows] and x [tokens, cols] with rows without gaps; with `geometry` (kernel, stride, padding, dilation: eight numbers) a
     convolution's, four dimensions of any strides.
     """
-    options = _options(x, block)
+    options = _options(f"block_weight_grad.{'linear' if geometry is None else 'convolution'}", x, block)
     n = places.shape[0]
     if geometry is None:
         tokens, rows, cols = grad.shape[0], grad.shape[1], x.shape[1]

@@ -15,6 +15,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastunlearn._tuned import tuned
+
+#: options of the launch that `python -m benchmarks tune` tries beside the defaults
+CANDIDATES = dict.fromkeys(
+    ("masked_lora.effective", "masked_lora.small", "masked_lora.contract"),
+    tuple({"num_warps": w, "num_stages": s} for w in (4, 8) for s in (2, 3, 4)),
+)
 BITS, BLOCKS = tl.constexpr(1), tl.constexpr(2)
 MAX_RANK = 128
 #: Ranks that one `contract` takes: what it leaves for `finish` is then no larger than half a 16-bit weight.
@@ -223,6 +230,12 @@ def _options(mask: Tensor, block: int, M: int, N: int) -> dict:
     return {"KIND": 2, "BLOCK": block, "M": min(M, block), "N": min(N, block)}
 
 
+def _launch(kernel: str, like: Tensor, R: int, options: dict, warps: int) -> dict:
+    """How the kernel is launched, by the width of its type, rank and kind of mask."""
+    key = f"{8 * like.dtype.itemsize} bits, rank {R}, {'bits' if options['KIND'] == 1 else 'blocks'}"
+    return tuned(f"masked_lora.{kernel}", key, like.device, num_warps=warps, num_stages=3)
+
+
 def _rank(rank: int) -> int:
     return max(16, triton.next_power_of_2(rank))
 
@@ -246,7 +259,7 @@ def weight(
     with torch.cuda.device_of(weight):
         effective[grid](
             weight, A, B, bits, out, rows, cols, A.shape[0], bits.shape[1], scaling,
-            R=R, PRECISION=_precision(dtype), num_warps=8 if wide else 4, **options,
+            R=R, PRECISION=_precision(dtype), **_launch("effective", weight, R, options, 8 if wide else 4), **options,
         )  # fmt: skip
     return out
 
@@ -282,7 +295,7 @@ def multiply(
         small[(programs, parts)](
             x, weight, A, B, bits, partial, tokens, rows, cols, A.shape[0], bits.shape[1], scaling, chunk,
             R=R, T=max(16, triton.next_power_of_2(tokens)), PRECISION=_precision(x.dtype), BACKWARD=backward,
-            num_warps=8 if R >= 64 else 4, **options,
+            **_launch("small", x, R, options, 8 if R >= 64 else 4), **options,
         )  # fmt: skip
     return _finish(partial, torch.empty(tokens, outer, dtype=x.dtype, device=x.device), 1.0, bias)
 
@@ -312,7 +325,7 @@ def gradients(
             contract[(programs, parts)](
                 source, source, x if x is not None else source, a[first:], b[:, first:], bits, partial_A, partial_B,
                 tokens, rows, cols, rank, b.shape[1], bits.shape[1], chunk,
-                R=R, T=32, PRECISION=_precision(source.dtype), FUSED=G is None, num_warps=8, **options,
+                R=R, T=32, PRECISION=_precision(source.dtype), FUSED=G is None, **_launch("contract", source, R, options, 8), **options,
             )  # fmt: skip
         if rank == a.shape[0]:
             _finish(partial_A, dA, scaling)

@@ -14,8 +14,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastunlearn._tuned import tuned
 from fastunlearn.kernels._common import set_bits
 
+#: options of the launch that `python -m benchmarks tune` tries beside the defaults
+CANDIDATES = dict.fromkeys(
+    ("nm_linear.product", "nm_linear.gradient_tile"),
+    tuple({"num_warps": w, "num_stages": s} for w in (4, 8) for s in (2, 3, 4)),
+)
 #: GPU, as torch names it -> tokens up to which the compressed weight is read directly. `python -m benchmarks run --ops nm_linear`
 #: measures both ways.
 FEW_TOKENS: dict[str, int] = {}
@@ -171,10 +177,12 @@ def multiply(
     parts = triton.cdiv(tiles, chunk)
     partial = torch.empty(parts, tokens, outer, dtype=torch.float32, device=x.device)
     out = torch.empty(tokens, outer, dtype=x.dtype, device=x.device)
+    key = f"{8 * x.dtype.itemsize} bits, {n}:{m}, {T} tokens{', backward' if backward else ''}"
+    options = tuned("nm_linear.product", key, x.device, num_warps=4, num_stages=3)
     with torch.cuda.device_of(x):
         product[(programs, parts, columns)](
             x, values, bits, partial, tokens, rows, cols, bits.shape[1], kept, chunk,
-            KEEP=n, GROUP=m, T=T, M=64, N=64, PRECISION=_precision(x.dtype), BACKWARD=backward, num_warps=4,
+            KEEP=n, GROUP=m, T=T, M=64, N=64, PRECISION=_precision(x.dtype), BACKWARD=backward, **options,
         )  # fmt: skip
         finish[(triton.cdiv(out.numel(), 1024),)](
             partial, out if bias is None else bias, out, parts, out.numel(), outer,
@@ -189,9 +197,11 @@ def gradient(grad: Tensor, x: Tensor, bits: Tensor, n: int, m: int) -> Tensor:
     cols = x.shape[1]
     bits = bits.contiguous()
     out = torch.empty(rows, cols // m * n, dtype=grad.dtype, device=grad.device)
+    key = f"{8 * grad.dtype.itemsize} bits, {n}:{m}"
+    options = tuned("nm_linear.gradient_tile", key, grad.device, num_warps=4, num_stages=3)
     with torch.cuda.device_of(grad):
         gradient_tile[(triton.cdiv(cols, 64), triton.cdiv(rows, 64))](
             grad, x, bits, out, tokens, rows, cols, bits.shape[1], out.shape[1],
-            KEEP=n, GROUP=m, T=32, M=64, N=64, PRECISION=_precision(grad.dtype), num_warps=4,
+            KEEP=n, GROUP=m, T=32, M=64, N=64, PRECISION=_precision(grad.dtype), **options,
         )  # fmt: skip
     return out

@@ -11,9 +11,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastunlearn._tuned import tuned
 from fastunlearn.reference import polar as reference
 
-BLOCK, BLOCK_K = 128, 32
+#: options of the launch that `python -m benchmarks tune` tries beside the defaults
+CANDIDATES = {
+    "polar.symmetric": (
+        {"BLOCK": 128, "BLOCK_K": 32, "num_warps": 4, "num_stages": 3},
+        {"BLOCK": 128, "BLOCK_K": 16, "num_warps": 8, "num_stages": 4},
+        {"BLOCK": 64, "BLOCK_K": 32, "num_warps": 4, "num_stages": 3},
+        {"BLOCK": 64, "BLOCK_K": 32, "num_warps": 4, "num_stages": 4},
+    )
+}
 
 
 @triton.jit
@@ -53,11 +62,12 @@ def symmetric(A: Tensor, C: Tensor | None = None, b: float = 0.0, c: float = 1.0
     batch, p, q = A.shape
     A = A.contiguous()
     out = torch.empty(batch, p, p, dtype=A.dtype, device=A.device)
-    side = triton.cdiv(p, BLOCK)
+    key = str(min(1024, triton.next_power_of_2(p)))
+    options = tuned("polar.symmetric", key, A.device, BLOCK=128, BLOCK_K=32, num_warps=8, num_stages=3)
+    side = triton.cdiv(p, options["BLOCK"])
     with torch.cuda.device_of(A):
         _symmetric[(side, side, batch)](
-            A, out if C is None else C, out, p, q, float(b), float(c), C is not None, BLOCK, BLOCK_K, num_warps=8,
-            num_stages=3,
+            A, out if C is None else C, out, p, q, float(b), float(c), C is not None, **options,
         )  # fmt: skip
     return out
 

@@ -13,10 +13,25 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastunlearn._tuned import tuned
 from fastunlearn.reference.spectral import rotate_back as rotate_back
 from fastunlearn.reference.spectral import subtract_product as subtract_product
 
 BLOCK_M, BLOCK_N, BLOCK_K = 128, 128, 32
+#: options of the launch that `python -m benchmarks tune` tries beside the defaults
+CANDIDATES = {
+    "spectral.rotate": (
+        {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 32, "num_warps": 4, "num_stages": 3},
+        {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 4, "num_stages": 3},
+        {"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_K": 32, "num_warps": 4, "num_stages": 3},
+        {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 16, "num_warps": 8, "num_stages": 4},
+    ),
+    "spectral.trace": (
+        {"num_warps": 4, "num_stages": 3},
+        {"num_warps": 8, "num_stages": 4},
+        {"num_warps": 4, "num_stages": 4},
+    ),
+}
 
 
 @triton.jit
@@ -56,13 +71,23 @@ def rotate(
     """As `fastunlearn.reference.spectral.rotate`; all float32."""
     rows, d = stacked.shape
     E = torch.empty_like(stacked)
-    tiles = triton.cdiv(d, BLOCK_N)
+    options = tuned(
+        "spectral.rotate",
+        str(d),
+        stacked.device,
+        BLOCK_M=BLOCK_M,
+        BLOCK_N=BLOCK_N,
+        BLOCK_K=BLOCK_K,
+        num_warps=8,
+        num_stages=3,
+    )
+    tiles = triton.cdiv(d, options["BLOCK_N"])
     sums = torch.empty(tiles, 3, rows, dtype=torch.float32, device=stacked.device)
     if rows:
         with torch.cuda.device_of(stacked):
-            _rotate[(tiles, triton.cdiv(rows, BLOCK_M))](
+            _rotate[(tiles, triton.cdiv(rows, options["BLOCK_M"]))](
                 stacked, K.contiguous(), values.contiguous(), u.contiguous(), v.contiguous(), E, sums, rows, d,
-                BLOCK_M, BLOCK_N, BLOCK_K, num_warps=8, num_stages=3,
+                **options,
             )  # fmt: skip
     return E, sums.sum(0, dtype=torch.float64).T if traces else None
 
@@ -121,10 +146,10 @@ def spectral_trace(weights: list[Tensor], A: Tensor) -> tuple[Tensor, list[Tenso
         return A.new_zeros(len(weights)), products
     sums = torch.empty(len(lines), triton.cdiv(d, BLOCK_N), dtype=torch.float32, device=device)
     code = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}[A.dtype]
+    options = tuned("spectral.trace", f"{d}, {code}", device, num_warps=8, num_stages=3)
     with torch.cuda.device_of(A):
         _trace[tuple(sums.shape)](
-            torch.tensor(lines, dtype=torch.int64).to(device), sums, d, code, TRACE_M, BLOCK_N, BLOCK_K, num_warps=8,
-            num_stages=3,
+            torch.tensor(lines, dtype=torch.int64).to(device), sums, d, code, TRACE_M, BLOCK_N, BLOCK_K, **options,
         )  # fmt: skip
     # Sums of a weight's tiles as one product: the same order in every run.
     member = torch.zeros(len(weights), len(lines), dtype=torch.float64)
