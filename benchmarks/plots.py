@@ -1,5 +1,5 @@
-"""One picture an op and device: times of all providers against the limit, and peak memory, drawn from the result files; and
-ScaPre's time and memory by the number of concepts."""
+"""One picture an op and device: times of all providers against the limit, and peak memory, drawn from the result files; all
+ops together (overview.py); and ScaPre's time and memory by the number of concepts."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from benchmarks import scapre, tables, tofu_tables
+from benchmarks import overview, scapre, tables, tofu_tables
 from benchmarks.spec import FLOOR
 
 OURS, PEER, FLOORS, LIMIT = "#0b7a75", "#9aa0a6", "#d9c27a", "#c0392b"
@@ -63,7 +63,7 @@ def _draw(meta: dict[str, Any], op: str, cases: dict[tuple[str, str, str], list[
 
 
 def draw(results: Path, out: Path) -> list[Path]:
-    """Writes <device>-<op>.svg for every result file, scapre-concepts.svg for its study, and tofu.svg; the paths."""
+    """Writes <device>-<op>.svg, <device>-roofline.svg and <device>-memory.svg for every result file, scapre-concepts.svg for its study, and tofu.svg; the paths."""
     paths = []
     for slug, result in tables.load(results).items():
         cases = tables.groups(result)
@@ -71,6 +71,7 @@ def draw(results: Path, out: Path) -> list[Path]:
             path = out / f"{slug}-{op}.svg"
             _draw(result["meta"], op, {key: rows for key, rows in cases.items() if key[0] == op}, path)
             paths.append(path)
+    paths += overview.draw(tables.load(results), out)
     study = results / "quality" / "scapre.json"
     if study.is_file():
         paths.append(out / "scapre-concepts.svg")
