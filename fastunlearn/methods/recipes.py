@@ -220,9 +220,13 @@ AT_ONCE = ("uce", "time", "rece", "speed", "scapre")
 
 
 def trained_target(
-    method: str, pipeline: Any, world: Concepts, target: Target, seed: int, *, progress: bool = True, **settings: Any
-) -> dict[str, Tensor] | int:
+    method: str, pipeline: Any, world: Concepts, target: Target, seed: int, *, progress: bool = True,
+    callbacks: Sequence[Any] = (), **settings: Any,
+) -> dict[str, Tensor] | int:  # fmt: skip
     """One of `TRAINERS` with every prompt of the target; all other prompts are the retain set.
+
+    Args:
+        callbacks: TrainerCallbacks of the trainer.
 
     Returns:
         Of weights that train, the new ones; of an adapter, the bytes of its factors and masks.
@@ -250,7 +254,7 @@ def trained_target(
             }
             | chosen
         )
-        done, weights = getattr(module, trainer).run(pipeline, args, forget, retain)
+        done, weights = getattr(module, trainer).run(pipeline, args, forget, retain, callbacks=list(callbacks))
     return done.adapter_bytes or weights
 
 
