@@ -2,8 +2,10 @@
 
     python -m benchmarks run [--ops mask topk] [--device cpu|cuda] [--out FILE] [--quick] [--cases TEXT]
     python -m benchmarks table [--check]      tables of README.md, between its markers
-    python -m benchmarks plot                 benchmarks/results/plots/<device>-<op>.svg
-    python -m benchmarks compare A.json B.json
+    python -m benchmarks plot                 benchmarks/results/plots/<device>-<op>.svg, -roofline.svg, -memory.svg
+    python -m benchmarks compare A.json B.json [--by 1.1]     what became slower, as Markdown; 1 where ours did (compare.py)
+    python -m benchmarks cost --shapes canvas sd15 sdxl       seconds, memory, storage of every diffusion method (cost.py)
+    python -m benchmarks tune                 launch options of the Triton kernels on this GPU -> fastunlearn/tuned.json (tune.py)
     python -m benchmarks quality demo         what the demo forgets and keeps -> benchmarks/results/quality/demo.json
     python -m benchmarks quality prune        perplexity after pruning; needs FASTUNLEARN_DATA (benchmarks/prune.py)
     python -m benchmarks quality tofu_evaluation   a TOFU evaluation beside the slow way (benchmarks/tofu_evaluation.py)

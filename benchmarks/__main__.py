@@ -1,4 +1,4 @@
-"""Command line: python -m benchmarks run | table | plot | compare | quality (see benchmarks/__init__.py)."""
+"""Command line: python -m benchmarks run | table | plot | compare | cost | tune | quality (see benchmarks/__init__.py)."""
 
 from __future__ import annotations
 
@@ -20,9 +20,14 @@ def write_json(path: Path, result: dict[str, Any]) -> None:
         rows = ",\n".join(f"  {json.dumps(row)}" for row in result.get(key, []))
         lines.append(f' "{key}": [{chr(10) + rows + chr(10) + " " if rows else ""}]{"," if key != "left_out" else ""}')
     lines.append("}")
+    write_text(path, "\n".join(lines) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Written whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text("\n".join(lines) + "\n")
+    temporary.write_text(text)
     temporary.replace(path)
 
 
@@ -164,13 +169,62 @@ def plans(args: argparse.Namespace) -> int:
 
 
 def compare(args: argparse.Namespace) -> int:
-    from benchmarks import tables
+    from benchmarks import compare as comparing
 
-    lines, worse = tables.compare(
-        json.loads(Path(args.old).read_text()), json.loads(Path(args.new).read_text()), args.by
-    )
-    print("\n".join(lines))
-    return 1 if worse else 0
+    old, new = (json.loads(Path(path).read_text()) for path in (args.old, args.new))
+    found = comparing.compare(old, new, args.by)
+    text = comparing.report(found, old, new, args.by)
+    if args.out:
+        write_text(Path(args.out), text)
+    else:
+        print(text, end="")
+    for change in found.regressions:
+        print(f"worse: {', '.join(change.key)}: {change.what}", file=sys.stderr)
+    return 1 if found.regressions else 0
+
+
+def tune(args: argparse.Namespace) -> int:
+    import torch
+
+    from benchmarks import harness, ops
+    from benchmarks import tune as tuning
+    from fastunlearn import _tuned
+
+    if not torch.cuda.is_available():
+        raise ValueError("tune: needs an NVIDIA GPU, torch finds none")
+    device = torch.device("cuda")
+    settings = harness.Settings(seconds=args.seconds, max_runs=50, cases=args.cases or "")
+    settings.say = lambda line: print(line, flush=True)
+    out = Path(args.out) if args.out else Path(_tuned.__file__).with_name(_tuned.FILE)
+    old = json.loads(out.read_text()) if out.is_file() else _tuned.table()
+    result = tuning.run(ops.load(args.ops or tuning.MODULES), device, settings, old)
+    write_text(out, json.dumps(result, indent=1) + "\n")
+    kernels = result[torch.cuda.get_device_name(device)]["kernels"]
+    print(f"{sum(map(len, kernels.values()))} keys of {len(kernels)} kernels better than their defaults -> {out}")
+    return 0
+
+
+def cost(args: argparse.Namespace) -> int:
+    import torch
+
+    from benchmarks import cost as study
+
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch finds no CUDA device here")
+    gpu = device == "cuda"
+    cases = [
+        study.Case(
+            shapes, method, device, args.steps, args.images or (32 if gpu else 8), args.sampling_steps,
+            True if gpu and not args.fp32 else None, args.blocks, args.pixels,
+        )
+        for shapes in args.shapes
+        for method in args.methods or study.METHODS
+    ]  # fmt: skip
+    out = Path(args.out) if args.out else study.STUDY
+    result = study.run(cases, out, write_json, again=args.again)
+    print(f"{len(result['rows'])} rows, {len(result['left_out'])} left out -> {out}")
+    return 0
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -227,10 +281,35 @@ def main(argv: list[str] | None = None) -> int:
     p = commands.add_parser("plans", help="memory and time of 1B, 8B and 70B models by arithmetic, 1 to 64 GPUs")
     p.add_argument("--out", default=str(RESULTS / "large" / "plans.json"))
     p.set_defaults(do=plans)
-    p = commands.add_parser("compare", help="two results of one device: what became slower")
+    p = commands.add_parser("tune", help="launch options of the kernels on this GPU -> fastunlearn/tuned.json")
+    p.add_argument("--ops", nargs="+", help="default: all whose kernels have candidates")
+    p.add_argument("--cases", help="only cases whose name contains this")
+    p.add_argument("--seconds", type=float, default=0.2, help="time of one candidate in one case")
+    p.add_argument("--out", help="default: the file in the package; what it says of other GPUs is kept")
+    p.set_defaults(do=tune)
+    p = commands.add_parser("cost", help="seconds, peak memory, storage of every diffusion method; resumable")
+    p.add_argument("--shapes", nargs="+", choices=("canvas", "sd15", "sdxl"), default=["canvas"])
+    p.add_argument("--methods", nargs="+", help="default: all")
+    p.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+    p.add_argument("--steps", type=int, default=6, help="optimiser steps that are measured")
+    p.add_argument("--images", type=int, help="images that are drawn (default 8, on a GPU 32)")
+    p.add_argument("--sampling-steps", type=int, default=5, help="of an image that is drawn")
+    p.add_argument("--blocks", type=int, help="of sd15 and sdxl: the first levels of the network only")
+    p.add_argument("--pixels", type=int, help="of sd15 and sdxl: smaller images")
+    p.add_argument("--fp32", action="store_true", help="on a GPU: no autocast")
+    p.add_argument("--again", action="store_true", help="measure what the file has already, too")
+    p.add_argument("--out", help="default: benchmarks/results/quality/cost.json; rows it holds are kept")
+    p.set_defaults(do=cost)
+    p = commands.add_parser("compare", help="two results, row by row: what became slower; 1 where ours did")
     p.add_argument("old")
     p.add_argument("new")
-    p.add_argument("--by", type=float, default=1.1, help="slower by this factor fails (default 1.1)")
+    p.add_argument(
+        "--by",
+        type=float,
+        default=1.1,
+        help="a change: medians apart by more than this (default 1.1), and ranges apart",
+    )
+    p.add_argument("--out", help="file of the report, Markdown; default: it is printed")
     p.set_defaults(do=compare)
     args = parser.parse_args(argv)
     try:

@@ -1,10 +1,10 @@
-"""The tables of README.md, generated from benchmarks/results/ between markers, and the comparison of two results.
+"""The tables of README.md, generated from benchmarks/results/ between markers.
 
 Markers: `<!-- benchmarks:begin NAME -->` ... `<!-- benchmarks:end -->`. NAME is ops-cpu, ops-cuda (the newest result of that
 kind of device) or ops-<slug> (benchmarks/results/<slug>.json): times, targets, every row in a fold; or quality-<study>, for
 short demo or prune: the rows of benchmarks/results/quality/<study>.json; or scapre: a table for each part of its study; or canvas:
 one line a method, means over the targets, every target in a fold; or tofu, sau-evidence: one line a method, means over seeds, every
-run in a fold.
+run in a fold; or cost: a table for each model and machine.
 """
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ def _mib(value: float | None) -> str:
     return "-" if value is None else f"{value:.0f}" if value >= 10 else f"{value:.1f}"
 
 
-def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a table: the first column to the left, the others to the right."""
     ruler = ["---" if i == 0 else "--:" for i in range(len(head))]
     return ["| " + " | ".join(line) + " |" for line in (head, ruler, *rows)]
 
@@ -108,7 +109,7 @@ def _targets(result: dict[str, Any]) -> list[str]:
                 "met" if t["met"] else "**missed**",
             ]
         )
-    return _markdown(["op: case", "ratio", "measured", "target", ""], rows) if rows else []
+    return markdown(["op: case", "ratio", "measured", "target", ""], rows) if rows else []
 
 
 def _quality_rows(result: dict[str, Any]) -> list[str]:
@@ -120,7 +121,7 @@ def _quality_rows(result: dict[str, Any]) -> list[str]:
         return f"{value:.4g}" if isinstance(value, float) else str(value)
 
     cells = [[cell(row.get(name)) for name in names] for row in result["rows"]]
-    return _markdown([name.replace("_", " ") for name in names], cells)
+    return markdown([name.replace("_", " ") for name in names], cells)
 
 
 def _about(result: dict[str, Any]) -> list[str]:
@@ -209,7 +210,7 @@ def canvas_block(path: Path) -> str:
         name = method if mine == everywhere else f"{method} ({len(mine)} of {len(everywhere)} targets)"
         lines.append([name, *cells, said or "none"])
     head = ["method", *(name for name, *_ in _CANVAS[:6]), "mean", *(name for name, *_ in _CANVAS[6:]), "noise, failed"]
-    out = [*_markdown(head, lines), *_about(result)]
+    out = [*markdown(head, lines), *_about(result)]
     if result.get("left_out"):
         out += [
             "",
@@ -260,14 +261,14 @@ def ops_block(result: dict[str, Any] | None) -> str:
                 ]
             )
     lines = [heading(result["meta"]), ""]
-    lines += _markdown(
+    lines += markdown(
         ["op: case, dtype", "fastunlearn, ms", "of the limit", "best peer, ms", "speed-up", "peak MiB, ours / peer"],
         short,
     )
     targets = _targets(result)
     lines += ["", *targets] if targets else []
     lines += ["", "<details><summary>Every provider</summary>", ""]
-    lines += _markdown(["op: case, dtype", "provider", "median ms", "p20 - p80", "peak MiB", "limit, ms"], full)
+    lines += markdown(["op: case, dtype", "provider", "median ms", "p20 - p80", "peak MiB", "limit, ms"], full)
     lines += ["", "</details>"]
     return "\n".join(lines) + "\n"
 
@@ -298,12 +299,16 @@ def block(name: str, folder: Path) -> str:
         return parts_block(folder / "quality" / "scapre.json")
     if name == "canvas":
         return canvas_block(folder / "quality" / "canvas.json")
+    if name == "cost":
+        from benchmarks import cost_tables
+
+        return cost_tables.block(folder / "quality" / "cost.json")
     if name in TOFU:
         return tofu_block(folder / "quality" / f"{TOFU[name]}.json")
     if name in ("demo", "prune") or (kind == "quality" and which):
         return quality_block(folder / "quality" / f"{which or name}.json")
     raise ValueError(
-        f"marker {name!r}: want ops-cpu, ops-cuda, ops-<slug>, quality-<study>, demo, prune, scapre, canvas, tofu or sau-evidence"
+        f"marker {name!r}: want ops-cpu, ops-cuda, ops-<slug>, quality-<study>, demo, prune, scapre, canvas, cost, tofu or sau-evidence"
     )
 
 
@@ -323,24 +328,3 @@ def update(readme: Path, results: Path, write: bool = True) -> list[str]:
     if write and stale:
         readme.write_text(fresh)
     return stale
-
-
-def compare(old: dict[str, Any], new: dict[str, Any], by: float) -> tuple[list[str], bool]:
-    """Lines of old and new medians, and whether one of ours became slower by more than the factor `by`."""
-
-    def keyed(result: dict[str, Any]) -> dict[tuple[str, ...], float]:
-        names = ("op", "case", "dtype", "provider")
-        return {tuple(r[n] for n in names): r["ms_p50"] for r in result["rows"] if r["ms_p50"]}
-
-    before, after = keyed(old), keyed(new)
-    lines, worse = [], False
-    for key in sorted(before.keys() & after.keys()):
-        ratio = after[key] / before[key]
-        slower = ratio > by and is_ours(key[-1])
-        worse |= slower
-        lines.append(
-            f"{'SLOWER' if slower else '      '} {ratio:6.2f}x  {ms(before[key])} -> {ms(after[key])} ms  {', '.join(key)}"
-        )
-    gone = sorted(before.keys() - after.keys())
-    lines += [f"only in the old result: {', '.join(key)}" for key in gone]
-    return lines, worse
