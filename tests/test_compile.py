@@ -110,3 +110,30 @@ def test_a_trainer_run_over_ragged_lengths(tmp_path: Path):
     assert breaks == sum(n for why, n in counters["graph_break"].items() if "torch.compiler.disable" in str(why))
     for name, tensor in plain.items():
         torch.testing.assert_close(compiled[name], tensor, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.thorough
+def test_a_diffusion_trainer_run(tmp_path: Path):
+    """SalUn, whose weights train themselves: the network in one graph with and one without gradients, for the first batch and for all."""
+    pytest.importorskip("diffusers")
+    from fastunlearn.methods.salun import SalUnConfig, SalUnTrainer
+    from tests.tiny_diffusion import OBJECTS, prompt, tiny_pipeline
+
+    forget = [{"text": prompt(thing, "Mosaic"), "surrogate": prompt(thing, "Photo")} for thing in OBJECTS]
+    retain = [{"text": prompt(thing, "Pop Art")} for thing in OBJECTS]
+
+    def trained(folder: Path, **options: Any) -> dict[str, Tensor]:
+        args = SalUnConfig(
+            output_dir=str(folder), max_steps=4, per_device_train_batch_size=2, num_forget_images=3, num_retain_images=4,
+            sampling_steps=2, guidance_scale=1.0, use_cpu=True, disable_tqdm=True, learning_rate=1e-3, **options,
+        )  # fmt: skip
+        return SalUnTrainer.run(tiny_pipeline(), args, forget, retain)[1]
+
+    plain = trained(tmp_path / "plain")
+    torch._dynamo.reset()
+    counters.clear()
+    compiled = trained(tmp_path / "compiled", torch_compile=True, torch_compile_backend="eager")
+    assert sum(counters["graph_break"].values()) == 0
+    assert counters["stats"]["unique_graphs"] <= 4
+    for name, tensor in plain.items():
+        torch.testing.assert_close(compiled[name], tensor, rtol=1e-5, atol=1e-6)
