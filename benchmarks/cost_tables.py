@@ -49,7 +49,8 @@ def block(path: Path) -> str:
     for (shapes, cut, machine), rows in groups.items():
         weights = rows[0]["weights"]
         what = f"{NAMES[shapes]}{f' (cut: {cut})' if cut else ''}, U-Net of {rows[0]['network_parameters'] / 1e6:,.4g} M parameters"
-        passes = "bf16 passes where a method trains" if all(r["bf16"] for r in rows if not r["whole"]) else "fp32"
+        low = [row["method"] for row in rows if row["bf16"]]
+        passes = f"fp32 (bf16 passes: {', '.join(low)})" if low else "fp32"
         made = {name: ", ".join(sorted({row[name] for row in rows})) for name in ("torch", "commit")}
         lines += [
             f"{what}, {weights} weights, {passes}; {machine}; torch {made['torch']}, commit {made['commit']}:",

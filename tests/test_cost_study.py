@@ -126,7 +126,7 @@ def test_rows_are_written_one_by_one_and_kept(
     result = cost.run(cases, out, write_json)
     assert [row["method"] for row in result["rows"]] == [m for m in cost.METHODS if m in methods]
     assert not result["left_out"]
-    assert json.loads(out.read_text()) == result
+    assert json.loads(out.read_text())["rows"] == result["rows"]
     for row in result["rows"]:
         assert row["seconds"] > 0
         assert row["storage_mib"] >= 0
@@ -169,9 +169,13 @@ def test_the_table(tmp_path: Path):
     assert (
         "The canvas pipeline, U-Net of 4.8 M parameters, its own weights, fp32; a CPU; torch 2.11, commit abc:" in text
     )
+    assert "bf16" not in text
     assert "| uce | **1.23** | - | all | 120 | 0.5 | 50% |" in text
     assert "| esd | **2.5 h** | 12.3 | 5 of 1,000 steps | 120 | 0.5 | 50% |" in text
     assert "Not there: pecker (ValueError: no)." in text
+    rows[1]["bf16"] = True
+    write_json(tmp_path / "quality" / "cost.json", {"meta": {}, "rows": rows, "left_out": []})
+    assert "fp32 (bf16 passes: esd); a CPU" in tables.block("cost", tmp_path)
     assert cost_tables.block(tmp_path / "nothing.json") == tables.NOT_MEASURED
 
 

@@ -81,10 +81,13 @@ def test_candidates_name_options_that_their_kernels_ask_for():
     sources = {name: (Path(_tuned.__file__).parent / "kernels" / f"{name}.py").read_text() for name in tune.MODULES}
     for kernel, listed in tune.candidates().items():
         module, _, function = kernel.partition(".")
-        assert re.search(rf"\ndef {function}\(", sources[module])
+        assert re.search(rf"\ndef _?{function}\(", sources[module])
         assert len({tuple(sorted(options)) for options in listed}) == 1
         for option in listed[0]:
-            assert re.search(rf"tuned\([^)]*\b{option}=", sources[module]) or option in ("num_warps", "num_stages")
+            assert re.search(rf"tuned\((?:[^()]|\([^()]*\))*\b{option}=", sources[module]) or option in (
+                "num_warps",
+                "num_stages",
+            )
 
 
 def sleeping(wrong: int = -1, failing: int = -1) -> Op:
