@@ -104,7 +104,7 @@ def sleeping(wrong: int = -1, failing: int = -1) -> Op:
         return call
 
     return Op(
-        "fake", [Case("one", [("a", (8,))]), Case("two", [("a", (8,))])], lambda case, device: Inputs(a=torch.ones(8)), lambda x: [x.a * 2],
+        "fake", [Case("one", [("a", (8,))])], lambda case, device: Inputs(a=torch.ones(8)), lambda x: [x.a * 2],
         equal, lambda x, line: Limit("bytes", 64), [Provider("fastunlearn", build)],
     )  # fmt: skip
 
@@ -113,9 +113,9 @@ def sleeping(wrong: int = -1, failing: int = -1) -> Op:
 def test_the_fastest_candidate_that_is_right_is_chosen():
     said: list[str] = []
     settings = harness.Settings(seconds=0.0, min_runs=3, say=said.append)
-    tried = {"fake.kernel": [{"num_warps": n} for n in (1, 2, 3, 8)], "not.asked": [{"num_warps": 1}]}
+    tried = {"fake.kernel": [{"num_warps": n} for n in (1, 2, 3)], "not.asked": [{"num_warps": 1}]}
     found = tune.trials([sleeping(wrong=1, failing=2)], tried, CPU, settings, backend="auto")
-    assert set(found) == {("fake.kernel", "one"), ("fake.kernel", "two")}
+    assert set(found) == {("fake.kernel", "one")}
     facts = {"triton": "3.6.0", "torch": "2.11", "commit": "abc", "date": "today"}
     kept = {
         "A GPU": {"triton": "3.6.0", "kernels": {"polar.symmetric": {"768": ENTRY}, "fake.kernel": {"gone": ENTRY}}},
@@ -126,7 +126,7 @@ def test_the_fastest_candidate_that_is_right_is_chosen():
     assert table["A GPU"]["commit"] == "abc"
     kernels = table["A GPU"]["kernels"]
     assert kernels["polar.symmetric"] == {"768": ENTRY}
-    assert {key: entry["options"]["num_warps"] for key, entry in kernels["fake.kernel"].items()} == {"one": 3, "two": 3}
+    assert {key: entry["options"]["num_warps"] for key, entry in kernels["fake.kernel"].items()} == {"one": 3}
     assert "polar.symmetric" not in tune.merged(kept, "A GPU", facts | {"triton": "3.7.0"}, found)["A GPU"]["kernels"]
 
 
