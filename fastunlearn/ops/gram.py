@@ -37,9 +37,15 @@ class Flat:
     __slots__ = ("bits", "groups", "sizes")
 
     def __init__(self, groups: Sequence[Sequence[Tensor | None]], masks: Sequence[BitMask | None] | None):
-        self.groups: list[list[Tensor | None]] = [[] for _ in groups]
-        self.sizes: list[int] = []
-        self.bits: list[Tensor | None] = []
+        self.groups: list[list[Tensor | None]]
+        self.sizes: list[int]
+        self.bits: list[Tensor | None]
+        if masks is None and _lie_row_major(groups):
+            self.groups = [list(group) for group in groups]
+            self.sizes = [x.numel() for x in groups[0]]  # type: ignore[union-attr]
+            self.bits = [None] * len(self.sizes)
+            return
+        self.groups, self.sizes, self.bits = [[] for _ in groups], [], []
         for t, column in enumerate(zip(*groups, strict=True)):
             first = next((x for x in column if x is not None), None)
             # Gaps and overlaps: worked on as a row-major copy.
@@ -59,6 +65,11 @@ class Flat:
                 None if bits is None else BitMask(bits.view(1, -1), (n,)).unpack()
                 for bits, n in zip(self.bits, self.sizes)
             ]
+
+
+def _lie_row_major(groups: Sequence[Sequence[Tensor | None]]) -> bool:
+    """Whether no tensor is missing and the memory of each holds its entries row-major: the lists are used as they are."""
+    return all(x is not None and x.is_contiguous() and not x.is_neg() for group in groups for x in group)
 
 
 def flat_bits(mask: BitMask, order: tuple[int, ...] | None) -> Tensor:
@@ -89,13 +100,11 @@ def products(flat: Flat, start: int = 0) -> Tensor:
 
         return kernels.gram(groups, flat.bits, flat.sizes)
     out = torch.empty(count, n, n, dtype=torch.float64)
-    table = np.array(
-        [flat.sizes, list(map(at, flat.bits))]
-        + [list(map(at, group)) for group in groups]
-        + [[0 if x is None else _native.DTYPES[x.dtype] for x in group] for group in groups],
-        dtype=np.int64,
-    )
-    table = np.ascontiguousarray(table.T)
+    table = np.empty((count, 2 + 2 * n), dtype=np.int64)
+    table[:, 0], table[:, 1] = flat.sizes, list(map(at, flat.bits))
+    for g, group in enumerate(groups):
+        table[:, 2 + g] = list(map(at, group))
+        table[:, 2 + n + g] = [0 if x is None else _native.DTYPES[x.dtype] for x in group]
     unit_tensor, first_unit = units(flat.sizes, UNIT)
     _native.library().gram_cpu(
         table.ctypes.data,
@@ -144,6 +153,23 @@ def as_mask(mask: Mask, like: Tensor, what: str) -> BitMask | None:
     return mask
 
 
+def ready(groups: Sequence[Sequence[Any]]) -> bool:
+    """Whether lists plainly are what `check_groups` wants, no tensor missing, all on one device.
+
+    Lists of hundreds of small gradients come in every step, and what is asked of each tensor is what they cost: so it is asked of
+    all at once, and what is not plain is left to the messages below.
+    """
+    every = [x for group in groups for x in group]
+    if not every or not set(map(type, every)) <= _PLAIN:
+        return False
+    shapes = [x.shape for x in groups[0]]
+    if any([x.shape for x in group] != shapes for group in groups[1:]):
+        return False
+    if not {x.dtype for x in every} <= _TYPES or {x.layout for x in every} != {torch.strided}:
+        return False
+    return len({x.device for x in every}) == 1
+
+
 def _alike(row: Sequence[Tensor | None], firsts: Sequence[Tensor | None]) -> bool:
     """Whether the tensors of two lists plainly have the same shapes and are on one device: lists of hundreds come in every step."""
     if any(x is None for x in row) or any(x is None for x in firsts):
@@ -163,6 +189,8 @@ def check_groups(groups: Any, name: str) -> list[list[Tensor | None]]:
     if not groups:
         raise ValueError(f"{name}: empty; want at least one list of tensors")
     out: list[list[Tensor | None]] = []
+    if all(isinstance(group, list | tuple) for group in groups) and ready(groups):
+        return [list(group) for group in groups]
     for g, group in enumerate(groups):
         if isinstance(group, Tensor) or not isinstance(group, Sequence):
             raise TypeError(f"{name}[{g}]: want a list of tensors, got {type(group).__name__}")
@@ -220,7 +248,10 @@ def gram(groups: Sequence[Sequence[Tensor | None]], *, masks: Sequence[Mask] | N
     """
     rows = check_groups(groups, "groups")
     count = len(rows[0])
-    firsts = [next((row[t] for row in rows if row[t] is not None), None) for t in range(count)]
+    firsts = [
+        x if x is not None else next((row[t] for row in rows if row[t] is not None), None)
+        for t, x in enumerate(rows[0])
+    ]
     devices = {x.device for x in firsts if x is not None}
     if len(devices) > 1:
         raise ValueError(f"groups: want all on one device, got {', '.join(sorted(map(str, devices)))}")
