@@ -50,7 +50,7 @@ class Objective:
         alpha: factor of the retain term; 0: no retain forward pass.
         retain_loss_type: "NLL" or "KL" (RMU: also "EMBED_DIFF").
         parity: reproduces open-unlearning where it counts positions that this project does not: KL and UNDIAL over prompts and
-            padding too, PDU one position late.
+            padding too, PDU one position late; RMU's means over rows of different lengths are mixed as there.
     """
 
     gamma: float = 1.0

@@ -1,6 +1,6 @@
 """RMU, representation misdirection for unlearning (Li et al. 2024, WMDP, 2403.03218, section 4.1, eq. 1-2).
 
-    forget = mean over rows of the mean over answer tokens of ||h_l - c u||^2 / width,  u a random unit vector of a seed
+    forget = mean over rows of the mean over answer tokens of ||h_l - c u||^2 / width,  u a random unit vector of a seed of its own
     retain = the same with the frozen model's h_l in place of c u (EMBED_DIFF), or NLL, or KL
 
 h_l is what leaves one block. The blocks above it, and the output layer, are not run for it.
@@ -106,22 +106,25 @@ class RMU(Objective):
         return self.steering_coeff * u / u.norm()
 
     @staticmethod
-    def distance(states: Tensor, target: Tensor, kept: Tensor) -> Tensor:
+    def distance(states: Tensor, target: Tensor, kept: Tensor, parity: bool = False) -> Tensor:
         """Mean over rows of the mean over their kept positions of the mean squared difference.
 
         Args:
             states: [n, width]. target: [n, width] or [width]. kept: bool [rows, length] with n set.
+            parity: the sum of every row is divided by the length of each, and the mean is over all pairs of rows.
         """
         each = (states.float() - target.to(states.device).float()).square().mean(1)
         row, count = kept.nonzero()[:, 0], kept.sum(1)
         sums = each.new_zeros(len(kept)).index_add(0, row, each)
+        if parity:
+            return sums.mean() * (1 / count.clamp(min=1)).mean()
         return (sums / count.clamp(min=1)).sum() / len(kept)
 
     def forget(self, model: Any, inputs: Inputs, references: References) -> Tensor:
         batch = inputs["forget"]
         kept = batch["labels"] != IGNORED
         states = layer_states(model, batch, self.module_regex, kept)
-        return self.distance(states, self.direction(states.shape[1]), kept)
+        return self.distance(states, self.direction(states.shape[1]), kept, self.parity)
 
     def retain(self, model: Any, inputs: Inputs, references: References) -> Tensor:
         if self.retain_loss_type != "EMBED_DIFF":
@@ -129,4 +132,4 @@ class RMU(Objective):
         batch = inputs["retain"]
         kept = batch["labels"] != IGNORED
         wanted = references.layer["retain"].of(batch["index"].tolist())
-        return self.distance(layer_states(model, batch, self.module_regex, kept), wanted, kept)
+        return self.distance(layer_states(model, batch, self.module_regex, kept), wanted, kept, self.parity)

@@ -188,6 +188,16 @@ def test_rmu_distance_by_hand():
     assert float(RMU.distance(states, torch.tensor([2.0, 2.0]), kept)) == pytest.approx(((1 + 0) / 2 + 4) / 2)
 
 
+def test_rmu_distance_of_open_unlearning_by_hand():
+    """Their sums [rows] over counts [rows, 1] are all pairs: (1 + 4) / 2 * (1 / 2 + 1 / 1) / 2."""
+    kept = torch.tensor([[False, True, True], [False, True, False]])
+    states, target = torch.tensor([[1.0, 1.0], [2.0, 2.0], [0.0, 0.0]]), torch.tensor([2.0, 2.0])
+    sums, counts = torch.tensor([1.0, 4.0]), torch.tensor([[2.0], [1.0]])
+    want = float((sums / counts).mean())
+    assert want == pytest.approx(2.5 * 0.75)
+    assert float(RMU.distance(states, target, kept, parity=True)) == pytest.approx(want)
+
+
 def test_rmu_direction():
     rmu = make_objective("RMU", steering_coeff=6.5)
     u = rmu.direction(64)
