@@ -448,14 +448,14 @@ def test_every_retain_row_comes_once_before_any_comes_again():
 # Killing and resuming.
 
 _CHILD = """
-import sys, time
+import importlib, sys, time
 import torch
 from pathlib import Path
 from transformers.trainer_callback import TrainerCallback
 import tests.test_trainer as t
 
 torch.set_num_threads(1)
-folder, mode = Path(sys.argv[1]), sys.argv[2]
+folder, mode, make = Path(sys.argv[1]), sys.argv[2], getattr(importlib.import_module(sys.argv[3]), sys.argv[4])
 
 class Slow(TrainerCallback):
     def on_step_end(self, args, state, control, **_):
@@ -463,7 +463,7 @@ class Slow(TrainerCallback):
         if mode == "slow" and state.global_step == 5:
             time.sleep(60)
 
-trainer = t.resumable(folder)
+trainer = make(folder)
 trainer.add_callback(Slow())
 trainer.train(resume_from_checkpoint=True if mode == "resume" else None)
 torch.save(t.weights(trainer.model), folder.parent / f"{folder.name}-{mode}.pt")
@@ -483,16 +483,18 @@ def resumable(folder: Path) -> UnlearnTrainer:
     )  # fmt: skip
 
 
-def child(folder: Path, mode: str, **options) -> subprocess.Popen:
+def child(folder: Path, mode: str, made: tuple[str, str], **options) -> subprocess.Popen:
+    """A process that trains what `made` (module, function) makes of the folder."""
     environment = os.environ | {"HF_HUB_OFFLINE": "1"}
-    return subprocess.Popen([sys.executable, "-c", _CHILD, str(folder), mode], text=True, env=environment, **options)
+    return subprocess.Popen(
+        [sys.executable, "-c", _CHILD, str(folder), mode, *made], text=True, env=environment, **options
+    )
 
 
-@pytest.mark.serial
-@pytest.mark.slow
-def test_a_killed_run_resumed_equals_one_that_was_not(tmp_path):
-    assert child(tmp_path / "whole", "straight").wait(120) == 0
-    run = child(tmp_path / "killed", "slow", stdout=subprocess.PIPE)
+def kill_and_resume(tmp_path: Path, *made: str) -> None:
+    """A run that is killed by SIGKILL after step 5 and resumed (in `killed`) gives the weights of one that was not (in `whole`)."""
+    assert child(tmp_path / "whole", "straight", made).wait(120) == 0
+    run = child(tmp_path / "killed", "slow", made, stdout=subprocess.PIPE)
     for line in run.stdout:
         if line.split() == ["step", "5"]:
             break
@@ -503,7 +505,7 @@ def test_a_killed_run_resumed_equals_one_that_was_not(tmp_path):
     torn = tmp_path / "killed" / "checkpoint-5"
     torn.mkdir()
     (torn / "model.safetensors").write_bytes(b"half")
-    second = child(tmp_path / "killed", "resume", stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    second = child(tmp_path / "killed", "resume", made, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     out, err = second.communicate(timeout=120)
     assert second.returncode == 0, err
     assert out.split()[:2] == ["step", "4"]
@@ -512,6 +514,12 @@ def test_a_killed_run_resumed_equals_one_that_was_not(tmp_path):
     assert len(want) > 10
     for name, tensor in want.items():
         assert torch.equal(tensor, got[name]), name
+
+
+@pytest.mark.serial
+@pytest.mark.slow
+def test_a_killed_run_resumed_equals_one_that_was_not(tmp_path):
+    kill_and_resume(tmp_path, "tests.test_trainer", "resumable")
 
 
 def test_resuming_under_other_masks_is_refused(tmp_path):

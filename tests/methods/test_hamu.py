@@ -20,7 +20,7 @@ from fastunlearn.methods import HAMUConfig, HAMUTrainer, SAUConfig, SAUTrainer
 from fastunlearn.objectives import answer_logprobs, token_nll
 from fastunlearn.trainer import UnlearnConfig, UnlearnTrainer
 from fastunlearn.updates.hamu import CERTIFICATES
-from tests.test_trainer import half_masks, rows, weights
+from tests.test_trainer import half_masks, kill_and_resume, rows, weights
 from tests.tiny_chat import CharTokenizer, tiny_llama
 
 TOKENIZER = CharTokenizer()
@@ -310,6 +310,23 @@ def test_resuming_is_not_having_stopped(tmp_path, update):
         first, second = lines(tmp_path / "whole"), lines(tmp_path / "again")
         assert first == second
         assert len(first) == 6
+
+
+def resumable(folder):
+    # bf16: the random numbers of rounding must go on, too, and what backtracking has made of the steps.
+    return make(
+        folder, known_model().bfloat16(), retain=TWINS + RETAIN, per_device_train_batch_size=2, num_train_epochs=4, save_strategy="steps",
+        save_steps=3, hamu_share=0.9, on_flag="backtrack", certificate_every=2,
+    )  # fmt: skip
+
+
+@pytest.mark.serial
+@pytest.mark.thorough
+def test_a_killed_run_resumed_equals_one_that_was_not(tmp_path):
+    kill_and_resume(tmp_path, __name__, "resumable")
+    whole = lines(tmp_path / "whole")
+    assert [r["step"] for r in whole] == list(range(1, 9))
+    assert lines(tmp_path / "killed") == whole
 
 
 @pytest.mark.parametrize(
