@@ -154,7 +154,7 @@ def forward(
 
 def _by_factor(factor: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
     """(rows of `hidden` by their factors, what is left to multiply by): with fp16 a loss scale would overflow here."""
-    if hidden.dtype != torch.float16:
+    if hidden.dtype != torch.float16 or not len(factor):
         return (hidden * factor[:, None]).to(hidden.dtype), None
     most = factor.abs().amax().clamp(min=torch.finfo(torch.float32).tiny)
     return (hidden * (factor / most)[:, None]).to(hidden.dtype), most
@@ -507,7 +507,7 @@ def cast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
 
 def reduced(spec: Spec, head: Head, labels: Tensor, reduction: str) -> tuple[Tensor, Tensor]:
     """(values, counts) of checked arguments, by token or summed over the last dimension of `labels`."""
-    flat = labels.reshape(-1).long()
+    flat = labels.reshape(-1).long().contiguous()
     flattened = head._replace(
         hidden=head.hidden.reshape(-1, head.hidden.shape[-1]),
         ref_hidden=None if head.ref_hidden is None else head.ref_hidden.reshape(-1, head.ref_hidden.shape[-1]),

@@ -50,10 +50,13 @@ class Slot:
 
     __slots__ = ("bits", "count", "device", "numel", "order", "prefix", "shape")
 
-    def __init__(self, mask: BitMask | Tensor | None, like: Tensor, what: str = "mask", *, alias: bool = False):
+    def __init__(
+        self, mask: BitMask | Tensor | None, like: Tensor, what: str = "mask", *, of: str = "", alias: bool = False
+    ):
         """Of a mask for the (local, strided) tensor `like`. Synchronises with the device once, unless `mask` is None.
 
         Args:
+            what, of: what the mask and `like` are called in errors.
             alias: the bits may be the mask's own memory: right only where the slot is gone before the mask can change.
 
         Raises:
@@ -62,7 +65,7 @@ class Slot:
         order = memory_order(like)
         if order is None:
             raise ValueError(
-                f"{what}: the tensor of shape {tuple(like.shape)} and strides {like.stride()} overlaps itself or leaves gaps in "
+                f"{of or what}: the tensor of shape {tuple(like.shape)} and strides {like.stride()} overlaps itself or leaves gaps in "
                 "memory; want a tensor that is contiguous in some order of its dimensions (tensor.contiguous())"
             )
         self.order: tuple[int, ...] = order

@@ -81,7 +81,7 @@ def _batch(
     batch, taken = Batch(), []
     for i in range(n):
         param, grad = local(params[i]), local(grads[i])
-        slot = Slot(masks[i], param, f"masks[{i}]", alias=True)
+        slot = Slot(masks[i], param, f"masks[{i}]", of=f"params[{i}]", alias=True)
         first, second, master, scale = firsts[i], seconds[i], masters[i], lr_scales[i]
         if first is not None:
             first = _state(first, slot, f"{names[0]}[{i}]", param)
@@ -134,7 +134,8 @@ def masked_adamw_(
         masks: for each a BitMask, a bool tensor of its shape, or None (every entry may move).
         exp_avgs, exp_avg_sqs: fp32, contiguous, [entries that may move], in the order in which they lie in the tensor.
         steps: the number of this step for each tensor, from 1 (bias correction; random numbers).
-        lr_scales: for each None or factors on the learning rate of every entry, [entries that may move] or the tensor's shape.
+        lr_scales: for each None or factors on the learning rate of every entry, [entries that may move] in row-major order (as
+            `redistribution` gives them) or the tensor's shape.
         masters: for each None or fp32 [entries that may move], the parameter in full precision; the parameter is then its
             rounding to nearest.
         grad_scale: one fp32 number on the device, times every gradient (clipping without synchronisation).
@@ -257,7 +258,7 @@ def masked_grad_norm(grads: Sequence[Tensor], masks: Sequence[Mask]) -> Tensor:
     with torch.no_grad():
         batch = Batch()
         for i, grad in enumerate(map(local, grads)):
-            batch.add(Slot(masks[i], grad, f"masks[{i}]", alias=True), grad, grad)
+            batch.add(Slot(masks[i], grad, f"masks[{i}]", of=f"grads[{i}]", alias=True), grad, grad)
         if not len(batch):
             return torch.zeros((), device=grads[0].device if grads else None)
         return sumsq_batch(batch).sqrt().float()

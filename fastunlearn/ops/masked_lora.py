@@ -96,7 +96,7 @@ def _linear(x: Tensor, weight: Tensor, adapter: Adapter, bias: Tensor | None) ->
         if backend == "native":
             return cpu.forward(x, weight, adapter, bias)
         if backend == "triton" and _few(weight, x.shape[0], adapter):
-            return _kernels().multiply(x, weight, *adapter, bias=bias)
+            return _kernels().multiply(x, weight, *adapter, bias=None if bias is None else bias.contiguous())
     return F.linear(x, _effective(backend, weight, adapter, x.dtype), bias)
 
 

@@ -17,7 +17,7 @@ def _tokens(name: str, value: Any) -> Tensor:
     if not isinstance(value, Tensor) or not value.is_floating_point() or value.dim() < 2:
         got = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
         raise TypeError(f"{name}: want a floating tensor [..., d] of at least two dimensions, got {got}")
-    return value.detach().reshape(-1, value.shape[-1])
+    return value.detach().flatten(0, -2)
 
 
 def token_moments(

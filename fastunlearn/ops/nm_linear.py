@@ -61,7 +61,7 @@ def _forward(x: Tensor, values: Tensor, bits: Tensor, bias: Tensor | None, n: in
     if backend == "reference" or not x.numel() or not values.numel():
         return reference.nm_linear(x, values, bits, bias)
     if backend == "triton":
-        return _kernels().multiply(x, values, bits, n, m, bias=bias)
+        return _kernels().multiply(x, values, bits, n, m, bias=None if bias is None else bias.contiguous())
     with dense_buffer((rows, cols), values.dtype, x.device) as w:
         expand_native(values, bits, n, m, w)
         if _by_cusparselt(x, w, n, m):

@@ -185,7 +185,7 @@ class MaskedOptimizer(Optimizer):
                     mask = BitMask.pack(local(mask))
             if isinstance(mask, BitMask):
                 mask = local_mask(mask, param)
-            slot = Slot(mask, here, f"mask of {label}")
+            slot = Slot(mask, here, f"mask of {label}", of=label)
             if scale is not None:
                 scale = slot.compact(local(scale).to(here.device), f"lr_scale of {label}")
             entries[param] = _Entry(slot, len(self._entries) + len(entries), scale)

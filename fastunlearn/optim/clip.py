@@ -81,7 +81,8 @@ def clip_masked_grad_norm_(
         here, grad = local(param.detach()), local(param.grad)
         cut = local_mask(mask, param) if mask is not None and not isinstance(mask, Tensor) else mask
         grads.append(grad)
-        if batch.add(Slot(cut, here, f"masks[{i}]", alias=True), here, grad, what=f"gradient of params[{i}]"):
+        slot = Slot(cut, here, f"masks[{i}]", of=f"params[{i}]", alias=True)
+        if batch.add(slot, here, grad, what=f"gradient of params[{i}]"):
             members.append(param)
     if len({grad.device for grad in grads}) > 1:
         raise ValueError("params: want all of them on one device")

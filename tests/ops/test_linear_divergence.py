@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import math
 
-import hypothesis.strategies as st
 import pytest
 import torch
-from hypothesis import given
 
 import fastunlearn
 from fastunlearn import ops
@@ -67,17 +65,6 @@ class TestLinearDivergence(LinearLossProof):
         )
         for dtype, kind, cap in [("bf16", 0, False), ("fp32", 2, True), ("bf16", 3, False)]
     ]  # fmt: skip
-
-
-@given(
-    st.sampled_from(KINDS), st.lists(st.integers(0, 5), min_size=1, max_size=2), st.integers(1, 9), st.integers(2, 50),
-    st.sampled_from(["h", "w", "hw"]), st.sampled_from([1, 3000, 1 << 20]), st.sampled_from([0.0, 0.5]),
-)  # fmt: skip
-def test_any_shape(kind, shape, width, vocabulary, trains, bytes_, ignored):
-    args = inputs(tuple(shape), width, vocabulary, kind=kind, trains=trains, bytes_=bytes_, ignored=ignored)
-    proof = TestLinearDivergence()
-    proof.eps = 5e-6  # a few tokens: the luck of one rounding
-    proof._compare(proof._run("reference", args), args)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

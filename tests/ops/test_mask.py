@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 
-import hypothesis.strategies as st
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
 from safetensors.torch import save_file
 
 import fastunlearn
@@ -73,25 +71,6 @@ class TestMask(OpProof):
         yield ops.mask_unpack.default, (bits, flat.shape[1])
         yield ops.mask_count.default, (bits,)
         yield ops.mask_prefix.default, (bits, 64)
-
-
-@given(
-    st.lists(st.integers(0, 40), min_size=0, max_size=4),
-    st.sampled_from([0.0, 0.03, 0.5, 1.0]),
-    st.integers(1, 70),
-    st.integers(0, 2**31),
-)
-def test_any_shape(shape, density, chunk, seed):
-    bools = torch.rand(shape, generator=torch.Generator().manual_seed(seed)) < density
-    mask = BitMask.pack(bools)
-    assert torch.equal(mask.bits, numpy_bits(bools))
-    assert torch.equal(mask.unpack(), bools)
-    assert int(mask.count()) == int(bools.sum())
-    prefix = mask.prefix_counts(chunk)
-    flat = mask.bits.flatten()
-    for i in range(len(prefix)):
-        assert int(prefix[i]) == int(np.bitwise_count(flat[: i * chunk].numpy()).sum())
-    assert torch.equal((~mask).unpack(), ~bools)
 
 
 def test_any_nonzero_byte_is_true():

@@ -5,10 +5,8 @@ from __future__ import annotations
 import pickle
 from contextlib import nullcontext
 
-import hypothesis.strategies as st
 import pytest
 import torch
-from hypothesis import given
 
 import fastunlearn
 from fastunlearn import BitMask, _native, ops
@@ -157,19 +155,6 @@ def test_bytes():
     assert (tensor.shape, tensor.dtype, tensor.device) == (weight.shape, weight.dtype, weight.device)
     assert not tensor.requires_grad
     assert repr(tensor) == "NMTensor(shape=(64, 256), 2:4, dtype=torch.bfloat16, device=cpu)"
-
-
-@given(st.data(), st.integers(1, 64), st.integers(0, 9), st.integers(0, 9), st.sampled_from(list(FLOATS.values())))
-def test_round_trip(data, m, rows, groups, dtype):
-    n = data.draw(st.integers(0, m))
-    seed = data.draw(st.integers(0, 999))
-    weight = torch.randn(rows, groups * m, generator=torch.Generator().manual_seed(seed)).to(dtype)
-    mask = make_mask(weight.shape, n, m, seed)
-    with fastunlearn.backend("native"):
-        tensor = ops.nm_compress(weight, mask, n, m)
-        assert_equal(tensor.to_dense(), torch.where(mask.unpack(), weight, 0.0))
-        assert_equal(ops.nm_compress(tensor.to_dense(), mask, n, m).values, tensor.values)
-        assert_equal(tensor.gather(tensor.to_dense()), tensor.values)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -208,35 +208,6 @@ def test_brackets_around_zero_on_a_gpu(k, simt_module):
                 assert_equal(ops.topk_mask([t], k=k), want)
 
 
-VALUES = st.sampled_from([0.0, -0.0, 1.0, 1.0, -1.0, 2.0, INF, -INF, NAN, 1e-45, -1e-45, 3e38, 0.5])
-
-
-@given(
-    shapes=st.lists(st.lists(st.integers(0, 12), max_size=3), min_size=1, max_size=4),
-    values=st.lists(VALUES, min_size=1, max_size=6),
-    noise=st.sampled_from([0.0, 0.3, 1.0]),
-    density=st.lists(st.sampled_from([0.0, 0.05, 0.1, 0.29, 0.5, 0.75, 1.0]), min_size=1, max_size=3),
-    scope=st.sampled_from(["global", "tensor", "row"]),
-    key=st.sampled_from(["value", "abs"]),
-    dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16, torch.float64]),
-    seed=st.integers(0, 2**31),
-)
-def test_any_scores(shapes, values, noise, density, scope, key, dtype, seed):
-    torch.manual_seed(seed)
-    picks = torch.tensor(values)
-    scores = []
-    for shape in shapes:
-        ties = picks[torch.randint(len(values), shape)]
-        scores.append(torch.where(torch.rand(shape) < noise, torch.randn(shape), ties).to(dtype))
-    want = [[BitMask.pack(m) for m in masks] for masks in plain(scores, density, None, scope, key)]
-    for name in ("reference", "native"):
-        if name == "native" and dtype == torch.float64:
-            continue
-        with fastunlearn.backend(name), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            assert_equal(ops.topk_mask(scores, density, scope=scope, key=key), want)
-
-
 @given(st.integers(8192, 300_000), st.integers(0, 2**31), st.sampled_from([0.001, 0.05, 0.3, 0.5, 0.97]), st.booleans())
 def test_any_large_scores(n, seed, density, ties):
     """Above the size where the bracket comes from a sample."""
