@@ -4,7 +4,7 @@ With nvcc: C++ and CUDA. Without nvcc: C++. Without a C++ compiler: a pure-Pytho
 
 Environment:
     CXX                       the C++ compiler (default g++, else clang++, else c++)
-    FASTUNLEARN_NATIVE=0      no native code; =1: fail instead of installing without it
+    FASTUNLEARN_NATIVE=0      no native code, a wheel for every platform; =1: fail instead of installing without it
     FASTUNLEARN_CUDA=0        no CUDA; =1: fail without nvcc
     FASTUNLEARN_CUDA_ARCHS    e.g. "80;90a" (default 80;86;89;90a;100;120, and PTX of the newest)
     CUDA_HOME, NVCC           where nvcc is, when it is not on PATH
@@ -237,4 +237,6 @@ if __name__ == "__main__":
     listed = [f"csrc/{p.name}" for p in sorted(CSRC.iterdir()) if p.suffix in {".cpp", ".cu"}]
     headers = [f"csrc/{p.name}" for p in sorted(CSRC.iterdir()) if p.suffix in {".h", ".cuh"}]
     extension = Extension("fastunlearn._C", sources=listed, depends=headers)
-    setup(ext_modules=[extension], cmdclass={"build_ext": BuildNative})
+    # Without native code, and asked for so, a wheel is for every platform.
+    pure = wanted("FASTUNLEARN_NATIVE") == "0" and "bdist_wheel" in sys.argv
+    setup(ext_modules=[] if pure else [extension], cmdclass={"build_ext": BuildNative})

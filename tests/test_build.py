@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import zipfile
 from pathlib import Path
@@ -149,18 +150,74 @@ def test_a_failed_rebuild_leaves_no_stale_module(tmp_path):
     assert not stale.exists()
 
 
-def test_the_source_distribution_holds_the_native_sources(tmp_path):
+def source_distribution(tmp_path: Path) -> Path:
     source = tmp_path / "source"
     keep = shutil.ignore_patterns(
         ".git", ".venv", "build", "*.so", "*.egg-info", "__pycache__", "tests", ".*_cache", "results"
     )
     shutil.copytree(ROOT, source, symlinks=True, ignore=keep)
+    (source / "tests").mkdir()
+    (source / "tests" / "test_a.py").touch()
     code = "from setuptools.build_meta import build_sdist; print(build_sdist('out'))"
     done = subprocess.run([sys.executable, "-c", code], cwd=source, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     (archive,) = (source / "out").glob("*.tar.gz")
-    with tarfile.open(archive) as file:
+    return archive
+
+
+def test_the_source_distribution_holds_the_native_sources(tmp_path):
+    with tarfile.open(source_distribution(tmp_path)) as file:
         names = {name.split("/", 1)[1] for name in file.getnames() if "/" in name}
     native = {f"csrc/{p.name}" for p in (ROOT / "csrc").iterdir()}
     assert native <= names, native - names
     assert "fastunlearn/kernels/_common.py" in names
+    assert not [name for name in names if name.startswith("tests/")]
+
+
+@pytest.mark.thorough
+def test_a_wheel_of_the_source_distribution_works_anywhere(tmp_path):
+    """sdist -> a wheel for every platform -> a fresh environment and an empty folder: import, doctor, the demo's help."""
+    with tarfile.open(source_distribution(tmp_path)) as file:
+        file.extractall(tmp_path / "unpacked", filter="data")
+    (folder,) = (tmp_path / "unpacked").iterdir()
+    code = "from setuptools.build_meta import build_wheel; print(build_wheel('out'))"
+    environment = {**os.environ, "FASTUNLEARN_NATIVE": "0", "PYTHONPATH": ""}
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (wheel,) = (folder / "out").glob("*.whl")
+    assert wheel.name.endswith("-py3-none-any.whl")
+    with zipfile.ZipFile(wheel) as file:
+        names = file.namelist()
+        # The kernels' folder is a symlink in the repository; a wheel holds the files.
+        assert "fastunlearn/kernels/_common.py" in names
+        assert not [i for i in file.infolist() if (i.external_attr >> 16) & 0o170000 == 0o120000]
+    # torch and the rest are borrowed from this environment; its own fastunlearn is not (a .pth of a .pth is not read).
+    subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "venv")], check=True)
+    python = tmp_path / "venv" / "bin" / "python"
+    install = [
+        str(python),
+        "-m",
+        "pip",
+        "install",
+        "-q",
+        "--no-deps",
+        "--no-index",
+        "--disable-pip-version-check",
+        str(wheel),
+    ]
+    subprocess.run(install, check=True, env=environment)
+    (site,) = (tmp_path / "venv" / "lib").glob("python*/site-packages")
+    (site / "borrowed.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    command = str(python.with_name("fastunlearn"))
+    for words, said in {
+        (str(python), "-c", "import fastunlearn; print(fastunlearn.__file__)"): str(site),
+        (command, "doctor"): "fastunlearn._C is not built",
+        (command, "demo", "--help"): "usage: fastunlearn demo",
+        (command, "--version"): "fastunlearn",
+    }.items():
+        done = subprocess.run(words, cwd=empty, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, (words, done.stderr[-2000:])
+        assert said in done.stdout, (words, done.stdout[-2000:])
+    assert not list(empty.iterdir())

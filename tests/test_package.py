@@ -89,6 +89,20 @@ def test_import_is_light():
     assert not {"transformers", "diffusers", "peft", "datasets", "triton"} & set(modules.split())
 
 
+def test_import_needs_no_tools_and_no_gpu(tmp_path):
+    """No CUDA, no shell, no compiler, no folder of the repository: an empty PATH, and ops that run all the same."""
+    code = (
+        "import shutil, torch, fastunlearn; from fastunlearn import BitMask, ops; assert not shutil.which('sh'); "
+        "mask = ops.topk_mask([torch.arange(10.0)], 0.3)[0]; print(mask.unpack().nonzero().flatten().tolist()); "
+        "print(torch.cuda.is_available())"
+    )
+    environment = {"PATH": "", "HOME": str(tmp_path), "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split("\n")[:2] == ["[7, 8, 9]", "False"]
+    assert not list(tmp_path.iterdir())
+
+
 def test_kernels_live_at_the_root(tmp_path):
     link = PACKAGE / "kernels"
     assert link.is_symlink()
@@ -108,7 +122,7 @@ def test_top_level_holds_what_the_design_says():
     top = {name.split("/")[0] for name in listed.stdout.splitlines()}
     folders = {"csrc", "kernels", "fastunlearn", "benchmarks", "docs", "examples", "tests", ".github", ".ci"}
     files = {"pyproject.toml", "setup.py", "README.md", "LICENSE", "CHANGELOG.md", "CONTRIBUTING.md", "Makefile"}
-    files |= {"mkdocs.yml", "constraints.txt", ".pre-commit-config.yaml", ".gitignore", ".clang-format"}
+    files |= {"mkdocs.yml", "constraints.txt", "MANIFEST.in", ".pre-commit-config.yaml", ".gitignore", ".clang-format"}
     assert top <= folders | files, f"unexpected: {top - folders - files}"
     assert {"csrc", "kernels", "fastunlearn", "benchmarks", "tests", "README.md"} <= top
 
