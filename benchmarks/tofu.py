@@ -1,15 +1,17 @@
 """The study behind the README's TOFU tables: every method of the library for language models on SmolLM2-135M, dense and 2:4.
 
-    python -m benchmarks.tofu plan  --size cpu            measures a step and says how long each part would take here
+    python -m benchmarks.tofu plan  --size cpu            measures part by part and says how long the stages would take here
     python -m benchmarks.tofu tune  --size cpu            each method's grid, equally many trials, on retained authors
     python -m benchmarks.tofu run   --size cpu --seeds 0 1 2
+    python -m benchmarks.tofu run   --size cpu --seeds 0 --settings dense --trial 2 --pieces 1    without tuning, a piece at a time
     python -m benchmarks.tofu evidence --size cpu         SAU's claim: unlearn then prune, prune then unlearn, with what
 
-Needs FASTUNLEARN_DATA with tofu/. Size gpu: TOFU full against retain90, forget10. Size cpu: forget01 with the first ten authors as
+Needs FASTUNLEARN_DATA with tofu/. Size gpu: TOFU full against retain90, forget10. Size cpu: one author of forget01, the first three authors as
 the retain set. Every finished run is a row of benchmarks/results/quality/tofu.json (tofu_tuning.json, sau_evidence.json), written
-after each: a study that stopped goes on, and --hours stops one in time. While settings are chosen, authors of the retain set stand in
+after each: a study that stopped goes on; --hours stops one in time, --pieces after so many models, evaluations or rows. While settings are chosen, authors of the retain set stand in
 for the forget set; the study's own forget set is not asked. Settings are chosen by `chosen` from the committed trials:
-the best harmonic mean of what is forgotten (1 - extraction strength) and what is kept (model utility over that before).
+the best harmonic mean of what is forgotten (1 - extraction strength) and what is kept (model utility over that before); or, by
+--trial, the same place of every method's grid, which the file then says.
 `python -m benchmarks table` makes the README's tables of it, `python -m benchmarks plot` the picture.
 """
 
@@ -17,10 +19,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
+import shutil
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,95 +31,44 @@ import torch
 
 from benchmarks import RESULTS, ROOT, machine
 from benchmarks.__main__ import write_json
+from benchmarks.tofu_methods import EVIDENCE, METHODS, RATES, SETTINGS
+from benchmarks.tofu_plan import plan
 from benchmarks.tofu_runs import PATTERN, SIZES, Rows, Work
-from fastunlearn.checkpoint import Checkpoint, save_checkpoint
+from fastunlearn.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from fastunlearn.localize import nm_violations
 from fastunlearn.methods.altpo import sample_alternates
-from fastunlearn.methods.hamu import HAMUConfig, HAMUTrainer
-from fastunlearn.methods.sau import SAUConfig, SAUTrainer
 from fastunlearn.report.files import write_json as write_plain
-from fastunlearn.trainer import UnlearnConfig, UnlearnTrainer
 
-SETTINGS = ("dense", PATTERN)
 #: metric of TOFU_SUMMARY.json -> column, digits
 SHOWN = {
     "forget_quality": "forget quality", "model_utility": "model utility", "forget_truth_ratio": "forget truth ratio",
     "extraction_strength": "ES", "exact_memorization": "EM", "forget_Q_A_Prob": "forget prob", "forget_Q_A_ROUGE": "forget ROUGE",
     "privleak": "PrivLeak", "mia_min_k": "MIA Min-K",
 }  # fmt: skip
-RATES = (1e-5, 3e-5, 1e-4, 3e-4)
-
-
-def _rates(**more: Any) -> tuple[dict[str, Any], ...]:
-    return tuple({"learning_rate": rate, **more} for rate in RATES)
-
-
-@dataclass(frozen=True)
-class Method:
-    """A method of the study.
-
-    Attributes:
-        trials: settings tried, as many for every method.
-        options: of its configuration, in every trial.
-        settings: where it runs; SAU has no dense form.
-    """
-
-    trials: tuple[dict[str, Any], ...]
-    options: dict[str, Any] = field(default_factory=dict)
-    config: type = UnlearnConfig
-    trainer: type = UnlearnTrainer
-    settings: tuple[str, ...] = SETTINGS
-
-
-def _objective(name: str, trials: tuple[dict[str, Any], ...] | None = None, **options: Any) -> Method:
-    return Method(trials or _rates(), {"objective": name, **options})
-
-
-_SGD = tuple(
-    {"learning_rate": rate, "hamu_share": share} for rate, share in ((3e-2, 0.5), (1e-1, 0.5), (3e-1, 0.5), (1e-1, 0.8))
-)
-METHODS: dict[str, Method] = {
-    "GradAscent": _objective("GradAscent"),
-    "GradDiff": _objective("GradDiff"),
-    "KL": _objective("KL"),
-    "NPO": _objective("NPO"),
-    "SimNPO": _objective("SimNPO"),
-    "IdkDPO": _objective("IdkDPO"),
-    "AltPO": _objective("AltPO"),
-    "RMU": _objective("RMU"),
-    "UNDIAL": _objective("UNDIAL"),
-    "WGA": _objective("WGA"),
-    "SatImp": _objective("SatImp"),
-    "CEU": _objective("CEU"),
-    "PDU": _objective("PDU"),
-    "PCGrad, NPO": _objective("NPO", update="pcgrad"),
-    "GRU, NPO": _objective("NPO", update="gru"),
-    "HAMU-Q": Method(_SGD, {"update": "hamu-q", "on_infeasible": "largest"}, HAMUConfig, HAMUTrainer),
-    "HAMU-U": Method(_SGD, {"update": "hamu-u", "on_infeasible": "largest"}, HAMUConfig, HAMUTrainer),
-    "SAU, NPO": Method(_rates(), {"objective": "NPO"}, SAUConfig, SAUTrainer, (PATTERN,)),
-    "SAU x HAMU": Method(
-        _SGD, {"objective": "GradDiff", "update": "hamu-q", "on_infeasible": "largest", "weight_decay": 0.0, "warmup_epochs": 0.0,
-               "lr_scheduler_type": "constant"}, SAUConfig, SAUTrainer, (PATTERN,),
-    ),
-}  # fmt: skip
 #: the study's stages -> file
 FILES = {"run": "tofu.json", "tune": "tofu_tuning.json", "evidence": "sau_evidence.json"}
+#: where a method's settings come from: its trials, or (not tuned) the number of one that every method takes
+Tuning = Mapping[str, Any] | int
 
 
 class Study:
     """Rows of one stage, kept after each.
 
     Args:
-        work: data and models. out: the file. hours: start nothing after so many.
+        work: data and models. out: the file. hours: start nothing after so many. pieces: start no more than so many.
+        trial: of every method's grid, where nothing was tuned.
     """
 
-    def __init__(self, work: Work, size: str, out: Path, hours: float | None):
-        self.work, self.size, self.out = work, size, out
+    def __init__(
+        self, work: Work, size: str, out: Path, hours: float | None, pieces: int | None = None, trial: int | None = None
+    ):
+        self.work, self.size, self.out, self.pieces = work, size, out, pieces
         self.until = None if hours is None else time.monotonic() + 3600 * hours
         self.rows: list[dict[str, Any]] = []
         self.about = {
             "size": size, "model": f"{work.base} fine-tuned {work.size.finetune['epochs']} epochs",
             "forward passes": "bf16" if work.bf16 else "fp32",
+            "settings": "by tuning" if trial is None else f"not tuned: number {trial} of every method's grid, counted from 0",
         }  # fmt: skip
         if out.exists():
             found = json.loads(out.read_text())
@@ -133,21 +85,27 @@ class Study:
     def add(self, row: dict[str, Any]) -> None:
         facts = machine.meta(self.work.device)
         # A study goes on elsewhere and later: each row says where it was measured.
-        made = {"commit": facts["commit"], "machine": facts["device"]}
+        made = {"commit": facts["commit"], "machine": facts["device"], "threads": facts["threads"]}
         self.rows.append(
             {name: round(v, 4) if isinstance(v, float) and abs(v) > 1e-3 else v for name, v in (row | made).items()}
         )
         size = self.work.size
         meta = self.about | {
-            "split": size.split, "retain rows": len(self.work.data()["train retain"]), "epochs": size.epochs,
-            "batch": size.batch_size, "machine": facts["device"], "torch": facts["torch"], "commit": facts["commit"],
+            "split": size.split, "retain rows": len(self.work.data()["train retain"]),
+            "rows asked": ", ".join(f"{part} {len(rows)}" for part, rows in self.work.parts(False).items()),
+            "epochs": size.epochs, "batch": size.batch_size, "machine": facts["device"], "torch": facts["torch"], "commit": facts["commit"],
             "date": facts["date"],
         }  # fmt: skip
         write_json(self.out, {"meta": meta, "rows": self.rows})
         print(json.dumps(self.rows[-1]), flush=True)
 
     def late(self) -> bool:
-        return self.until is not None and time.monotonic() > self.until
+        """Whether no piece is to be begun any more; every piece asks once."""
+        if self.until is not None and time.monotonic() > self.until:
+            return True
+        if self.pieces is not None:
+            self.pieces -= 1
+        return self.pieces is not None and self.pieces < 0
 
 
 def _model(kind: str, setting: str) -> str:
@@ -174,33 +132,56 @@ def alternates_of(work: Work, tuning: bool) -> Rows:
     return list(json.loads(path.read_text()))
 
 
-def one_run(
-    work: Work, name: str, setting: str, options: Mapping[str, Any], seed: int, *, tuning: bool, robust: bool
-) -> dict[str, Any]:
-    """Loads, unlearns, evaluates; a run that diverges is a row too."""
-    method = METHODS[name]
+def _unlearned(work: Work, key: str, name: str, setting: str, options: Mapping[str, Any], seed: int, tuning: bool) -> tuple[Checkpoint, dict[str, Any]]:  # fmt: skip
+    """The unlearned model and what it cost; from its folder where an earlier run that was cut off left it.
+
+    Raises:
+        ArithmeticError: it diverged.
+    """
+    folder, method, load = work.folder / "unlearned" / key, METHODS[name], machine.OtherLoad()
+    about = {"method": name, "setting": setting, "options": dict(options), "seed": seed, "tuning": tuning}
+    if (folder / "cost.json").is_file():
+        kept = json.loads((folder / "cost.json").read_text())
+        if kept["about"] == about:
+            return load_checkpoint(folder, device=work.device), kept["cost"]
     checkpoint = work.load(_model("full", setting))
     wanted = (lambda: alternates_of(work, tuning)) if name == "AltPO" else None
-    try:
+    start = time.process_time()
+    with load:
         cost = work.unlearn(
             checkpoint, method.config, method.trainer, {**method.options, **options}, seed=seed, tuning=tuning, alternates=wanted
         )  # fmt: skip
+    cost |= {"other load": load.share(), "processor seconds": round(time.process_time() - start, 1)}
+    files = {"cost.json": json.dumps({"about": about, "cost": cost})}
+    save_checkpoint(
+        folder, checkpoint.model, checkpoint.tokenizer, masks=checkpoint.masks, pruning=checkpoint.pruning, files=files, overwrite=True
+    )  # fmt: skip
+    return checkpoint, cost
+
+
+def one_run(
+    work: Work, name: str, setting: str, options: Mapping[str, Any], seed: int, *, tuning: bool, robust: bool
+) -> dict[str, Any]:
+    """Loads, unlearns, evaluates; a run that diverges is a row too. One that was cut off goes on: the model is kept, the evaluation by
+    row."""
+    key = re.sub(r"[^A-Za-z0-9]+", "-", f"{name}-{setting}-{seed}{'-tuning' if tuning else ''}")
+    try:
+        checkpoint, cost = _unlearned(work, key, name, setting, options, seed, tuning)
     except ArithmeticError as error:
         return _diverged(error)
-    key = "current"
-    work.forget_evals(key)
     numbers = work.evaluate(checkpoint, key, tuning=tuning, retain=None if tuning else _model("retain", setting))
     row = _shown(numbers) | cost
     if robust:
         row |= work.robust(checkpoint, seed)
     work.forget_evals(key)
+    shutil.rmtree(work.folder / "unlearned" / key, ignore_errors=True)
     return row
 
 
-def tune(study: Study, methods: Sequence[str], seed: int = 1000) -> None:
+def tune(study: Study, methods: Sequence[str], seed: int = 1000, settings: Sequence[str] = SETTINGS) -> None:
     """Every trial of every method, with a seed of its own; authors of the retain set stand in for the forget set."""
     work = study.work
-    for setting in SETTINGS:
+    for setting in settings:
         before = f"full, {setting}"
         if not study.has(method=before, setting=setting):
             if study.late():
@@ -245,43 +226,63 @@ def chosen(tuning: Mapping[str, Any], name: str, setting: str) -> dict[str, Any]
     return dict(max(trials, key=lambda row: score(row, before["model utility"]))["options"])
 
 
-def run(study: Study, methods: Sequence[str], seeds: Sequence[int], tuning: Mapping[str, Any]) -> None:
-    """The table: every method with its chosen settings, every seed, beside the models before and the retain model."""
+def settings_of(tuning: Tuning, name: str, setting: str) -> dict[str, Any]:
+    """A method's settings.
+
+    Raises:
+        ValueError: it was not tuned.
+    """
+    return dict(METHODS[name].trials[tuning]) if isinstance(tuning, int) else chosen(tuning, name, setting)
+
+
+def pieces(study: Study, methods: Sequence[str], seeds: Sequence[int], tuning: Tuning, settings: Sequence[str]) -> Iterator[tuple[str, Callable[[], Any]]]:  # fmt: skip
+    """What of the table is not there: models, the retain model's evaluation, rows; each looked for when the one before is done."""
     work = study.work
-    for setting in SETTINGS:
+    for setting in settings:
+        retain = _model("retain", setting)
+        for kind in ("full", "retain"):
+            model = _model(kind, setting)
+            for made in (kind, model):
+                if not work.made(made):
+                    yield f"model {made}", lambda made=made: work.load(made)
+        if not work.evaluated(retain):
+            yield f"evaluation of {retain}", lambda retain=retain: work.evaluate(work.load(retain), retain)
         for kind, name in (("full", "before"), ("retain", "retain model")):
-            if study.has(method=name, setting=setting):
-                continue
-            if study.late():
-                return
-            checkpoint = work.load(_model(kind, setting))
-            numbers = work.evaluate(checkpoint, f"{_model(kind, setting)}-again", retain=_model("retain", setting))
-            study.add({"method": name, "setting": setting, "seed": 0, **_shown(numbers), **work.robust(checkpoint, 0)})
+            if not study.has(method=name, setting=setting):
+                yield f"{name}, {setting}", lambda kind=kind, name=name, setting=setting: _reference(study, kind, name, setting)  # fmt: skip
         for seed in seeds:
             for name in methods:
-                if setting not in METHODS[name].settings or study.has(method=name, setting=setting, seed=seed):
-                    continue
-                if study.late():
-                    return
-                options = chosen(tuning, name, setting)
-                row = one_run(work, name, setting, options, seed, tuning=False, robust=True)
-                study.add({"method": name, "setting": setting, "seed": seed, **row, "options": options})
+                if setting in METHODS[name].settings and not study.has(method=name, setting=setting, seed=seed):
+                    yield f"{name}, {setting}, seed {seed}", lambda row=(name, setting, seed): _row(study, *row, tuning)  # type: ignore[misc]
 
 
-#: of SAU's claim: name -> (method whose tuned settings are used, options, whether the masks hold, when it is pruned)
-EVIDENCE: dict[str, tuple[str, dict[str, Any], bool, str]] = {
-    "unlearn, then prune": ("NPO", {}, False, "after"),
-    "prune, then unlearn, no mask": ("NPO", {}, False, "before"),
-    "prune, then unlearn, no mask, prune again": ("NPO", {}, False, "both"),
-    "prune, then unlearn, mask": ("SAU, NPO", {}, True, "before"),
-    "mask, redistribution update": ("SAU, NPO", {"redistribution": "update"}, True, "before"),
-    "mask, redistribution obs": ("SAU, NPO", {"redistribution": "obs"}, True, "before"),
-    "mask, redistribution retain": ("SAU, NPO", {"redistribution": "retain"}, True, "before"),
-    "mask, HAMU": ("SAU x HAMU", {}, True, "before"),
-}
+def _reference(study: Study, kind: str, name: str, setting: str) -> None:
+    work, model = study.work, _model(kind, setting)
+    checkpoint = work.load(model)
+    numbers = work.evaluate(checkpoint, f"{model}-again", retain=_model("retain", setting))
+    study.add({"method": name, "setting": setting, "seed": 0, **_shown(numbers), **work.robust(checkpoint, 0)})
 
 
-def _evidence_run(work: Work, name: str, seed: int, tuning: Mapping[str, Any]) -> tuple[dict[str, Any], Checkpoint]:
+def _row(study: Study, name: str, setting: str, seed: int, tuning: Tuning) -> None:
+    options = settings_of(tuning, name, setting)
+    row = one_run(study.work, name, setting, options, seed, tuning=False, robust=True)
+    study.add({"method": name, "setting": setting, "seed": seed, **row, "options": options})
+
+
+def run(
+    study: Study, methods: Sequence[str], seeds: Sequence[int], tuning: Tuning, settings: Sequence[str] = SETTINGS
+) -> None:
+    """The table: every method with its chosen settings, every seed, beside the models before and the retain model."""
+    for name, do in pieces(study, methods, seeds, tuning, settings):
+        if study.late():
+            return
+        start = time.perf_counter()
+        print(f"{name} ...", flush=True)
+        do()
+        print(f"{name}: {time.perf_counter() - start:.0f} s", flush=True)
+
+
+def _evidence_run(work: Work, name: str, seed: int, tuning: Tuning) -> tuple[dict[str, Any], Checkpoint]:
     """One line's model and what it cost; makes the dense unlearned model where it is wanted and not there.
 
     Raises:
@@ -289,7 +290,7 @@ def _evidence_run(work: Work, name: str, seed: int, tuning: Mapping[str, Any]) -
     """
     tuned, more, masked, when = EVIDENCE[name]
     setting = "dense" if when == "after" else PATTERN
-    options: dict[str, Any] = {**METHODS[tuned].options, **chosen(tuning, tuned, setting), **more}
+    options: dict[str, Any] = {**METHODS[tuned].options, **settings_of(tuning, tuned, setting), **more}
     twin = work.folder / "models" / f"full-unlearned-{seed}"
     if "redistribution" in more:
         options["dense_model"] = str(work.folder / "models" / "full")
@@ -309,7 +310,7 @@ def _evidence_run(work: Work, name: str, seed: int, tuning: Mapping[str, Any]) -
     return cost, checkpoint
 
 
-def evidence(study: Study, seeds: Sequence[int], tuning: Mapping[str, Any]) -> None:
+def evidence(study: Study, seeds: Sequence[int], tuning: Tuning) -> None:
     """One table, three seeds: what masking, redistribution and HAMU are each worth, by the pruned retain model."""
     work = study.work
     for seed in seeds:
@@ -329,60 +330,6 @@ def evidence(study: Study, seeds: Sequence[int], tuning: Mapping[str, Any]) -> N
             study.add({"method": name, "seed": seed, **_shown(numbers), **cost, **work.robust(checkpoint, seed)})
 
 
-def plan(work: Work, methods: Sequence[str], seeds: Sequence[int]) -> dict[str, Any]:
-    """Measures one step of fine-tuning, of unlearning (NPO) and one part of an evaluation, on the model as it is, and says how long
-    the stages would take."""
-    from benchmarks.tofu_runs import finetune
-    from fastunlearn.checkpoint import load_checkpoint
-    from fastunlearn.data.text import encode_rows
-    from fastunlearn.evaluation import tofu
-
-    size = work.size
-    checkpoint = load_checkpoint(work.base, device=work.device)
-    data = work.data()
-    load = machine.OtherLoad()
-    with load:
-        batch = encode_rows(
-            data["train retain"][: size.finetune["batch_size"]], checkpoint.tokenizer, what="retain set"
-        )
-        start = time.perf_counter()
-        finetune(
-            checkpoint.model, batch, epochs=1, learning_rate=0.0, batch_size=len(batch), cast=work.cast, what="a step"
-        )
-        step = time.perf_counter() - start
-        # An unlearning step: as many forget rows, as many retain rows.
-        pair = step * 2 * size.batch_size / size.finetune["batch_size"]
-        few = {part: rows[:8] for part, rows in work.parts(False).items()}
-        settings = tofu.TofuSettings(
-            max_new_tokens=size.new_tokens,
-            attacks=("min_k",) if data["holdout"] else (),
-            autocast="bfloat16" if work.bf16 else None,
-        )
-        start = time.perf_counter()
-        tofu.evaluate_tofu(checkpoint.model, checkpoint.tokenizer, few, settings=settings, progress=False)
-        asked = time.perf_counter() - start
-    parts = {part: len(rows) for part, rows in work.parts(False).items()}
-    evaluation = asked * sum(parts.values()) / sum(map(len, few.values()))
-    rows = len(data["train retain"]) * 2 + len(data["train forget"])
-    forget = len(data["train forget"])
-    steps = -(-forget // size.batch_size) * size.epochs
-    one = steps * pair + evaluation
-    # Relearning and rounding ask the forget set twice more; ten rows are trained on five times.
-    robust = evaluation * 2 * forget / sum(parts.values()) + 5 * step * 10 / size.finetune["batch_size"]
-    pairs = [(name, setting) for name in methods for setting in METHODS[name].settings]
-    out = {
-        "seconds of a fine-tuning step": step, "seconds of an unlearning step": pair, "seconds of an evaluation": evaluation,
-        "steps of a run": steps,
-        "hours, models": rows * size.finetune["epochs"] / size.finetune["batch_size"] * step / 3600,
-        "hours, tune": sum(len(METHODS[name].trials) for name, _ in pairs) * one / 3600,
-        "hours, run": (len(pairs) * len(seeds) + 4) * (one + robust) / 3600,
-        "hours, evidence": len(EVIDENCE) * len(seeds) * (one + robust) / 3600,
-        "other load": load.share(),
-    }  # fmt: skip
-    out["hours"] = sum(value for name, value in out.items() if name.startswith("hours,"))
-    return out
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tofu", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("what", choices=("plan", "tune", "run", "evidence"))
@@ -391,25 +338,36 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--bf16", action="store_true", help="forward passes under bf16 autocast")
+    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS), help="of plan, tune and run")
+    parser.add_argument(
+        "--trial", type=int, help="run, evidence: without tuning, this place of every method's grid, from 0"
+    )
     parser.add_argument("--hours", type=float, help="start no run after so many")
+    parser.add_argument(
+        "--pieces", type=int, help="start no more than so many pieces: models, evaluations, rows; parts of the plan"
+    )
     parser.add_argument("--work", type=Path, help="models and evaluations (out/tofu-<size>)")
     parser.add_argument("--results", type=Path, default=RESULTS / "quality")
     args = parser.parse_args(argv)
     try:
         work = Work(args.work or ROOT / "out" / f"tofu-{args.size}", SIZES[args.size], args.model, bf16=args.bf16)
         if args.what == "plan":
-            print(json.dumps({"size": asdict(work.size), "plan": plan(work, args.methods, args.seeds)}, indent=2))
+            made = plan(work, args.methods, args.seeds, args.settings, pieces=args.pieces)
+            print("parts are left; ask again" if made is None else json.dumps(made["sum"], indent=2))
             return 0
-        study = Study(work, args.size, args.results / FILES[args.what], args.hours)
+        if args.trial is not None and not 0 <= args.trial < len(RATES):
+            raise ValueError(f"trial: want 0 to {len(RATES) - 1}, got {args.trial}")
+        trial = None if args.what == "tune" else args.trial
+        study = Study(work, args.size, args.results / FILES[args.what], args.hours, args.pieces, trial)
         if args.what == "tune":
-            tune(study, args.methods)
+            tune(study, args.methods, settings=args.settings)
             return 0
         path = args.results / FILES["tune"]
-        if not path.exists():
-            raise ValueError(f"tuning: there is no {path}; run `python -m benchmarks.tofu tune` first")
-        tuning = json.loads(path.read_text())
+        if trial is None and not path.exists():
+            raise ValueError(f"tuning: there is no {path}; run `python -m benchmarks.tofu tune` first, or give --trial")
+        tuning: Tuning = json.loads(path.read_text()) if trial is None else trial
         if args.what == "run":
-            run(study, args.methods, args.seeds, tuning)
+            run(study, args.methods, args.seeds, tuning, args.settings)
         else:
             evidence(study, args.seeds, tuning)
     except (ValueError, FileNotFoundError) as error:

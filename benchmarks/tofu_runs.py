@@ -44,6 +44,7 @@ class Size:
         holdout: rows behind the retain set, before the forget set, that no model sees.
         tuning: rows at the end of the asked retain rows that stand for a forget set while settings are chosen.
         asked: rows of retain, real authors and world facts that an evaluation asks; 0: all.
+        forget: rows of the split that are forgotten, the first ones; 0: all.
         finetune: epochs, learning rate and batch size of the models that unlearning starts from.
         epochs, batch_size: of unlearning. new_tokens: of an answer.
     """
@@ -57,12 +58,14 @@ class Size:
     epochs: float = 10
     batch_size: int = 32
     new_tokens: int = 200
+    forget: int = 0
 
 
 SIZES = {
     "gpu": Size("forget10", 0, 0, 200, 0),
     "cpu": Size(
-        "forget01", 200, 40, 40, 60, {"epochs": 6, "learning_rate": 3e-4, "batch_size": 20}, epochs=5, batch_size=8, new_tokens=60
+        "forget01", 60, 20, 20, 20, {"epochs": 6, "learning_rate": 3e-4, "batch_size": 20}, epochs=3, batch_size=8, new_tokens=40,
+        forget=20,
     ),
 }  # fmt: skip
 
@@ -98,8 +101,9 @@ class Work:
         retain = rest[: self.size.retain] if self.size.retain else rest[: len(rest) - self.size.holdout]
         kept = {row["question"] for row in retain}
         asked = [row for row in parts["retain"] if row["question"] in kept]
+        few = self.size.forget or forget
         self._data = {
-            "train forget": full[len(full) - forget :], "train retain": retain, "forget": parts["forget"], "retain": asked,
+            "train forget": full[len(full) - forget :][:few], "train retain": retain, "forget": parts["forget"][:few], "retain": asked,
             "ra": parts["ra"], "wf": parts["wf"], "holdout": rest[len(rest) - self.size.holdout :] or parts.get("holdout", []),
         }  # fmt: skip
         assert not kept & {row["question"] for row in self._data["holdout"] + self._data["train forget"]}
@@ -129,14 +133,19 @@ class Work:
     def cast(self) -> Any:
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bf16)
 
+    def made(self, name: str) -> bool:
+        """Whether a model is there."""
+        return (self.folder / "models" / name / "config.json").is_file()
+
     def load(self, name: str) -> Checkpoint:
         """A model of the study, made if it is not there: full, retain, and either with -2to4."""
         path = self.folder / "models" / name
-        if not (path / "config.json").is_file():
+        if not self.made(name):
             checkpoint = self._pruned(name) if name.endswith("-2to4") else self._finetuned(name)
             save_checkpoint(
                 path, checkpoint.model, checkpoint.tokenizer, masks=checkpoint.masks, pruning=checkpoint.pruning, overwrite=True
             )  # fmt: skip
+            path.with_name(f"{name}.part").unlink(missing_ok=True)
         return load_checkpoint(path, device=self.device)
 
     def _finetuned(self, name: str) -> Checkpoint:
@@ -144,7 +153,9 @@ class Work:
         rows = data["train retain"] + (data["train forget"] if name == "full" else [])
         checkpoint = load_checkpoint(self.base, device=self.device)
         encoded = encode_rows(rows, checkpoint.tokenizer, what=f"{name} set")
-        finetune(checkpoint.model, encoded, **how, cast=self.cast, what=name)
+        (self.folder / "models").mkdir(exist_ok=True)
+        kept = self.folder / "models" / f"{name}.part"
+        finetune(checkpoint.model, encoded, **how, cast=self.cast, what=name, kept=kept)
         return checkpoint
 
     def _pruned(self, name: str) -> Checkpoint:
@@ -161,17 +172,24 @@ class Work:
 
     # Runs.
 
-    def evaluate(self, checkpoint: Checkpoint, key: str, *, tuning: bool = False, retain: str | None = None) -> dict[str, float]:  # fmt: skip
-        """TOFU's metrics of a model, against the retain model of that name."""
-        settings = tofu.TofuSettings(
+    def settings(self) -> tofu.TofuSettings:
+        """What an evaluation measures."""
+        return tofu.TofuSettings(
             max_new_tokens=self.size.new_tokens,
             attacks=("min_k",) if self.data()["holdout"] else (),
             autocast="bfloat16" if self.bf16 else None,
         )
-        logs = None
+
+    def evaluated(self, key: str) -> bool:
+        """Whether an evaluation of that name is there, whole."""
+        return (self.folder / "evals" / key / "TOFU_EVAL.json").is_file()
+
+    def evaluate(self, checkpoint: Checkpoint, key: str, *, tuning: bool = False, retain: str | None = None) -> dict[str, float]:  # fmt: skip
+        """TOFU's metrics of a model, against the retain model of that name."""
+        settings, logs = self.settings(), None
         if retain is not None:
             logs = self.folder / "evals" / retain
-            if not (logs / "TOFU_EVAL.json").is_file():
+            if not self.evaluated(retain):
                 self.evaluate(self.load(retain), retain)
         return tofu.evaluate_tofu(
             checkpoint.model, checkpoint.tokenizer, self.parts(tuning), split=f"{self.size.split}{' tuning' if tuning else ''}",
@@ -242,17 +260,28 @@ class Work:
 
 def finetune(
     model: Any, rows: TextSet, *, epochs: int, learning_rate: float, batch_size: int, cast: Callable[[], Any], what: str,
-    seed: int = 0,
+    seed: int = 0, kept: Path | None = None,
 ) -> list[float]:  # fmt: skip
-    """Trains all weights on the answers, linear warm-up over the first epoch and decay to zero; the loss of each epoch."""
+    """Trains all weights on the answers, linear warm-up over the first epoch and decay to zero; the loss of each epoch.
+
+    Args:
+        kept: a file that is written after every epoch and gone on from; whoever has saved the model removes it.
+    """
     model.requires_grad_(True)
     model.train()
     optimiser = optim.MaskedAdamW(model.named_parameters(), None, lr=learning_rate, weight_decay=0.01)
     device, order = next(model.parameters()).device, torch.Generator().manual_seed(seed)
     per_epoch = -(-len(rows) // batch_size)
     steps, losses = epochs * per_epoch, []
+    if kept is not None and kept.is_file():
+        state = torch.load(kept, map_location=device, weights_only=True)
+        model.load_state_dict(state["model"])
+        optimiser.load_state_dict(state["optimiser"])
+        order.set_state(state["order"].cpu())
+        losses = state["losses"]
     with tqdm(total=steps, desc=f"  fine-tuning {what}", unit="step", leave=False, disable=None) as bar:
-        for epoch in range(epochs):
+        bar.update(len(losses) * per_epoch)
+        for epoch in range(len(losses), epochs):
             total = 0.0
             for number, chosen in enumerate(torch.randperm(len(rows), generator=order).split(batch_size)):
                 at = epoch * per_epoch + number
@@ -269,6 +298,10 @@ def finetune(
                 total += float(loss.detach()) * len(chosen)
                 bar.update()
             losses.append(total / len(rows))
+            if kept is not None:
+                state = {"model": model.state_dict(), "optimiser": optimiser.state_dict(), "order": order.get_state(), "losses": losses}  # fmt: skip
+                torch.save(state, kept.with_suffix(".writing"))
+                kept.with_suffix(".writing").replace(kept)
             bar.set_postfix(loss=f"{losses[-1]:.3f}")
     model.eval()
     return losses

@@ -321,7 +321,7 @@ def commands() -> str:
 
 
 def code(path: str) -> str:
-    return f"```python\n{(ROOT / path).read_text(encoding='utf-8').rstrip()}\n```"
+    return f"```{'yaml' if path.endswith('.yaml') else 'python'}\n{(ROOT / path).read_text(encoding='utf-8').rstrip()}\n```"
 
 
 def constants(path: str, name: str) -> str:

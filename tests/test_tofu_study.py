@@ -8,8 +8,11 @@ import pytest
 import torch
 
 from benchmarks import tables, tofu, tofu_evaluation, tofu_runs, tofu_tables
+from benchmarks.tofu_methods import Method
 from fastunlearn.checkpoint import save_checkpoint
+from fastunlearn.data.text import encode_rows
 from fastunlearn.evaluation import tofu as suite
+from fastunlearn.optim import MaskedAdamW
 from tests.tiny_chat import char_tokenizer, tiny_llama
 
 
@@ -82,7 +85,7 @@ def test_every_method_has_as_many_trials():
 def test_a_study_from_end_to_end(work, tmp_path, monkeypatch, capsys):
     pytest.importorskip("scipy")
     for name in ("NPO", "SAU, NPO", "SAU x HAMU"):
-        monkeypatch.setitem(tofu.METHODS, name, tofu.Method(
+        monkeypatch.setitem(tofu.METHODS, name, Method(
             tofu.METHODS[name].trials[:1], tofu.METHODS[name].options, tofu.METHODS[name].config, tofu.METHODS[name].trainer,
             tofu.METHODS[name].settings,
         ))  # fmt: skip
@@ -180,7 +183,7 @@ def test_weights_that_are_not_finite_are_a_diverged_run(work, monkeypatch):
             next(self.model.parameters()).data.fill_(float("nan"))
             return out
 
-    monkeypatch.setitem(tofu.METHODS, "NPO", tofu.Method(method.trials, method.options, method.config, Breaks))
+    monkeypatch.setitem(tofu.METHODS, "NPO", Method(method.trials, method.options, method.config, Breaks))
     row = tofu.one_run(work, "NPO", "dense", method.trials[0], 0, tuning=False, robust=False)
     assert row.keys() == {"diverged"}
     assert "NaN or infinity" in row["diverged"]
@@ -211,10 +214,99 @@ def test_results_of_another_model_or_precision_are_refused(work, tmp_path):
         tofu.Study(work, "cpu", tmp_path / "tofu.json", None)
 
 
-def test_plan(work):
-    out = tofu.plan(work, ["NPO", "SAU, NPO"], [0, 1, 2])
-    assert out["steps of a run"] == 3
-    assert 0 < out["hours, tune"] < out["hours"]
+def test_a_plan_is_made_part_by_part(work, capsys):
+    names = [
+        "fine-tuning",
+        "unlearning",
+        *(f"evaluation, {part}" for part in work.parts(False)),
+        "pruning",
+        "robustness",
+    ]
+    assert tofu.plan(work, ["NPO", "SAU, NPO"], [0, 1, 2], pieces=2) is None
+    kept = json.loads((work.folder / "plan.json").read_text())
+    assert list(kept["parts"]) == names[:2]
+    assert capsys.readouterr().out.count("\n") == 2
+    made = tofu.plan(work, ["NPO", "SAU, NPO"], [0, 1, 2])
+    assert capsys.readouterr().out.count("\n") == len(names) - 2
+    assert list(made["parts"]) == names
+    assert made["parts"]["unlearning"] == kept["parts"]["unlearning"]
+    assert all({"threads", "other load", "commit", "date"} <= part.keys() for part in made["parts"].values())
+    assert made == json.loads((work.folder / "plan.json").read_text())
+    assert made["sum"]["steps of a run"] == 3
+    assert 0 < made["sum"]["hours, tune"] < made["sum"]["hours"]
+    # Nothing is measured for another sum.
+    dense = tofu.plan(work, ["NPO", "SAU, NPO"], [0], ["dense"])
+    assert 0 < dense["sum"]["hours, run"] < made["sum"]["hours, run"] / 4
+    assert not capsys.readouterr().out
+    work.base = "other"
+    with pytest.raises(ValueError, match=r"plan: .* is of .*; move it away"):
+        tofu.plan(work, ["NPO"], [0])
+
+
+def test_a_table_is_made_piece_by_piece(work, tmp_path, monkeypatch, capsys):
+    def one_run(work, name, setting, options, seed, **_):
+        return {"ES": 0.1, "model utility": 0.5, "forget quality": 0.5, "rate": options["learning_rate"]}
+
+    monkeypatch.setattr(tofu, "one_run", one_run)
+    evaluated, made = [], []
+    monkeypatch.setattr(work, "evaluate", lambda checkpoint, key, **_: evaluated.append(key) or {"model_utility": 0.5})
+    monkeypatch.setattr(work, "evaluated", lambda key: key in evaluated)
+    monkeypatch.setattr(work, "robust", lambda checkpoint, seed: {})
+    monkeypatch.setattr(work, "load", made.append)
+    monkeypatch.setattr(work, "made", lambda name: name in made)
+    out, said = tmp_path / "tofu.json", []
+    for _ in range(10):
+        study = tofu.Study(work, "cpu", out, None, pieces=1, trial=2)
+        tofu.run(study, ["NPO", "SAU, NPO"], [0], 2, ["dense"])
+        said.append(capsys.readouterr().out.split(" ...")[0])
+    assert said == [
+        "model full", "model retain", "evaluation of retain", "before, dense", "retain model, dense", "NPO, dense, seed 0",
+        *[""] * 4,
+    ]  # fmt: skip
+    result = json.loads(out.read_text())
+    assert result["meta"]["settings"].startswith("not tuned: number 2 of every")
+    assert result["rows"][-1]["rate"] == tofu.METHODS["NPO"].trials[2]["learning_rate"]
+    assert "settings: not tuned" in tables.tofu_block(out)
+    with pytest.raises(ValueError, match="holds a study of settings not tuned"):
+        tofu.Study(work, "cpu", out, None)
+
+
+def test_fine_tuning_goes_on_at_the_epoch(work, tmp_path, monkeypatch):
+    how = work.size.finetune | {"cast": work.cast, "what": "a model"}
+    whole, cut = tiny_llama(), tiny_llama()
+    rows = encode_rows(tofu_rows("r", 12), char_tokenizer(), what="set")
+    losses = tofu_runs.finetune(whole, rows, **how)
+    step, count = MaskedAdamW.step, []
+
+    def stops(self, *args):
+        count.append(1)
+        if len(count) == 4:
+            raise KeyboardInterrupt
+        return step(self, *args)
+
+    monkeypatch.setattr(MaskedAdamW, "step", stops)
+    with pytest.raises(KeyboardInterrupt):
+        tofu_runs.finetune(cut, rows, **how, kept=tmp_path / "cut.part")
+    again = tiny_llama(seed=1)
+    assert tofu_runs.finetune(again, rows, **how, kept=tmp_path / "cut.part") == losses
+    assert len(count) == 4 + 2
+    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), whole.parameters(), strict=True))
+
+
+def test_a_run_that_is_cut_off_goes_on_with_its_model(work, monkeypatch):
+    pytest.importorskip("scipy")
+    robust, trial = work.robust, tofu.METHODS["NPO"].trials[0]
+
+    def cut(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(work, "robust", cut)
+    with pytest.raises(KeyboardInterrupt):
+        tofu.one_run(work, "NPO", "dense", trial, 0, tuning=False, robust=True)
+    monkeypatch.setattr(work, "robust", robust)
+    monkeypatch.setattr(work, "unlearn", cut)
+    row = tofu.one_run(work, "NPO", "dense", trial, 0, tuning=False, robust=True)
+    assert {"ES", "ES relearned", "seconds", "processor seconds", "other load"} <= row.keys()
 
 
 def test_score_and_front():

@@ -11,7 +11,6 @@ from logits of the chosen positions, and a warning says why.
 
 from __future__ import annotations
 
-import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -76,21 +75,11 @@ def hooked(layer: nn.Module, kept: Tensor, use: Callable[[Tensor], Tensor]) -> I
             )
         return (use(hidden[kept]).unsqueeze(0), *args[1:])
 
-    handle = layer.register_forward_pre_hook(_uncompiled(select))
+    handle = layer.register_forward_pre_hook(select)
     try:
         yield
     finally:
         handle.remove()
-
-
-def _uncompiled(hook: T) -> T:
-    """A hook that torch.compile leaves alone, with the layer that it is on.
-
-    Compiled code does not look whether a module's hooks are still those that it was made with: what this batch's hook knows would be
-    kept for the next one. The rest of the model is compiled as it would be.
-    """
-    # Where the compiler was never imported nothing is compiled, and importing it takes a second.
-    return torch.compiler.disable(hook) if "torch._dynamo" in sys.modules else hook
 
 
 def _attention(model: Any, batch: Mapping[str, Tensor]) -> AbstractContextManager[Any]:
@@ -124,7 +113,20 @@ def _unusable(head: nn.Module) -> str | None:
     if hasattr(head.weight, "to_local") and head.weight.requires_grad:
         # Frozen it is whole inside the forward pass, and the backward pass of the losses does not ask for it.
         return "the weight of its output layer is sharded, and trains"
-    return "its output layer has forward hooks" if head._forward_hooks else None
+    strange = [hook for hook in head._forward_hooks.values() if not (_of_fsdp(hook) and _stays_whole(head))]
+    return "its output layer has forward hooks" if strange else None
+
+
+def _of_fsdp(hook: Any) -> bool:
+    """Whether a hook is `fully_shard`'s own: it lets the output pass."""
+    return str(getattr(hook, "__module__", "")).startswith("torch.distributed.fsdp.")
+
+
+def _stays_whole(head: nn.Module) -> bool:
+    """Whether `fully_shard` leaves the weight whole from the forward pass to the backward pass, as accelerate's last unit does."""
+    state: Any = getattr(head, "_get_fsdp_state", lambda: None)()
+    groups = getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]
+    return all(getattr(group, "post_forward_mesh_info", head) is None for group in groups)
 
 
 def _expected(config: Any) -> tuple[float, float | None]:
@@ -152,7 +154,7 @@ def _judge(model: Any, raw: list[Tensor], logits: Tensor) -> tuple[float, float 
 
 @contextmanager
 def _output_of(head: nn.Module, into: list[Tensor]) -> Iterator[None]:
-    handle = head.register_forward_hook(_uncompiled(lambda _, args, out: into.append(out.detach().clone())))
+    handle = head.register_forward_hook(lambda _, args, out: into.append(out.detach().clone()))
     try:
         yield
     finally:

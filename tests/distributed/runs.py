@@ -204,6 +204,7 @@ def one(settings: dict[str, Any]) -> None:
     """One process of one run."""
     from fastunlearn import ops
     from fastunlearn.methods import HAMUConfig, HAMUTrainer, SAUConfig, SAUTrainer
+    from fastunlearn.objectives.states import known_reason
     from fastunlearn.parametrize.compressed_nm import compressed_layers, dense_state_dict
     from fastunlearn.trainer import UnlearnConfig, UnlearnTrainer
     from tests.tiny_chat import char_tokenizer, tiny_llama
@@ -213,9 +214,12 @@ def one(settings: dict[str, Any]) -> None:
     rank = int(os.environ.get("RANK", "0"))
     dtype = getattr(torch, settings.get("dtype", "float32"))
     model = tiny_llama()
+    if settings.get("untied"):
+        model.config.tie_word_embeddings = False
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
     masks = pruning = None
     if settings.get("pruned", True):
-        masks, pruning = {}, {"pattern": "2:4"}
+        masks, pruning = {}, {"pattern": settings.get("pattern", "2:4")}
         with torch.no_grad():
             for name, p in model.named_parameters():
                 if "layers" in name and p.dim() == 2:
@@ -252,6 +256,8 @@ def one(settings: dict[str, Any]) -> None:
         from torch.distributed.tensor import DTensor
 
         assert trainer.sharded
+        # Frozen heads are whole while losses are made; a head that trains is not.
+        assert (known_reason(trainer.model) is None) == settings.get("pruned", True)
         assert all(isinstance(p, DTensor) for p in trainer.model.parameters())
         held = sum(p.to_local().numel() for p in trainer.model.parameters())
         assert held < sum(p.numel() for p in trainer.model.parameters()) * 1.1 / processes

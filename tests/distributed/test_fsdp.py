@@ -24,6 +24,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "pcgrad": {"options": {"update": "pcgrad"}},
     "gru": {"options": {"update": "gru", "compressed": True}},
     "dense": {"method": "unlearn", "pruned": False},
+    "untied": {"untied": True, "options": {"objective": "NPO", "compressed": True}},
     "npo, blocks again": {"options": {"objective": "NPO", "compressed": True, "gradient_checkpointing": True}},
     "salient survivors, redistribution": {
         "options": {"localize": "saliency", "saliency_density": 0.2, "compressed": True, "redistribution": "update"}
@@ -135,8 +136,10 @@ def test_a_run_that_dies_goes_on_exactly(processes, tmp_path):
 
 
 def test_what_one_process_meets_all_are_told(processes, tmp_path):
-    compressed = {"options": {"compressed": True}, "fails": True}
+    compressed: dict[str, Any] = {"options": {"compressed": True}, "fails": True}
     runs = {
+        "columns": {**compressed, "pattern": "2:3"},
+        "zeros, compressed": {**compressed, "spoil": "zeros"},
         "density": {"spoil": "density", "fails": True},
         "zeros": {"spoil": "zeros", "fails": True},
         "nan": {**compressed, "nan_at": 2, "nan_rank": 1},
@@ -153,6 +156,8 @@ def test_what_one_process_meets_all_are_told(processes, tmp_path):
         assert "masks: they differ between processes; the first that does is model.layers.0" in said("density", rank)
         assert "of density 0.5000, 0.2" in said("density", rank)
         assert "not zero outside the mask" in said("zeros", rank)
+        assert "not zero outside the mask" in said("zeros, compressed", rank)
+        assert "pattern: 3 does not divide the 64 columns of model.layers.0" in said("columns", rank)
         assert "is no complete checkpoint" in said("no checkpoint", rank)
         assert "DivergenceError" in said("nan", rank)
     assert said("zeros", 0).startswith("ValueError: process 1 of 2:")
