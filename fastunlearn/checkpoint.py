@@ -13,7 +13,6 @@ from __future__ import annotations
 import errno
 import importlib.util
 import io
-import json
 import os
 import re
 import shutil
@@ -31,6 +30,7 @@ from typing import Any, Literal, Self
 import torch
 from torch import Tensor, nn
 
+from fastunlearn._stored import read_json
 from fastunlearn.localize.patterns import nm_violations
 from fastunlearn.ops.mask import BitMask, load_masks, save_masks
 from fastunlearn.parametrize.compressed_nm import compressed_layers, dense_state_dict
@@ -152,7 +152,16 @@ def _load_folder(folder: Path, dtype: Any) -> tuple[Any, Any]:
         checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda p: p.stat().st_mtime)
         hint = f"; did you mean {checkpoints[-1]}?" if checkpoints else ""
         raise ValueError(f"source: {folder} holds no config.json, so no model that save_pretrained wrote{hint}")
-    return _from_pretrained(str(folder), dtype, local_files_only=True)
+    try:
+        return _from_pretrained(str(folder), dtype, local_files_only=True)
+    except (ValueError, ImportError, MemoryError):
+        raise
+    except Exception as error:
+        # transformers, tokenizers and safetensors each have errors of their own for a file that is damaged.
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        said = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+        raise ValueError(f"source: {folder} holds no model that can be loaded ({said[:300]})") from error
 
 
 def _from_pretrained(name: str, dtype: Any, **options: Any) -> tuple[Any, Any]:
@@ -187,10 +196,7 @@ def _beside(source: str, name: str) -> Path | None:
 
 
 def _read_pruning(path: Path) -> dict[str, Any]:
-    try:
-        pruning = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is no JSON: {error}") from None
+    pruning = read_json(path, None)
     if not isinstance(pruning, dict):
         raise ValueError(f"{path}: want an object with method and pattern, got a {type(pruning).__name__}")
     return pruning

@@ -22,12 +22,13 @@ from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import TrainerCallback
 
 from fastunlearn._modes import checkpoint_blocks, evaluating
+from fastunlearn._stored import read_tensors
 from fastunlearn.data.concept_images import ConceptImages, Encoded, IndexCollator
 from fastunlearn.data.pairs import PairedSet
 from fastunlearn.families import Family, family_of
@@ -436,7 +437,7 @@ class DiffusionTrainer(TwoTermTrainer):
     def load_extra(self, checkpoint: Path) -> None:
         super().load_extra(checkpoint)
         if (checkpoint / DIVERGENCE).exists():
-            self.divergence = load_file(checkpoint / DIVERGENCE)["divergence"]
+            self.divergence = read_tensors(checkpoint / DIVERGENCE)[0].get("divergence")
         self._set_timesteps()
 
     def _trained(self) -> dict[str, Tensor]:
@@ -459,7 +460,7 @@ class DiffusionTrainer(TwoTermTrainer):
             self.save_extra(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        kept, mine = load_file(Path(resume_from_checkpoint) / TRAINED), self._trained()
+        kept, mine = read_tensors(Path(resume_from_checkpoint) / TRAINED)[0], self._trained()
         wrong = sorted(kept.keys() ^ mine.keys()) or [n for n in mine if mine[n].shape != kept[n].shape]
         if wrong:
             raise ValueError(

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from fastunlearn._stored import read_json
+
 __all__ = ["CANVAS", "is_canvas", "load_pipeline", "mark_canvas", "pipeline_folder"]
 
 CANVAS = "canvas"
@@ -56,17 +58,7 @@ def is_canvas(name: str | os.PathLike[str]) -> bool:
     folder = Path(name).expanduser()
     if str(name) == CANVAS or (folder.is_dir() and folder.resolve() == (_ASSETS / CANVAS).resolve()):
         return True
-    return (folder / MARK).is_file() and _json(folder / MARK).get("world") == CANVAS
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is no JSON file: {error}") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"{path}: want a JSON object, got {type(found).__name__}")
-    return found
+    return (folder / MARK).is_file() and read_json(folder / MARK).get("world") == CANVAS
 
 
 def check_folder(folder: str | os.PathLike[str]) -> None:
@@ -80,7 +72,7 @@ def check_folder(folder: str | os.PathLike[str]) -> None:
         return
     if not (path / INDEX).is_file():
         raise ValueError(f"pipeline: {path} has no {INDEX}; want a folder that save_pretrained of a pipeline wrote")
-    index = _json(path / INDEX)
+    index = read_json(path / INDEX)
     listed = {name for name, kind in index.items() if isinstance(kind, list) and any(kind)}
     denoiser = "transformer" if "transformer" in listed else "unet"
     wanted = [denoiser, *PARTS[1:]]

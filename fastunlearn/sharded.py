@@ -31,6 +31,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from fastunlearn._stored import read_index, read_pickled
 from fastunlearn.ops.mask import BitMask
 from fastunlearn.optim.masks import local_mask
 
@@ -380,16 +381,16 @@ def _templates(keys: Mapping[str, Any], prefix: str, place: Callable[[str], Tens
 def _read(folder: Path, content: dict[str, Any]) -> None:
     import torch.distributed.checkpoint as dcp
 
+    _metadata(folder)
     with _quiet():
         dcp.load(content, checkpoint_id=folder / FOLDER, no_dist=not several())
 
 
 def _metadata(folder: Path) -> Mapping[str, Any]:
-    from torch.distributed.checkpoint import FileSystemReader
-
+    """What a checkpoint holds; read before torch reads it, which would run what a pickle says."""
     try:
-        return FileSystemReader(folder / FOLDER).read_metadata().state_dict_metadata
-    except (OSError, ValueError, EOFError) as error:
+        return read_index(folder / FOLDER / ".metadata")
+    except (OSError, ValueError) as error:
         raise ValueError(
             f"resume_from_checkpoint: {folder / FOLDER} cannot be read ({error}); take an earlier checkpoint"
         ) from error
@@ -425,7 +426,7 @@ def load_optimizer(folder: Path, model: nn.Module, optimizer: Any) -> None:
     content = {"optimizer": tensors}
     if tensors:
         _read(folder, content)
-    others = torch.load(folder / FOLDER / OTHERS, weights_only=True)
+    others = read_pickled(folder / FOLDER / OTHERS)
     state: dict[str, dict[str, Any]] = {}
     for key, value in (*content["optimizer"].items(), *others["state"].items()):
         name, _, what = key.rpartition("/")

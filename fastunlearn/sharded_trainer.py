@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from fastunlearn import sharded
+from fastunlearn._stored import read_pickled
 from fastunlearn.ops.mask import BitMask
 from fastunlearn.optim.masks import local_mask
 
@@ -135,7 +136,7 @@ class ShardedTrainer(Trainer):
             return
         sharded.load_optimizer(Path(checkpoint), self.model, self._inner_optimizer())
         assert self.lr_scheduler is not None
-        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER, weights_only=True))
+        self.lr_scheduler.load_state_dict(read_pickled(Path(checkpoint) / SCHEDULER))
 
     def load_update(self, folder: Path) -> Mapping[str, Tensor]:
         """What the update kept, of a sharded checkpoint."""

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
+from fastunlearn._stored import read_json
 from fastunlearn.checkpoint import (
     MASKS,
     PRUNING,
@@ -496,7 +497,9 @@ class UnlearnTrainer(TwoTermTrainer):
     def load_extra(self, checkpoint: Path) -> None:
         super().load_extra(checkpoint)
         if self.dual is not None and (checkpoint / DUAL_FILE).exists():
-            kept = json.loads((checkpoint / DUAL_FILE).read_text())
+            kept = read_json(checkpoint / DUAL_FILE)
+            if not {"value", "losses"} <= kept.keys():
+                raise ValueError(f"{checkpoint / DUAL_FILE}: want value and losses, got {', '.join(kept) or 'nothing'}")
             self.dual.value, self.dual.losses = kept["value"], kept["losses"]
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:

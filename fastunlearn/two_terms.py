@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import Trainer, TrainingArguments
@@ -31,6 +31,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback, Tra
 
 from fastunlearn import ops, optim
 from fastunlearn._modes import evaluating
+from fastunlearn._stored import read_json, read_tensors
 from fastunlearn.checkpoint import claim_output, disk_full
 from fastunlearn.data.pairs import PairedSampler, PairedSet
 from fastunlearn.localize.choose import saliency_masks
@@ -724,7 +725,7 @@ class TwoTermTrainer(ShardedTrainer):
                 "not give the weights of a run that was not interrupted"
             )
         record = Path(checkpoint) / DATA_FILE
-        if record.exists() and json.loads(record.read_text()) != self._digests():
+        if record.exists() and read_json(record, None) != self._digests():
             raise ValueError(
                 f"resume_from_checkpoint: {checkpoint} is of other rows (or another localize) than this run's"
             )
@@ -783,7 +784,7 @@ class TwoTermTrainer(ShardedTrainer):
         if (checkpoint / FOLDER).is_dir():
             self.update.load_state_dict(self.load_update(checkpoint))
         elif (checkpoint / UPDATE_FILE).exists():
-            self.update.load_state_dict(load_file(checkpoint / UPDATE_FILE))
+            self.update.load_state_dict(read_tensors(checkpoint / UPDATE_FILE)[0])
 
     def create_model_card(self, *args: Any, **options: Any) -> None:
         """As in Trainer, where there is no card yet: the commands write one with what was measured."""
@@ -899,7 +900,10 @@ def _replaced(target: Any, **values: Any) -> Iterator[None]:
 
 
 def _step_of(checkpoint: Path) -> int:
-    return int(json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))["global_step"])
+    step = read_json(checkpoint / STATE_FILE).get("global_step")
+    if not isinstance(step, int):
+        raise ValueError(f"{checkpoint / STATE_FILE}: want a whole number as global_step, got {step!r}")
+    return step
 
 
 def resumes_in(output: str | os.PathLike[str], checkpoint: str | bool | None) -> bool:
@@ -910,9 +914,10 @@ def resumes_in(output: str | os.PathLike[str], checkpoint: str | bool | None) ->
 def complete_checkpoint(folder: str | os.PathLike[str]) -> bool:
     """Whether a checkpoint was written to its end: its last file is there and whole."""
     try:
-        return isinstance(json.loads((Path(folder) / STATE_FILE).read_text(encoding="utf-8")), dict)
+        read_json(Path(folder) / STATE_FILE)
     except (OSError, ValueError):
         return False
+    return True
 
 
 def last_checkpoint(folder: str | os.PathLike[str], *, remove_incomplete: bool = False) -> str | None:

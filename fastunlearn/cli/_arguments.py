@@ -97,7 +97,7 @@ def _compose(text: str) -> Any:
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
         return None if node is None or isinstance(node, yaml.ScalarNode) else _tree(node)
-    except (yaml.YAMLError, _UsageError):
+    except (yaml.YAMLError, _UsageError, RecursionError):
         return None
 
 
@@ -388,6 +388,8 @@ class _Parser:
             tree = {} if node is None else _tree(node)
         except yaml.YAMLError as error:
             raise _UsageError(f"--config: {path} is no yaml: {' '.join(str(error).split())}") from None
+        except RecursionError:
+            raise _UsageError(f"--config: {path} is nested too deeply") from None
         except _UsageError as error:
             raise _UsageError(f"--config: {path}, {error}") from None
         if not isinstance(tree, dict):

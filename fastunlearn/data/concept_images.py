@@ -9,16 +9,18 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from fastunlearn._stored import read_tensors
 from fastunlearn.data.images import ImageFiles, Latents
 from fastunlearn.report.files import write_bytes
 
@@ -87,7 +89,7 @@ class ConceptImages:
             try:
                 row = json.loads(line)
                 rows.append(row | {"image": folder / row["file_name"]})
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, RecursionError):
                 raise ValueError(
                     f'folder: {folder / METADATA}, line {number}: want {{"file_name": ..., "text": ...}}'
                 ) from None
@@ -177,8 +179,9 @@ class ConceptImages:
         key = hashlib.sha256(json.dumps(asked).encode()).hexdigest()
         path = None if cache_dir is None else Path(cache_dir).expanduser() / f"{key}.safetensors"
         if path is not None and path.is_file():
-            kept = load_file(path)
-            return Encoded(kept["latents"].to(device), kept["prompt"], texts[0], texts[-1], key)
+            with suppress(ValueError, KeyError):  # a damaged file of a cache is written again
+                kept, _ = read_tensors(path)
+                return Encoded(kept["latents"].to(device), kept["prompt"], texts[0], texts[-1], key)
         clean = self._latents(family, count, draw)
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -83,6 +83,10 @@ def _read_lines(text: str, path: Path) -> list[Row]:
             rows.append(_object(json.loads(line), f"{path}, line {number}"))
         except json.JSONDecodeError as error:
             raise ValueError(f"{path}, line {number}: no JSON: {error.msg} (column {error.colno})") from None
+        except RecursionError:
+            raise ValueError(f"{path}, line {number}: nested too deeply") from None
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}: no JSON that can be read: {error}") from None
     return rows
 
 
@@ -93,6 +97,10 @@ def _read_json(text: str, path: Path) -> list[Row]:
         if error.msg == "Extra data" and "\n" in text.strip():
             return _read_lines(text, path)
         raise ValueError(f"{path}, line {error.lineno}: no JSON: {error.msg} (column {error.colno})") from None
+    except RecursionError:
+        raise ValueError(f"{path}: nested too deeply") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: no JSON that can be read: {error}") from None
     if isinstance(data, dict) and not any(set(columns) <= data.keys() for columns in FORMS.values()):
         lists = [value for value in data.values() if isinstance(value, list)]
         if len(lists) == 1:
@@ -371,7 +379,7 @@ def _messages(value: Any, column: str) -> Messages:
     if isinstance(value, str):
         try:
             value = json.loads(value)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             value = None
     if hasattr(value, "tolist"):
         value = value.tolist()

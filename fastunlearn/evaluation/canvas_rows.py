@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from fastunlearn._stored import read_json
 from fastunlearn.evaluation.worlds import World
 from fastunlearn.objectives.cached_logprobs import weights_digest
 from fastunlearn.report.files import plain
@@ -60,7 +60,7 @@ def load_rows(path: Path, meta: dict[str, Any]) -> tuple[dict[str, Any], list[di
     if not path.exists():
         return plain(meta), []
     try:
-        found = json.loads(path.read_text())
+        found = read_json(path)
         rows, old = list(found["rows"]), dict(found["meta"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"output: {path} is no result of an evaluation ({type(error).__name__})") from None

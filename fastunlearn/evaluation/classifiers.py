@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from fastunlearn._stored import read_tensors
 from fastunlearn.data import canvas
 
 __all__ = ["Classifier", "load_classifiers"]
@@ -89,19 +90,19 @@ def load_classifiers(
         path: a file of theirs; None: the one in this package.
 
     Raises:
-        FileNotFoundError: no such file.
+        FileNotFoundError: no such file. ValueError: damaged, or of other networks.
     """
-    from safetensors.torch import load_file
-
     file = Path(path) if path is not None else FILE
     if not file.is_file():
         raise FileNotFoundError(f"no classifiers at {file}; train them: python -m benchmarks.train_canvas")
-    tensors = load_file(file)
+    tensors, _ = read_tensors(file)
     found: dict[str, Classifier] = {}
     for name, labels in LABELS.items():
         model = Classifier(labels)
-        model.load_state_dict(
-            {k.removeprefix(f"{name}."): v.float() for k, v in tensors.items() if k.startswith(f"{name}.")}
-        )
+        own = {k.removeprefix(f"{name}."): v.float() for k, v in tensors.items() if k.startswith(f"{name}.")}
+        try:
+            model.load_state_dict(own)
+        except RuntimeError as error:
+            raise ValueError(f"{file} does not fit: {' '.join(str(error).split())[:300]}") from None
         found[name] = model.eval().requires_grad_(False).to(device)
     return found

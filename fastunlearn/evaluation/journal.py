@@ -66,24 +66,29 @@ class Journal:
 
     def _read(self, path: Path) -> None:
         try:
-            text = path.read_text(encoding="utf-8")
+            text = path.read_text(encoding="utf-8", errors="replace")
         except FileNotFoundError:
             # Another process has found it worthless.
             return
         for number, line in enumerate(text.split("\n")):
             try:
                 entry = json.loads(line)
-            except json.JSONDecodeError:
+            except (ValueError, RecursionError):
                 # The last line of a process that was killed; nothing stands behind it.
                 if number == 0:
                     path.unlink(missing_ok=True)
                     return
                 continue
-            if number == 0:
-                self._check(entry["about"], path)
-            else:
-                rows = self.found.setdefault(entry["stage"], {})
-                rows |= {int(row): value for row, value in entry["rows"].items()}
+            try:
+                if number == 0:
+                    self._check(entry["about"], path)
+                else:
+                    rows = self.found.setdefault(entry["stage"], {})
+                    rows |= {int(row): value for row, value in entry["rows"].items()}
+            except (KeyError, TypeError, AttributeError) as error:
+                raise ValueError(
+                    f"{path}, line {number + 1}: not written by an evaluation ({error!r}); remove it"
+                ) from None
 
     def _check(self, other: Mapping[str, Any], path: Path) -> None:
         different = [key for key in {**self.about, **other} if other.get(key) != self.about.get(key)]

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from fastunlearn._stored import read_json
 from fastunlearn.report.files import write_json
 
 Metric = dict[str, Any]
@@ -174,13 +175,7 @@ def _named(meta: Mapping[str, Any], other: Mapping[str, Any], key: str) -> str:
 
 
 def _object(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is no JSON: {error}") from None
-    if not isinstance(data, dict):
-        raise ValueError(f"{path}: want an object, got a {type(data).__name__}")
-    return data
+    return dict(read_json(path))
 
 
 def check_reference(

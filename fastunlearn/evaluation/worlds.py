@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastunlearn._stored import read_pickled
 from fastunlearn.data.images import SUFFIXES, read_image
 from fastunlearn.evaluation.metrics import Kind
 from fastunlearn.objectives.language import closest
@@ -266,13 +267,13 @@ class ViTClassifier(nn.Module):
         path = Path(path).expanduser()
         if not path.is_file():
             raise ValueError(f"classifier: there is no file {path}")
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        state = state.get("model_state_dict", state)
+        state = read_pickled(path)
+        state = state.get("model_state_dict", state) if isinstance(state, dict) else state
         self.labels = tuple(labels)
         self.model = timm.create_model(architecture, pretrained=False, num_classes=len(self.labels))
         try:
             self.model.load_state_dict(state)
-        except RuntimeError as error:
+        except (RuntimeError, TypeError) as error:
             raise ValueError(
                 f"classifier: {path} does not fit {architecture}: {' '.join(str(error).split())[:300]}"
             ) from None

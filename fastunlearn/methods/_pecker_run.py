@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from tqdm import tqdm
 from transformers.trainer_callback import TrainerCallback
 
+from fastunlearn._stored import read_json, read_pickled, read_tensors
 from fastunlearn.checkpoint import MASKS
 from fastunlearn.ops.mask import load_masks, save_masks
 from fastunlearn.report.files import write_json
@@ -70,7 +71,7 @@ def check_resumable(trainer: Any, checkpoint: Path) -> None:
         raise ValueError(
             f"resume_from_checkpoint: {checkpoint} is no complete checkpoint of this method ({', '.join(absent) or 'cut off'})"
         )
-    before, now = json.loads((checkpoint / RUN).read_text(encoding="utf-8")), json.loads(json.dumps(about(trainer)))
+    before, now = read_json(checkpoint / RUN), json.loads(json.dumps(about(trainer)))
     other = [f"{name} was {before.get(name)!r}, is {now[name]!r}" for name in now if before.get(name) != now[name]]
     if other:
         raise ValueError(f"resume_from_checkpoint: {checkpoint} is of another run: {'; '.join(other[:3])}")
@@ -79,7 +80,7 @@ def check_resumable(trainer: Any, checkpoint: Path) -> None:
 def load_state(trainer: Any, checkpoint: Path) -> None:
     """What `save_state` wrote; the generator's weights and optimiser are the Trainer's to load."""
     device = trainer.args.device
-    state = load_file(checkpoint / STATE, device=str(device))
+    state, _ = read_tensors(checkpoint / STATE, device)
 
     def part(prefix: str) -> dict[str, torch.Tensor]:
         return {n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)}
@@ -89,7 +90,7 @@ def load_state(trainer: Any, checkpoint: Path) -> None:
     pseudo = part("pseudo.")
     if pseudo:
         trainer.pseudo.load_state_dict(pseudo)
-        trainer._pseudo_state = torch.load(checkpoint / OPTIMIZER, map_location="cpu", weights_only=True)
+        trainer._pseudo_state = read_pickled(checkpoint / OPTIMIZER)
     if (checkpoint / MOVABLE).exists():
         trainer.put_masks(load_masks(checkpoint / MOVABLE, device=device))
 

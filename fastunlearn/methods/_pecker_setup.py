@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastunlearn._stored import read_json
 from fastunlearn.data.prompts import encode_prompts
 from fastunlearn.methods._pecker_run import ABOUT
 from fastunlearn.objectives.diffusion import NoiseSchedule
@@ -139,7 +139,7 @@ def _check_about(folder: Path, t_init: int) -> None:
     """A generator draws from the noise it was made for; where it says which, it has to be this run's."""
     if not (folder / ABOUT).is_file():
         return
-    said = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
+    said = read_json(folder / ABOUT)
     if said.get("one_step") is False:
         raise ValueError(
             f"generator: {folder / ABOUT} has one_step false (method {said.get('method')}): it draws in many steps; want one_step true"

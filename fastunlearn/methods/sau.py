@@ -28,11 +28,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fastunlearn import ops
 from fastunlearn._modes import evaluating
+from fastunlearn._stored import read_tensors
 from fastunlearn.checkpoint import check_masks, dense_weights
 from fastunlearn.data.text import collate
 from fastunlearn.localize.compensate import obs_compensate_model
@@ -278,7 +279,7 @@ class SAUTrainer(UnlearnTrainer):
                 raise ValueError(
                     f"resume_from_checkpoint: {path} is missing; the run it is of had another redistribution"
                 )
-            self._factors = {name: factor.to(self.args.device) for name, factor in load_file(path).items()}
+            self._factors = {name: factor.to(self.args.device) for name, factor in read_tensors(path)[0].items()}
 
     # ---- the capacity meter -----------------------------------------------------------------------------------------
 

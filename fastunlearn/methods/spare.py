@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from fastunlearn import ops
 from fastunlearn._modes import evaluating
+from fastunlearn._stored import read_json
 from fastunlearn.data.concept_images import ConceptImages
 from fastunlearn.diffusion_trainer import DiffusionConfig, DiffusionTrainer
 from fastunlearn.localize.choose import saliency_scores, top_modules
@@ -224,10 +225,10 @@ class SPARETrainer(DiffusionTrainer):
 
     def load_extra(self, checkpoint: Path) -> None:
         settings = checkpoint / SETTINGS_FILE
-        for name, value in json.loads(settings.read_text(encoding="utf-8")).items() if settings.exists() else ():
-            if value != getattr(self.args, name):
+        for name, value in read_json(settings).items() if settings.exists() else ():
+            if value != getattr(self.args, name, None):
                 raise ValueError(
-                    f"resume_from_checkpoint: {checkpoint} is of another {name} than {getattr(self.args, name)}: {value}"
+                    f"resume_from_checkpoint: {checkpoint} is of another {name} than {getattr(self.args, name, None)}: {value}"
                 )
         names = (checkpoint / MODULES_FILE).read_text(encoding="utf-8").splitlines()
         found = checkpoint / MASKS_FILE

@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from fastunlearn._modes import evaluating
+from fastunlearn._stored import read_tensors
 from fastunlearn.data.text import TokenRow, collate
 from fastunlearn.objectives.logprobs import IGNORED, answer_logprobs, positions
 from fastunlearn.objectives.references import StoredStates
@@ -215,8 +215,8 @@ def _cache_path(words: str, folder: str | os.PathLike[str] | None) -> Path:
 def _load(path: Path) -> dict[str, Tensor]:
     """What a file holds; nothing where it is not there, or damaged: then it is computed again."""
     try:
-        return load_file(path) if path.exists() else {}
-    except (SafetensorError, OSError):
+        return read_tensors(path)[0]
+    except (ValueError, OSError):
         return {}
 
 

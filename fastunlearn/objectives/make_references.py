@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
+from fastunlearn._stored import read_json, read_tensors
 from fastunlearn.objectives.cached_logprobs import load_states, reference_logprobs, reference_states
 from fastunlearn.objectives.language import Objective
 from fastunlearn.objectives.references import References
@@ -67,11 +68,11 @@ def load_references(checkpoint: Path, references: References, parts: Mapping[str
     """
     path, listed = checkpoint / REFERENCE_FILE, checkpoint / STATES_FILE
     if path.exists():
-        references.logprobs = load_file(path)
+        references.logprobs = read_tensors(path)[0]
         if any(len(values) != len(parts.get(name, ())) for name, values in references.logprobs.items()):
             raise ValueError(f"resume_from_checkpoint: {path} is of another forget set")
     if listed.exists():
-        references.files = json.loads(listed.read_text(encoding="utf-8"))
+        references.files = read_json(listed)
         for name, file in references.files.items():
             kind, _, part = name.partition(" ")
             stored = load_states(Path(file))

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from fastunlearn import _backend, _native
+from fastunlearn._stored import parse_json, read_tensors
 from fastunlearn.reference import mask as reference
 
 _OP = _backend.register("bitmask", native=("cpu", "cuda"))
@@ -308,17 +309,17 @@ def _padding_is_zero(mask: BitMask) -> bool:
     return mask.bits.numel() == 0 or mask.cols % 8 == 0 or not bool((mask.bits[:, -1] >> mask.cols % 8).any())
 
 
-def _read_mask(file: Any, path: Path, name: str, shape: Any) -> BitMask:
-    """One mask of an open safetensors file."""
-    if not isinstance(shape, list) or not all(type(size) is int and size >= 0 for size in shape):
+def _read_mask(tensors: Mapping[str, Tensor], path: Path, name: str, shape: Any) -> BitMask:
+    """One mask of the tensors of a file."""
+    if not isinstance(shape, list) or not all(type(size) is int and 0 <= size < 2**63 for size in shape):
         raise ValueError(
             f"{path}: the shape of {name} is {shape!r}, want a list of sizes; write it again with save_masks"
         )
-    if name not in file.keys():  # noqa: SIM118 (it has no __contains__)
+    if name not in tensors:
         raise ValueError(f"{path}: its metadata names {name}, but there is no tensor of that name")
     try:
-        mask = BitMask(file.get_tensor(name), shape)
-    except (TypeError, ValueError) as error:
+        mask = BitMask(tensors[name], shape)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise ValueError(f"{path}: {name} is no mask of shape {tuple(shape)}: {error}") from error
     if not _padding_is_zero(mask):
         raise ValueError(f"{path}: {name} has bits set behind its {mask.cols} columns; was it written by save_masks?")
@@ -337,8 +338,8 @@ def _read_shapes(metadata: Mapping[str, str], path: Path) -> dict[str, Any]:
             "a newer fastunlearn may read it"
         )
     try:
-        shapes = json.loads(metadata["shapes"])
-    except (KeyError, json.JSONDecodeError) as error:
+        shapes = parse_json(metadata.get("shapes", ""), "it")
+    except ValueError as error:
         raise ValueError(f"{path}: its metadata 'shapes' is missing or damaged ({error})") from error
     if not isinstance(shapes, dict):
         raise ValueError(f"{path}: its metadata 'shapes' is a {type(shapes).__name__}, want a dict of name -> shape")
@@ -361,21 +362,15 @@ def load_masks(
         FileNotFoundError: no such file. TypeError: `like` is neither a module nor a mapping. ValueError: truncated, not a
         mask file, of an unknown version, damaged (the message names what), or of another model.
     """
-    from safetensors import SafetensorError, safe_open
-
     if like is not None and not isinstance(like, torch.nn.Module | Mapping):
         raise TypeError(f"like: want a module or name -> tensor, got {type(like).__name__} (the device is device=...)")
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"path: no mask file at {path}")
-    try:
-        with safe_open(path, framework="pt") as file:
-            shapes = _read_shapes(file.metadata() or {}, path)
-            masks = {name: _read_mask(file, path, name, shape).to(device) for name, shape in shapes.items()}
-    except SafetensorError as error:
-        raise ValueError(
-            f"{path} is truncated or no safetensors file ({error}); write it again with save_masks"
-        ) from error
+    tensors, metadata = read_tensors(path)
+    masks = {
+        name: _read_mask(tensors, path, name, shape).to(device) for name, shape in _read_shapes(metadata, path).items()
+    }
     if like is not None:
         tensors = dict(like.named_parameters()) if isinstance(like, torch.nn.Module) else dict(like)
         wrong = [f"{name}: the model has no such parameter" for name in masks if name not in tensors]

@@ -294,7 +294,7 @@ class NMTensor:
         try:
             said = json.loads(metadata)
             shape, n, m = [int(size) for size in said["shape"]], said["n"], said["m"]
-        except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, RecursionError, OverflowError) as error:
             raise ValueError(f"metadata: want what NMTensor.metadata() gives, got {metadata!r} ({error!r})") from error
         for part in ("values", "bits"):
             if f"{name}.{part}" not in tensors:

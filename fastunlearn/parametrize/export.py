@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from fastunlearn import ops
+from fastunlearn._stored import parse_json, read_tensors
 from fastunlearn.ops.mask import BitMask, rows_cols
 from fastunlearn.parametrize.masked_lora import MaskedLoraLayer, base_identity, check_base, masked_layers
 from fastunlearn.reference.masked_lora import wide
@@ -54,22 +56,25 @@ def _write(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str], ove
 
 def _read(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """(tensors, what the metadata says of them) of a file of ours."""
-    from safetensors import SafetensorError, safe_open
-
-    if not path.is_file():
-        raise FileNotFoundError(f"path: there is no {path}")
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is truncated or no safetensors file ({error})") from error
+    tensors, metadata = read_tensors(path)
     if metadata.get("format") != kind or metadata.get("version") != _VERSION:
         raise ValueError(
             f"{path}: want a file of format {kind!r}, version {_VERSION}; this one says {metadata.get('format')!r}, "
             f"version {metadata.get('version')!r}"
         )
-    return tensors, json.loads(metadata["layers"])
+    said = parse_json(metadata.get("layers", ""), f"{path}: its metadata 'layers'", dict)
+    if not isinstance(said.get("layers"), dict) or not isinstance(said.get("base"), dict):
+        raise ValueError(f"{path}: its metadata 'layers' has no layers and base; is it damaged?")
+    return tensors, said
+
+
+@contextmanager
+def _of(path: str | os.PathLike[str]) -> Iterator[None]:
+    """What a file's tensors and metadata lack, as an error that names it."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, RuntimeError, OverflowError, IndexError, AttributeError) as error:
+        raise ValueError(f"{path}: its tensors are not what its metadata say ({error!r}); is it damaged?") from error
 
 
 def _metadata(kind: str, layers: Mapping[str, Any], model: nn.Module) -> dict[str, str]:
@@ -133,10 +138,11 @@ def load_factors(path: str | os.PathLike[str]) -> dict[str, Factors]:
     """
     tensors, said = _read(Path(path), _FACTORS)
     out = {}
-    for name, layer in said["layers"].items():
-        bits = tensors.get(f"{name}.lora_mask_bits")
-        mask = None if bits is None else BitMask(bits, layer["shape"])
-        out[name] = Factors(tensors[f"{name}.lora_A"], tensors[f"{name}.lora_B"], mask, layer["scaling"])
+    with _of(path):
+        for name, layer in said["layers"].items():
+            bits = tensors.get(f"{name}.lora_mask_bits")
+            mask = None if bits is None else BitMask(bits, layer["shape"])
+            out[name] = Factors(tensors[f"{name}.lora_A"], tensors[f"{name}.lora_B"], mask, float(layer["scaling"]))
     return out
 
 
@@ -199,9 +205,18 @@ def apply_sparse_delta(model: nn.Module, path: str | os.PathLike[str]) -> nn.Mod
     tensors, said = _read(Path(path), _DELTA)
     weights = _base_weights(model, said["layers"], Path(path))
     check_base(weights, said["base"])
-    for name, weight in weights.items():
-        changed = BitMask(tensors[f"{name}.bits"], said["layers"][name]["shape"]).unpack().to(weight.device)
-        weight[changed] = tensors[f"{name}.values"].to(weight.device, weight.dtype)
+    new = {}
+    with _of(path):
+        for name, weight in weights.items():
+            changed = BitMask(tensors[f"{name}.bits"], said["layers"][name]["shape"]).unpack().to(weight.device)
+            values = tensors[f"{name}.values"].to(weight.device, weight.dtype)
+            if changed.shape != weight.shape or values.shape != (int(changed.sum()),):
+                raise ValueError(
+                    f"{path}: {name} is of {tuple(changed.shape)}, {values.numel()} values; is it damaged?"
+                )
+            new[name] = changed, values
+    for name, (changed, values) in new.items():
+        weights[name][changed] = values
     return model
 
 

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from fastunlearn._stored import parse_json, read_tensors
 from fastunlearn.report.files import write_bytes
 
 
@@ -57,12 +57,8 @@ def load_partial_unet(unet: nn.Module, path: str | os.PathLike[str]) -> dict[str
     path = Path(path).expanduser()
     if not path.is_file():
         raise ValueError(f"path: there is no file {path}")
-    try:
-        with safe_open(path, framework="pt") as file:
-            about = json.loads((file.metadata() or {}).get("fastunlearn", "{}"))
-            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(f"path: {path} is no safetensors file ({error})") from error
+    weights, metadata = read_tensors(path)
+    about = parse_json(metadata.get("fastunlearn", "{}"), f"{path}: its metadata 'fastunlearn'", dict)
     mine = dict(unet.named_parameters()) | dict(unet.named_buffers())
     wrong = [name for name, weight in weights.items() if name not in mine or mine[name].shape != weight.shape]
     if wrong or not weights:

@@ -6,7 +6,6 @@ only if they are pictures, and no name in a file leads out of the folder.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
@@ -16,6 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from fastunlearn import _stored
 from fastunlearn.checkpoint import MASKS, PRUNING
 from fastunlearn.ops.mask import load_masks
 from fastunlearn.report.samples import FILE as SAMPLES_FILE
@@ -84,20 +84,12 @@ def _integer(text: str) -> int | float:
 
 
 def read_json(path: Path, kind: type) -> Any:
-    """A JSON file that holds an object (dict) or a list.
+    """A JSON file of a run that holds an object (dict) or a list.
 
     Raises:
         ValueError: it is no JSON, no utf-8, or holds something else; the file is named. OSError: it cannot be read.
     """
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"), parse_int=_integer)
-    except UnicodeDecodeError:
-        raise ValueError(f"{path} is not utf-8 text") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is no JSON (line {error.lineno}: {error.msg}); was the run cut off?") from None
-    except RecursionError:
-        raise ValueError(f"{path}: nested too deeply to be of a run") from None
-    return _typed(data, kind, str(path))
+    return _stored.read_json(path, kind, parse_int=_integer)
 
 
 def _typed(value: Any, kind: type, what: str) -> Any:
@@ -255,8 +247,8 @@ def _read_certificates(run: Run) -> None:
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     for i, line in enumerate(lines):
         try:
-            record = json.loads(line, parse_int=_integer)
-        except (json.JSONDecodeError, RecursionError):
+            record = _stored.parse_json(line, f"{path}, line {i + 1}", parse_int=_integer)
+        except ValueError:
             if i == len(lines) - 1:
                 run.notes.append(f"{CERTIFICATES} ends in half a line: the run was cut off")
                 continue

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fastunlearn import ops
+from fastunlearn._stored import parse_json
 from fastunlearn.objectives.language import closest
 from fastunlearn.optim.hamu import HamuSGD
 from fastunlearn.updates import Masks, Separate
@@ -167,10 +168,31 @@ class CertificateLog:
         """Before training: what a run that goes on at `step` will write again is dropped."""
         if not self.write or not self.path.exists():
             return
-        kept = [line for line in self.path.read_text(encoding="utf-8").splitlines() if json.loads(line)["step"] <= step]
+        kept = [line for line, record in self._read() if record["step"] <= step]
         temporary = self.path.with_suffix(".tmp")
         temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
         temporary.replace(self.path)
+
+    def _read(self) -> list[tuple[str, dict[str, Any]]]:
+        """Lines and what they say; a last line of a run that was killed in the middle of it is no record.
+
+        Raises:
+            ValueError: another line is no certificate.
+        """
+        lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines()
+        found = []
+        for number, line in enumerate(lines, 1):
+            where = f"{self.path}, line {number}"
+            try:
+                record = parse_json(line, where, dict)
+            except ValueError:
+                if number < len(lines):
+                    raise
+                continue
+            if not isinstance(record.get("step"), int):
+                raise ValueError(f"{where}: no certificate of a step")
+            found.append((line, record))
+        return found
 
     def add(self, record: Mapping[str, Any]) -> None:
         self.records.append(dict(record))
@@ -196,7 +218,7 @@ class CertificateLog:
         """Of the whole run, from the file: steps, flagged, checked, held (numbers), largest hardness and s; {} without one."""
         if not self.path.exists():
             return {}
-        records = [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
+        records = [record for _, record in self._read()]
         checked = [r for r in records if "holds" in r]
         flagged = [r["step"] for r in records if r["flagged"]]
         return {

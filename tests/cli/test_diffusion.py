@@ -298,7 +298,7 @@ def test_a_saved_canvas_keeps_its_names(canvas, folder, tmp_path, capsys):
     assert "did you mean Pop Art?" in capsys.readouterr().err
     (whole / "pipeline" / "fastunlearn.json").write_text("[]")
     assert uce.main([*model, "--edit_concepts", "pop_art", "--output", str(tmp_path / "c")]) == 2
-    assert "fastunlearn.json: want a JSON object, got list" in capsys.readouterr().err
+    assert "fastunlearn.json: want an object, got a list" in capsys.readouterr().err
 
 
 def run_exit(call) -> int:
