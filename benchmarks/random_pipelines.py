@@ -1,7 +1,7 @@
 """Stable Diffusion 1.5 and SDXL with random weights: the shapes of their published configurations, for time and memory.
 
 Every word of the prompts is one token of a vocabulary as large as CLIP's. `levels` cuts a U-Net down to its first levels (and their
-mirror), for machines where a whole one takes minutes a step; whoever measures with it has to say so.
+mirror), and the text encoders to one layer, for machines where a whole one takes minutes a step; whoever measures with it has to say so.
 """
 
 from __future__ import annotations
@@ -122,7 +122,8 @@ def random_pipeline(
             kind(
                 CLIPTextConfig(
                     vocab_size=VOCABULARY, max_position_embeddings=LENGTH, bos_token_id=tokenizer.bos_token_id,
-                    eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, **about,
+                    eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+                    **about | ({} if levels is None else {"num_hidden_layers": 1}),
                 )
             ).to(dtype).eval()
             for kind, about in zip(kinds, SHAPES[shapes]["text"])
