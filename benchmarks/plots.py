@@ -3,6 +3,7 @@ ops together (overview.py); and ScaPre's time and memory by the number of concep
 
 from __future__ import annotations
 
+import importlib
 import json
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,8 @@ def _draw(meta: dict[str, Any], op: str, cases: dict[tuple[str, str, str], list[
 
 
 def draw(results: Path, out: Path) -> list[Path]:
-    """Writes <device>-<op>.svg, <device>-roofline.svg and <device>-memory.svg for every result file, scapre-concepts.svg for its study, and tofu.svg; the paths."""
+    """Writes <device>-<op>.svg, <device>-roofline.svg and <device>-memory.svg for every result file, and those of the studies that were
+    run; the paths."""
     paths = []
     for slug, result in tables.load(results).items():
         cases = tables.groups(result)
@@ -76,5 +78,11 @@ def draw(results: Path, out: Path) -> list[Path]:
     if study.is_file():
         paths.append(out / "scapre-concepts.svg")
         scapre.plot(json.loads(study.read_text()), paths[-1])
+    for name, module in (("hamu_images", "cifar_hamu_results"), ("hamu_language", "hamu_language")):
+        study = results / "quality" / f"{name}.json"
+        if study.is_file():
+            paths.append(out / f"{name.replace('_', '-')}.svg")
+            # Their models take seconds to import.
+            importlib.import_module(f"benchmarks.{module}").plot(json.loads(study.read_text()), paths[-1])
     tofu = tofu_tables.draw(results / "quality" / "tofu.json", out)
     return [*paths, tofu] if tofu is not None else paths

@@ -4,7 +4,8 @@ Markers: `<!-- benchmarks:begin NAME -->` ... `<!-- benchmarks:end -->`. NAME is
 kind of device) or ops-<slug> (benchmarks/results/<slug>.json): times, targets, every row in a fold; or quality-<study>, for
 short demo or prune: the rows of benchmarks/results/quality/<study>.json; or scapre: a table for each part of its study; or canvas:
 one line a method, means over the targets, every target in a fold; or tofu, sau-evidence: one line a method, means over seeds, every
-run in a fold; or cost: a table for each model and machine.
+run in a fold; or cost: a table for each model and machine; or hamu-images, hamu-language: a table for each answer of the study, every
+run in a fold.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ MARKERS = re.compile(r"(<!-- benchmarks:begin ([\w.-]+) -->\n)(.*?)(<!-- benchma
 NOT_MEASURED = "Not measured yet.\n"
 #: marker -> study
 TOFU = {"tofu": "tofu", "sau-evidence": "sau_evidence"}
+HAMU = {"hamu-images": "hamu_images", "hamu-language": "hamu_language"}
 
 
 def load(results: Path) -> dict[str, dict[str, Any]]:
@@ -147,11 +149,26 @@ def parts_block(path: Path) -> str:
     if not path.is_file():
         return NOT_MEASURED
     result = json.loads(path.read_text())
+    return "\n".join([*_parts(result["rows"]), *_about(result)]) + "\n"
+
+
+def _parts(all_rows: Sequence[dict[str, Any]]) -> list[str]:
     lines: list[str] = []
-    for what in dict.fromkeys(row["what"] for row in result["rows"]):
-        rows = [{k: v for k, v in row.items() if k != "what"} for row in result["rows"] if row["what"] == what]
+    for what in dict.fromkeys(row["what"] for row in all_rows):
+        rows = [{k: v for k, v in row.items() if k != "what"} for row in all_rows if row["what"] == what]
         lines += [f"{what.capitalize()}:", "", *_quality_rows({"rows": rows}), ""]
-    return "\n".join([*lines[:-1], *_about(result)]) + "\n"
+    return lines[:-1]
+
+
+def summary_block(path: Path) -> str:
+    """What a study answers, a table each, from its `summary`; every row, without its lists and where it was made, in a fold."""
+    if not path.is_file():
+        return NOT_MEASURED
+    result = json.loads(path.read_text())
+    hidden = ("machine", "commit", "date", "what")
+    rows = [{k: v for k, v in r.items() if k not in hidden and not isinstance(v, list)} for r in result["rows"]]
+    fold = ["", "<details><summary>Every run</summary>", "", *_quality_rows({"rows": rows}), "", "</details>"]
+    return "\n".join([*_parts(result["summary"]), *_about(result), *fold]) + "\n"
 
 
 #: columns of the canvas table: heading, kind of target (None: all), metric, digits
@@ -303,12 +320,15 @@ def block(name: str, folder: Path) -> str:
         from benchmarks import cost_tables
 
         return cost_tables.block(folder / "quality" / "cost.json")
+    if name in HAMU:
+        return summary_block(folder / "quality" / f"{HAMU[name]}.json")
     if name in TOFU:
         return tofu_block(folder / "quality" / f"{TOFU[name]}.json")
     if name in ("demo", "prune") or (kind == "quality" and which):
         return quality_block(folder / "quality" / f"{which or name}.json")
     raise ValueError(
-        f"marker {name!r}: want ops-cpu, ops-cuda, ops-<slug>, quality-<study>, demo, prune, scapre, canvas, cost, tofu or sau-evidence"
+        f"marker {name!r}: want ops-cpu, ops-cuda, ops-<slug>, quality-<study>, demo, prune, scapre, canvas, cost, tofu, sau-evidence, "
+        "hamu-images or hamu-language"
     )
 
 
