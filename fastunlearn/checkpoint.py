@@ -34,6 +34,7 @@ from fastunlearn._stored import read_json
 from fastunlearn.localize.patterns import nm_violations
 from fastunlearn.ops.mask import BitMask, load_masks, save_masks
 from fastunlearn.parametrize.compressed_nm import compressed_layers, dense_state_dict
+from fastunlearn.quantised import check_loading, is_quantised
 from fastunlearn.report.files import dump_json
 
 try:
@@ -141,7 +142,7 @@ def _make_plain(model: Any) -> None:
         raise ValueError(f"source: {packed[0]} and {len(packed) - 1} others of this GGUF file could not be unpacked")
 
 
-def _load_folder(folder: Path, dtype: Any) -> tuple[Any, Any]:
+def _load_folder(folder: Path, dtype: Any, **options: Any) -> tuple[Any, Any]:
     if (folder / _MOVING).exists():
         raise ValueError(f"source: a save into {folder} was interrupted half way; save or train into it again")
     if not (folder / "config.json").is_file():
@@ -153,7 +154,7 @@ def _load_folder(folder: Path, dtype: Any) -> tuple[Any, Any]:
         hint = f"; did you mean {checkpoints[-1]}?" if checkpoints else ""
         raise ValueError(f"source: {folder} holds no config.json, so no model that save_pretrained wrote{hint}")
     try:
-        return _from_pretrained(str(folder), dtype, local_files_only=True)
+        return _from_pretrained(str(folder), dtype, local_files_only=True, **options)
     except (ValueError, ImportError, MemoryError):
         raise
     except Exception as error:
@@ -166,8 +167,9 @@ def _load_folder(folder: Path, dtype: Any) -> tuple[Any, Any]:
 
 def _from_pretrained(name: str, dtype: Any, **options: Any) -> tuple[Any, Any]:
     transformers = _transformers()
+    plain = {key: value for key, value in options.items() if key != "quantization_config"}
     with _quiet():
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name, **options)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name, **plain)
         model, info = transformers.AutoModelForCausalLM.from_pretrained(
             name, dtype=dtype, output_loading_info=True, **options
         )
@@ -208,6 +210,7 @@ def load_checkpoint(
     dtype: torch.dtype | Literal["auto"] = torch.float32,
     device: torch.device | str | None = None,
     masks: Literal["auto", "require", "ignore"] = "auto",
+    quantization_config: Any = None,
 ) -> Checkpoint:
     """Loads a causal language model with its tokenizer and, where it was pruned, its masks.
 
@@ -217,6 +220,7 @@ def load_checkpoint(
         dtype: of the weights; "auto" is the checkpoint's own.
         device: where the model goes; None leaves it on the CPU.
         masks: "auto" reads masks that are there, "require" wants them, "ignore" treats the model as dense.
+        quantization_config: of transformers: linear layers are held in fewer bits, `dtype` is that of the rest.
 
     Raises:
         FileNotFoundError: no such path. ImportError: a package is missing. OSError: a hub name that cannot be loaded.
@@ -227,6 +231,12 @@ def load_checkpoint(
     source = os.fspath(source)
     local = _is_path(source) and source != SMOLLM2
     path = Path(source).expanduser()
+    quantised: dict[str, Any] = {}
+    if quantization_config is not None:
+        quantised["quantization_config"] = quantization_config
+        gguf = source == SMOLLM2 or (local and path.is_file())
+        there = not gguf and masks != "ignore" and (not local or path.is_dir()) and _beside(source, MASKS) is not None
+        check_loading(source, gguf=gguf, masks=there or masks == "require")
     if source == SMOLLM2:
         model, tokenizer = _load_gguf(_smollm2(), dtype)
     elif local and not path.exists():
@@ -236,16 +246,17 @@ def load_checkpoint(
             raise ValueError(f"source: {path} is a file; want a folder of save_pretrained or a .gguf file")
         model, tokenizer = _load_gguf(path, dtype)
     elif local:
-        model, tokenizer = _load_folder(path, dtype)
+        model, tokenizer = _load_folder(path, dtype, **quantised)
     else:
         try:
-            model, tokenizer = _from_pretrained(source, dtype)
+            model, tokenizer = _from_pretrained(source, dtype, **quantised)
         except OSError as error:
             why = str(error).split("\n", 1)[0]
             raise OSError(
                 f"source: {source!r} is no folder here and could not be loaded from the Hugging Face Hub ({why})"
             ) from error
-    model = model.to(device).eval() if device is not None else model.eval()
+    # Packed weights stay where their library put them.
+    model = model.eval() if device is None or is_quantised(model) else model.to(device).eval()
     checkpoint = Checkpoint(model, tokenizer, None, None, source)
     if source == SMOLLM2 or (local and path.is_file()):
         if masks == "require":
@@ -253,7 +264,7 @@ def load_checkpoint(
                 f"masks: {source} is a dense model; prune it first: fastunlearn prune --model {source} ..."
             )
         return checkpoint
-    if masks != "ignore":
+    if masks != "ignore" and not quantised:
         _attach_masks(checkpoint, str(path) if local else source, masks == "require")
     return checkpoint
 

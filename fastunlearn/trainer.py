@@ -30,7 +30,7 @@ from fastunlearn.checkpoint import (
     pattern_of,
     save_checkpoint,
 )
-from fastunlearn.data.pairs import PairedCollator, PairedSet
+from fastunlearn.data.pairs import PairedCollator, PairedSet, check_context, row_limit
 from fastunlearn.data.refusals import spread_alternates, with_refusals
 from fastunlearn.data.text import TextSet, check_disjoint, encode_rows, load_rows
 from fastunlearn.objectives import RMU, Objective, answer_logprobs, make_objective, token_nll
@@ -43,6 +43,7 @@ from fastunlearn.objectives.rmu import steered_module
 from fastunlearn.ops.mask import BitMask, save_masks
 from fastunlearn.parametrize import CompressedNM, full_weights, lora
 from fastunlearn.parametrize.compressed_nm import dense_state_dict
+from fastunlearn.quantised import check_training, keep_differentiable, prepare
 from fastunlearn.sharded import agreed, anywhere, check_shards, combined, summed
 from fastunlearn.two_terms import (
     STATE_FILE,
@@ -115,7 +116,7 @@ class UnlearnConfig(TwoTermConfig):
     dual_warmup_epochs: float | None = field(default=None, metadata={"help": "Of PDU: epochs before alpha moves (5)."})
     parity: bool | None = field(
         default=None,
-        metadata={"help": "Count positions as open-unlearning does: KL, UNDIAL over padding too, PDU late."},
+        metadata={"help": "As open-unlearning counts: KL, UNDIAL over padding too, PDU late, RMU's lengths mixed."},
     )
     retain_loss_type: str | None = field(
         default=None, metadata={"help": "Retain term: NLL, KL to the reference, or (RMU) EMBED_DIFF."}
@@ -159,7 +160,8 @@ class UnlearnTrainer(TwoTermTrainer):
         processing_class: the tokenizer; None: the one beside the model.
         peft_config: a PEFT configuration: only the adapter trains, and the reference is the model with the adapter off. On a pruned
             model a `MaskedLoraConfig`, which is kept to what pruning left.
-        quantization_config: for a model given by name.
+        quantization_config: of transformers, for a model given by name: its linear layers are held in fewer bits and an adapter
+            trains (QLoRA). No masks go with it.
         callbacks, optimizers: as in Trainer.
         masks: parameter name -> BitMask of the entries that may move. Everything else is frozen, unless `train_unmasked` says
             otherwise.
@@ -210,6 +212,9 @@ class UnlearnTrainer(TwoTermTrainer):
         if processing_class is None:
             raise ValueError("processing_class: want the model's tokenizer, got None")
         check_processes(args)
+        adapter = peft_config is not None or hasattr(module, "disable_adapter")
+        check_training(module, masks=masks is not None, adapter=adapter)
+        keep_differentiable(module)
         if any(p.dtype == torch.float16 for p in module.parameters()) and (not args.master_weights or args.fp16):
             raise ValueError(
                 "dtype: float16 weights lose most small updates; load them as float32 (with fp16=true for speed) or bfloat16, or "
@@ -242,6 +247,13 @@ class UnlearnTrainer(TwoTermTrainer):
                 raise ValueError(
                     "trainable_params_regex: with an adapter only the adapter trains; choose target_modules there"
                 )
+            kept = args.gradient_checkpointing_kwargs
+            module = prepare(
+                module,
+                peft_config,
+                checkpointing=bool(args.gradient_checkpointing),
+                options=kept if isinstance(kept, dict) else None,
+            )
             module = lora(module, peft_config)
         elif hasattr(module, "disable_adapter") and (self.objective.needs_reference or self.objective.needs_states):
             warnings.warn(
@@ -263,7 +275,7 @@ class UnlearnTrainer(TwoTermTrainer):
         self.reference_model = (
             None if reference_model is None else reference_model.to(args.device).requires_grad_(False)
         )
-        pair = self._make_sets(forget_dataset, retain_dataset, processing_class, args)
+        pair = self._make_sets(module, forget_dataset, retain_dataset, processing_class, args)
         self.trained = None if hasattr(module, "disable_adapter") else self._select(module, masks, args)
         self._references = References()
         self.dual: Dual | None = self.objective.make_dual() if isinstance(self.objective, PDU) else None
@@ -327,12 +339,15 @@ class UnlearnTrainer(TwoTermTrainer):
 
     # ---- data -------------------------------------------------------------------------------------------------------
 
-    def _make_sets(self, forget: Any, retain: Any, tokenizer: Any, args: UnlearnConfig) -> PairedSet:
+    def _make_sets(self, model: Any, forget: Any, retain: Any, tokenizer: Any, args: UnlearnConfig) -> PairedSet:
+        limit = row_limit(args.max_length, model)
+
         def encode(source: Any, what: str) -> TextSet:
             if isinstance(source, TextSet):
+                check_context(source, model)
                 return source
             rows = load_rows(source) if isinstance(source, (str, os.PathLike)) else list(source)
-            return encode_rows(rows, tokenizer, what=what, system=args.system_prompt, max_length=args.max_length)
+            return encode_rows(rows, tokenizer, what=what, system=args.system_prompt, max_length=limit)
 
         if forget is None:
             raise ValueError("forget_dataset: want what must be forgotten, got None")
@@ -352,7 +367,7 @@ class UnlearnTrainer(TwoTermTrainer):
         if self.objective.needs_alternates == "alternates":
             forget, alternates = spread_alternates(forget, tokenizer, args)
         elif self.objective.needs_alternates:
-            options = forget.options or {"system": args.system_prompt, "max_length": args.max_length}
+            options = forget.options or {"system": args.system_prompt, "max_length": limit}
             alternates = encode_rows(with_refusals(forget.rows, seed=args.seed), tokenizer, what="refusals", **options)
         return PairedSet(forget, retain if self.objective.alpha else None, alternates)
 

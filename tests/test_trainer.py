@@ -764,6 +764,18 @@ def test_bad_input_is_refused_before_any_work(tmp_path, options, error, words):
     assert not (tmp_path / "out").exists() or not any((tmp_path / "out").iterdir())
 
 
+def test_rows_beyond_the_model_s_context_are_counted(tmp_path):
+    """They are never cut in silence, whatever max_length allows."""
+    model = tiny_llama()
+    model.config.max_position_embeddings = 24
+    rows = [{"question": "Who?", "answer": "x" * 40}, {"question": "Where?", "answer": "Here."}]
+    with pytest.raises(ValueError, match=r"forget set: row 1 .*the answer alone is longer than max_length = 24"):
+        make(tmp_path / "out", model, forget=rows)
+    elsewhere = encode_rows(rows, TOKENIZER, what="forget set")
+    with pytest.raises(ValueError, match="forget set: 1 of 2 rows are longer than the model's context of 24 tokens"):
+        make(tmp_path / "out", model, forget=elsewhere)
+
+
 def test_arguments_of_the_wrong_kind(tmp_path):
     from transformers import TrainingArguments
 

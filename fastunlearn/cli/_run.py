@@ -24,6 +24,7 @@ from torch import Tensor
 import fastunlearn
 from fastunlearn.checkpoint import Checkpoint, claim_output, load_checkpoint
 from fastunlearn.cli._arguments import parse
+from fastunlearn.data.pairs import row_limit
 from fastunlearn.data.text import TextSet, check_disjoint, encode_rows, load_rows
 from fastunlearn.evaluation.perplexity import chunk_tokens, perplexity
 from fastunlearn.evaluation.recall import exact_recall, generate_answers, score_answers, wanted_answers
@@ -289,7 +290,7 @@ def _prepare(script: ScriptArguments, config: Any, masks: Literal["auto", "requi
     text = Path(script.eval_text).read_text(encoding="utf-8") if script.eval_text else None
     dtype: Any = "auto" if script.dtype == "auto" else getattr(torch, script.dtype)
     checkpoint = load_checkpoint(script.model_name_or_path, dtype=dtype, masks=masks)
-    options = {"system": config.system_prompt, "max_length": config.max_length}
+    options = {"system": config.system_prompt, "max_length": row_limit(config.max_length, checkpoint.model)}
     forget = encode_rows(forget_rows, checkpoint.tokenizer, what="forget set", **options)
     retain = None
     if retain_rows:

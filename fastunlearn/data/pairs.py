@@ -19,6 +19,29 @@ from fastunlearn.data.text import collate
 Pair = tuple[int, tuple[int, ...]]
 
 
+def row_limit(max_length: int | None, model: Any) -> int | None:
+    """Tokens of a row at most: max_length, or the model's context (max_position_embeddings) where that is less; None: no limit."""
+    context = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    known = [limit for limit in (max_length, context) if limit is not None]
+    return min(known, default=None)
+
+
+def check_context(rows: Any, model: Any) -> None:
+    """Of rows that were encoded elsewhere.
+
+    Raises:
+        ValueError: some are longer than the model's context; it says how many.
+    """
+    limit = row_limit(None, model)
+    lengths = [len(rows[i]["input_ids"]) for i in range(len(rows))]
+    long = sum(limit is not None and length > limit for length in lengths)
+    if long:
+        raise ValueError(
+            f"{getattr(rows, 'what', 'rows')}: {long} of {len(lengths)} rows are longer than the model's context of {limit} tokens (up to "
+            f"{max(lengths)}); what lies behind it would not count, so encode them with max_length={limit} or less, or split them"
+        )
+
+
 class PairedSet(Dataset[dict[str, Any]]):
     """Items {"forget": row, "retain": [rows], "alternate": row}; retain and alternate only where there are such sets.
 
