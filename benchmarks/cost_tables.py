@@ -16,7 +16,9 @@ def _seconds(value: float) -> str:
 
 
 def _mib(value: float | None) -> str:
-    return "-" if value is None else f"{value:,.0f}" if value >= 10 else f"{value:.2g}"
+    return (
+        "-" if value is None else f"{value:,.0f}" if value >= 100 else f"{value:.3g}" if value >= 10 else f"{value:.2g}"
+    )
 
 
 def _line(row: dict[str, Any]) -> list[str]:
@@ -27,7 +29,7 @@ def _line(row: dict[str, Any]) -> list[str]:
     return [
         row["method"],
         f"**{_seconds(row['seconds'])}**",
-        "-" if row["whole"] else f"{1e3 * row['step_seconds']:.3g}",
+        "-" if row["whole"] else _mib(1e3 * row["step_seconds"]),
         measured,
         _mib(row["peak_mib"]),
         _mib(row["storage_mib"]),
