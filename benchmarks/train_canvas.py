@@ -37,7 +37,7 @@ HELD_OUT = 8  # pictures of every pair that no training sees
 CLEAN = ("Photo", "Blueprint", "Clay", "Graffiti", "Neon", "Pop Art", "Silhouette", "Thermal")
 
 # The denoiser's learning rate rises and falls (cosine) so often: shares of its steps, and the peaks as shares of the first.
-FALLS = ((8000, 1.0), (2500, 2 / 3), (4000, 2 / 3))
+FALLS = ((8000, 1.0), (2500, 2 / 3), (4000, 2 / 3), (5000, 2 / 3))
 
 # How a pair may be asked for; the first is the benchmark's own sentence and gets most of the weight.
 TEMPLATES = (
