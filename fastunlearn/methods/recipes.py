@@ -36,10 +36,7 @@ DEFAULTS: dict[str, dict[str, dict[str, Any]]] = {
         kind: {"train_method": "full", "learning_rate": rate, "max_steps": 100, "batch_size": 8, "bf16": True}
         for kind, rate in (("style", 3e-4), ("object", 1e-4))
     },
-    "uce": {
-        "style": {"tokens": "all", "lamb": 0.1, "erase_scale": 10.0},
-        "object": {"tokens": "all", "lamb": 0.1, "preserve_scale": 0.1},
-    },
+    "uce": {kind: {"tokens": "all", "lamb": 0.1} for kind in ("style", "object")},
     "time": {"style": {}, "object": {}},
     "rece": {"style": {"tokens": "all"}, "object": {"tokens": "all"}},
     "speed": {"style": {"tokens": "all"}, "object": {"tokens": "all"}},
