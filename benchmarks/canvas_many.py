@@ -4,7 +4,7 @@
     python -m benchmarks.canvas_many --methods ablation
 
 Methods of `fastunlearn.methods.recipes.AT_ONCE` take all targets in one call; the others erase them one after another. Larger sets
-hold the smaller ones, drawn by the seed. `ablation` is what a public replication of ScaPre suggests: robust with the relevance that
+hold the smaller ones, drawn by the seed. A method that diverges leaves a row that says so. `ablation` is what a public replication of ScaPre suggests: robust with the relevance that
 was measured, the same numbers on other rows, their mean for every row, and measured against the empty prompt in place of what is
 preserved. Writes benchmarks/results/quality/canvas_many.json after every row; rows that it holds already are not done again.
 """
@@ -25,7 +25,7 @@ from torch import Tensor
 
 from benchmarks import RESULTS, machine
 from benchmarks.__main__ import write_json
-from fastunlearn.evaluation.canvas import Answers, AnswerSettings, answer_set, attacked
+from fastunlearn.evaluation.canvas import DIVERGED, Answers, AnswerSettings, Surrogates, answer_set, attacked
 from fastunlearn.evaluation.metrics import VALID_SHARE, Counts
 from fastunlearn.evaluation.worlds import Target, canvas_world
 from fastunlearn.methods.recipes import AT_ONCE, DEFAULTS, METHODS
@@ -80,6 +80,21 @@ def unlearn_all(
     return kept
 
 
+def _brought_back(
+    pipeline: Any, world: Any, targets: Sequence[Target], settings: AnswerSettings, seed: int
+) -> dict[str, float]:
+    """Percent of the erased targets' images that each attack gets back, the mean over the targets; the pipeline is as before."""
+    if not settings.attacks:
+        return {}
+    edited = {key: tensor.clone() for key, tensor in pipeline.unet.state_dict().items()}
+    back: dict[str, list[float]] = {}
+    for target in targets:
+        for key, value in attacked(pipeline, world, target, settings, seed).items():
+            back.setdefault(key, []).append(value)
+        pipeline.unet.load_state_dict(edited)
+    return {key: round(sum(values) / len(values), 1) for key, values in back.items()}
+
+
 def _settings(name: str, kind: str) -> dict[str, Any]:
     """What a method of the rows, or of the ablation, runs with."""
     method, chosen = ABLATION.get(name, (name, {}))
@@ -112,6 +127,7 @@ def run(
     done = {(row["method"], row["kind"], row["concepts"], row["seed"]) for row in rows}
     original = {name: tensor.clone() for name, tensor in pipeline.unet.state_dict().items()}
     device = next(pipeline.unet.parameters()).device
+    surrogates = Surrogates(pipeline, world, settings, [])
     names = [name for method in methods for name in (ABLATION if method == "ablation" else [method])]
     facts = machine.meta(device)
     result: dict[str, Any] = {}
@@ -130,23 +146,21 @@ def run(
                 "concepts": count,
                 "seed": seed,
             }
-            begin = time.perf_counter()
-            if method != "none":
-                weights, cost = measured(lambda m=method, t=targets, c=chosen: unlearn_all(pipeline, world, t, m, seed, c), device)  # fmt: skip
-                storage = sum(w.numel() * w.element_size() for w in weights.values()) / 2**20
-                row |= {"seconds": round(cost.seconds, 2), "storage_mib": round(storage, 2)}
-            answers = plain or answer_set(pipeline, world, settings)
-            plain = answers if method == "none" else None
-            metrics = several_metrics(answers.counts, kind, [world.index(target) for target in targets])
-            row |= {key: round(value, 1) if isinstance(value, float) else value for key, value in metrics.items()}
-            edited = {key: tensor.clone() for key, tensor in pipeline.unet.state_dict().items()}
-            back: dict[str, list[float]] = {}
-            for target in targets[:attack] if settings.attacks else []:
-                for key, value in attacked(pipeline, world, target, settings, seed).items():
-                    back.setdefault(key, []).append(value)
-                pipeline.unet.load_state_dict(edited)
-            row |= {key: round(sum(values) / len(values), 1) for key, values in back.items()}
-            row["evaluation_seconds"] = round(time.perf_counter() - begin)
+            row["valid_surrogate"] = round(sum(map(surrogates.of, targets)) / count, 1)
+            try:
+                if method != "none":
+                    weights, cost = measured(lambda m=method, t=targets, c=chosen: unlearn_all(pipeline, world, t, m, seed, c), device)  # fmt: skip
+                    storage = sum(w.numel() * w.element_size() for w in weights.values()) / 2**20
+                    row |= {"seconds": round(cost.seconds, 2), "storage_mib": round(storage, 2)}
+                begin = time.perf_counter()
+                answers = plain or answer_set(pipeline, world, settings)
+                plain = answers if method == "none" else None
+                metrics = several_metrics(answers.counts, kind, [world.index(target) for target in targets])
+                row |= {key: round(value, 1) if isinstance(value, float) else value for key, value in metrics.items()}
+                row |= _brought_back(pipeline, world, targets[:attack], settings, seed)
+                row["evaluation_seconds"] = round(time.perf_counter() - begin)
+            except DIVERGED as error:
+                row["failed"] = " ".join(str(error).split())[:200] or type(error).__name__
             rows.append(row)
             print(rows[-1], flush=True)
             meta = {

@@ -91,9 +91,20 @@ def test_rows_are_kept_and_not_done_again(tiny, tmp_path, capsys):
     stored = json.loads(out.read_text())
     assert stored["rows"] == again["rows"]
     for row in stored["rows"]:
-        assert {"UA", "IRA", "CRA", "valid", "noise", "evaluation_seconds"} <= set(row)
+        assert {"UA", "IRA", "CRA", "valid", "valid_surrogate", "noise", "evaluation_seconds"} <= set(row)
     assert [row["method"] for row in stored["rows"][4:]] == list(canvas_many.ABLATION)
     assert '"control": "shuffled"' in stored["meta"]["settings"]
+
+
+def test_a_method_that_diverges_is_a_row(tiny, monkeypatch, tmp_path):
+    def diverge(*_, **__):
+        raise ArithmeticError("not positive\ndefinite")
+
+    monkeypatch.setitem(METHODS, "uce", diverge)
+    arguments = {"kind": "style", "seed": 1, "model": "canvas", "counts": [1], "settings": AnswerSettings()}
+    rows = canvas_many.run(["uce", "time"], out=tmp_path / "x.json", **arguments)["rows"]
+    assert rows[0]["failed"] == "not positive definite" and "UA" not in rows[0]
+    assert "failed" not in rows[1] and rows[1]["UA"] >= 0
 
 
 def test_rows_of_another_answer_set_are_refused(tiny, tmp_path):

@@ -297,8 +297,13 @@ def _bytes(kept: Mapping[str, Tensor] | int) -> int:
 DIVERGED = (ArithmeticError, torch.linalg.LinAlgError)
 
 
-class _Surrogates:
-    """Percent of the unedited model's images of a target's surrogate prompts that are images of something; each drawn once."""
+class Surrogates:
+    """Percent of the unedited model's images of a target's surrogate prompts that are images of something; each drawn once.
+
+    Args:
+        rows: of the evaluator; what they hold of a target's surrogates is not drawn again.
+    """
+
 
     def __init__(self, pipeline: Any, world: World, settings: AnswerSettings, rows: Sequence[Mapping[str, Any]]):
         self.pipeline, self.world, self.settings = pipeline, world, settings
@@ -455,7 +460,7 @@ def evaluate(
         meta["unreadable"] = real.unreadable
         if real.unreadable and say:
             say(f"{real.unreadable} real images cannot be read and are left out")
-        surrogates = _Surrogates(pipeline, world, settings, rows)
+        surrogates = Surrogates(pipeline, world, settings, rows)
         study = _Study(pipeline, world, unlearn, seed, settings, real, original)
         try:
             for target in tqdm(left, desc=method, unit="target", disable=None):

@@ -33,13 +33,10 @@ from fastunlearn.objectives.language import closest
 #: method -> its settings, by the kind of target
 DEFAULTS: dict[str, dict[str, dict[str, Any]]] = {
     "finetune": {
-        kind: {"train_method": "full", "learning_rate": rate, "max_steps": 100, "batch_size": 8, "bf16": True}
-        for kind, rate in (("style", 3e-4), ("object", 1e-4))
+        kind: {"train_method": "xattn", "learning_rate": 3e-3, "max_steps": 100, "batch_size": 8, "bf16": True}
+        for kind in ("style", "object")
     },
-    "uce": {
-        "style": {"tokens": "all", "lamb": 0.1, "erase_scale": 10.0},
-        "object": {"tokens": "all", "lamb": 0.1, "preserve_scale": 0.1},
-    },
+    "uce": {kind: {"tokens": "all", "lamb": 0.1} for kind in ("style", "object")},
     "time": {"style": {}, "object": {}},
     "rece": {"style": {"tokens": "all"}, "object": {"tokens": "all"}},
     "speed": {"style": {"tokens": "all"}, "object": {"tokens": "all"}},

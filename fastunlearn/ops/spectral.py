@@ -80,7 +80,8 @@ def spectral_solve(
 
     Raises:
         TypeError, ValueError: arguments of another kind, shape, device or range; mode "paper" with S* = 0, whose only solution is
-        W = 0 ("complete forgetting" that forgets everything); S or R not symmetric or (lam I + H) not positive definite.
+        W = 0 ("complete forgetting" that forgets everything); S or R not symmetric.
+        ArithmeticError: (lam I + H) is not positive definite.
 
     Example:
         >>> S, S_star = ops.token_moments(c), ops.token_moments(c, anchors=c_star)
@@ -175,7 +176,7 @@ def _solve(
                 if sums is not None:
                     found += [s.sum(0) for s in sums.split(rows)]
         except torch.linalg.LinAlgError as error:
-            raise ValueError(f"S, R: lam I + S + gamma R is not positive definite ({error})") from None
+            raise ArithmeticError(f"S, R: lam I + S + gamma R is not positive definite ({error})") from None
         outs += [n.to(w.dtype) for n, w in zip(new.split(rows), listed[low:high])]
     result: Any = outs[0] if single else outs
     if not traces:

@@ -146,8 +146,8 @@ def flower(x: Array, y: Array) -> Parts:
         a = np.radians(angle + 30)
         petals |= ellipse(x, y, 0.4 * float(np.cos(a)), -0.35 + 0.4 * float(np.sin(a)), 0.25, 0.25)
     return [
-        (DETAIL, box(x, y, -0.06, -0.2, 0.06, 0.97)),
-        (DETAIL, ellipse(x, y, 0.32, 0.6, 0.3, 0.13, -30)),
+        (DETAIL, box(x, y, -0.09, -0.2, 0.09, 0.97)),
+        (DETAIL, ellipse(x, y, 0.34, 0.6, 0.32, 0.16, -30)),
         (BODY, petals),
         (SECOND, ellipse(x, y, 0, -0.35, 0.24, 0.24)),
     ]
@@ -157,7 +157,7 @@ def guitar(x: Array, y: Array) -> Parts:
     # Laid on a diagonal: its own axis is u.
     u, v = (x + y) / np.sqrt(2), (y - x) / np.sqrt(2)
     return [
-        (DETAIL, box(u, v, -1.2, -0.07, 0.1, 0.07) | box(u, v, -1.3, -0.14, -1.02, 0.14)),
+        (DETAIL, box(u, v, -1.2, -0.11, 0.1, 0.11) | box(u, v, -1.3, -0.2, -1.0, 0.2)),
         (BODY, ellipse(u, v, 0.12, 0, 0.36, 0.4) | ellipse(u, v, 0.62, 0, 0.46, 0.55)),
         (SECOND, ellipse(u, v, 0.3, 0, 0.2, 0.2)),
         (DETAIL, box(u, v, 0.72, -0.22, 0.84, 0.22)),
@@ -248,9 +248,9 @@ def umbrella(x: Array, y: Array) -> Parts:
     canopy = ellipse(x, y, 0, 0.0, 0.95, 0.85) & (y < 0.0)
     for cx in (-0.63, 0.0, 0.63):
         canopy &= ~ellipse(x, y, cx, 0.03, 0.3, 0.14)
-    hook = ellipse(x, y, 0.19, 0.72, 0.25, 0.25) & ~ellipse(x, y, 0.19, 0.72, 0.13, 0.13) & (y > 0.72)
+    hook = ellipse(x, y, 0.2, 0.7, 0.29, 0.28) & ~ellipse(x, y, 0.2, 0.7, 0.11, 0.11) & (y > 0.7)
     return [
-        (DETAIL, box(x, y, -0.06, -0.95, 0.06, 0.75) | hook),
+        (DETAIL, box(x, y, -0.09, -0.95, 0.09, 0.72) | hook),
         (BODY, canopy),
         (SECOND, canopy & (np.abs(x) < 0.32)),
     ]

@@ -136,8 +136,8 @@ def blueprint(s: Scene) -> Array:
     base = s.plain(s.near((0.08, 0.24, 0.6), 0.03))
     grid = ((s.x % 8 < 0.7) | (s.y % 8 < 0.7)).astype(np.float32)
     base = over(base, (0.45, 0.6, 0.9), 0.4 * grid)
-    base = over(base, (0.3, 0.48, 0.85), 0.35 * (s.labels == 1))
-    return over(base, (0.95, 0.97, 1.0), s.edges(1.4))
+    base = over(base, s.fill((0, 0, 0), (0.3, 0.5, 0.88), (0.45, 0.65, 0.95), (0.2, 0.38, 0.78)), 0.8 * s.mask)
+    return over(base, (0.95, 0.97, 1.0), s.edges(1.8))
 
 
 def chalkboard(s: Scene) -> Array:
@@ -149,8 +149,8 @@ def chalkboard(s: Scene) -> Array:
     )
     hatch = 0.5 + 0.5 * np.sin((s.x - s.y) * 1.3)
     grain = np.clip(0.75 + 0.25 * s.noise(1), 0, 1)
-    base = over(base, s.fill(*pastel), 0.65 * hatch * grain * s.mask)
-    return over(base, (0.93, 0.93, 0.9), s.edges(1.3) * grain)
+    base = over(base, s.fill(*pastel), (0.25 + 0.5 * hatch) * grain * s.mask)
+    return over(base, (0.93, 0.93, 0.9), s.edges(1.8) * grain)
 
 
 def neon(s: Scene) -> Array:
@@ -363,10 +363,10 @@ def gold_leaf(s: Scene) -> Array:
     base = s.plain(s.near((0.42, 0.04, 0.08), 0.03))
     damask = np.sin(s.x * 0.785) * np.sin(s.y * 0.785)
     base = over(base, (0.62, 0.12, 0.12), 0.7 * (damask > 0.35))
-    gold = s.fill((0, 0, 0), (0.86, 0.66, 0.2), (0.97, 0.86, 0.5), (0.45, 0.26, 0.05))
+    gold = s.fill((0, 0, 0), (0.86, 0.66, 0.2), (0.97, 0.86, 0.5), (0.74, 0.5, 0.12))
     gold = np.clip(gold + 0.35 * light(s)[..., None] + 0.05 * s.noise(3)[..., None], 0, 1)
     base = over(base, gold, s.mask)
-    return over(base, (0.3, 0.15, 0.02), 0.8 * s.edges(1.0))
+    return over(base, (0.25, 0.1, 0.02), 0.7 * s.edges(0.8))
 
 
 def ink_wash(s: Scene) -> Array:
@@ -400,7 +400,7 @@ def clay(s: Scene) -> Array:
 def terminal(s: Scene) -> Array:
     base = s.plain((0.0, 0.04, 0.01))
     glyph = ((s.x % 4 < 2.8) & (s.y % 4 < 2.8)).astype(np.float32)
-    level = s.fill((0.13,) * 3, (0.62,) * 3, (1.0,) * 3, (0.35,) * 3)[..., 0]
+    level = s.fill((0.1,) * 3, (0.6,) * 3, (1.0,) * 3, (0.8,) * 3)[..., 0]
     n = s.size // 8
     cell = level.reshape(n, 8, n, 8).mean((1, 3))
     cell = cell * s.rng.uniform(0.8, 1.1, cell.shape)
