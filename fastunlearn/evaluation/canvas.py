@@ -304,7 +304,6 @@ class Surrogates:
         rows: of the evaluator; what they hold of a target's surrogates is not drawn again.
     """
 
-
     def __init__(self, pipeline: Any, world: World, settings: AnswerSettings, rows: Sequence[Mapping[str, Any]]):
         self.pipeline, self.world, self.settings = pipeline, world, settings
         found = [(Target(row["kind"], row["target"]), row.get("valid_surrogate")) for row in rows]
