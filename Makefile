@@ -7,9 +7,11 @@
 #   make fuzz         the property tests with 10,000 cases an op
 #   make bench        every op beside its peers on this CPU -> benchmarks/results/, tables in README.md
 #   make docs         the pages of docs/ -> site/index.html
-#   make bench-plots  time against limit, from the committed results
+#   make bench-plots  time against limit and peak memory, from the committed results
 #   make gpu-test     on a GPU machine: PYTHON=python3 OUT=folder, installed with -e -> test report, gpu_runs.json
 #   make gpu-bench    on a GPU machine: PYTHON=python3 OUT=folder -> one JSON of results
+#   make gpu-cost     on a GPU machine: what every diffusion method costs on SD 1.5 and SDXL -> OUT/cost.json
+#   make gpu-tune     on a GPU machine: launch options of the kernels -> OUT/tuned.json, for fastunlearn/
 #   make wheel        a wheel in dist/
 #   make clean        removes what was built, not .venv
 #
@@ -33,7 +35,7 @@ PIP := $(BIN)/pip install -q --disable-pip-version-check -c constraints.txt $(PI
 QUIET_THREADS := KMP_BLOCKTIME=0 OMP_WAIT_POLICY=PASSIVE GOMP_SPINCOUNT=0
 NATIVE := $(wildcard csrc/*) setup.py pyproject.toml fastunlearn/_version.py
 
-.PHONY: help demo test test-all lint fuzz bench bench-plots docs gpu-test gpu-bench wheel clean
+.PHONY: help demo test test-all lint fuzz bench bench-plots docs gpu-test gpu-bench gpu-cost gpu-tune wheel clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -117,6 +119,15 @@ gpu-bench:
 	mkdir -p $(OUT)
 	$(HAS_NATIVE)
 	timeout 530 $(PYTHON) -m benchmarks run --device cuda --out $(OUT) $(if $(OPS),--ops $(OPS)) 2>&1 | tee $(OUT)/gpu-bench.log
+
+gpu-cost:
+	mkdir -p $(OUT)
+	$(HAS_NATIVE)
+	timeout 1700 $(PYTHON) -m benchmarks cost --shapes sd15 sdxl --device cuda --out $(OUT)/cost.json 2>&1 | tee $(OUT)/gpu-cost.log
+
+gpu-tune:
+	mkdir -p $(OUT)
+	timeout 570 $(PYTHON) -m benchmarks tune --out $(OUT)/tuned.json 2>&1 | tee $(OUT)/gpu-tune.log
 
 wheel: .venv/.base
 	$(PIP) build
