@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 
 from fastunlearn._stored import read_json
 
-__all__ = ["CANVAS", "is_canvas", "load_pipeline", "mark_canvas", "pipeline_folder"]
+__all__ = ["CANVAS", "is_canvas", "load_pipeline", "mark_canvas", "pipeline_folder", "save_pipeline_folder"]
 
 CANVAS = "canvas"
 _ASSETS = Path(__file__).parent / "assets"
@@ -131,3 +132,21 @@ def load_pipeline(
         raise ValueError(f"pipeline {str(name)!r} has no text_encoder; it has {sorted(pipe.components)}")
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)
+
+
+def save_pipeline_folder(pipeline: Any, folder: Path, overwrite: bool, *, canvas: bool = False) -> None:
+    """A pipeline's folder, there whole or not at all.
+
+    Args:
+        canvas: it draws the canvas' styles and objects, and the folder says so.
+    """
+    temporary = folder.with_name(f".{folder.name}.new.tmp")
+    try:
+        pipeline.save_pretrained(temporary)
+        if canvas:
+            mark_canvas(temporary)
+        if folder.exists() and overwrite:
+            shutil.rmtree(folder)
+        temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

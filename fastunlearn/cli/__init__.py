@@ -33,6 +33,7 @@ COMMANDS = {
     "sample": "a grid of what a text-to-image model draws, before or after",
     "evaluate": "what is gone, what is kept, what comes back: tofu, muse, lm-eval, relearn, quantize; canvas for images",
     "report": "one page about a run, or several side by side: numbers, answers or images, curves, masks, cost",
+    "export": "a run as a PEFT adapter, a LoRA of diffusers or kohya-ss, a part of a U-Net, or merged",
     "plan": "memory and time of a run, on any number of GPUs, before anything is loaded",
     "bench": "every op beside its peers and the hardware's limit",
     "doctor": "which backend serves which op and why, versions, GPU; a block to paste into a bug report",

@@ -117,6 +117,7 @@ def _train(
     from fastunlearn.cli import _diffusion
     from fastunlearn.parametrize import export
     from fastunlearn.parametrize.partial_unet import save_partial_unet
+    from fastunlearn.pipelines import save_pipeline_folder
     from fastunlearn.report.cost import MIB, measured
     from fastunlearn.report.files import plain, write_json
 
@@ -159,7 +160,7 @@ def _train(
         },
     )  # fmt: skip
     if asked.save_pipeline:
-        _diffusion.save_pipeline_folder(pipeline, folder / "pipeline", True, canvas=given.concepts is not None)
+        save_pipeline_folder(pipeline, folder / "pipeline", True, canvas=given.concepts is not None)
     kept = f"adapter ({stored / MIB:.1f} MiB), " if trainer.adapter_bytes else ""
     print(f"{cost.seconds:.1f} s; {kept}{name} ({size / MIB:.1f} MiB) in {folder}")
     if trainer.family.part == "transformer" or getattr(pipeline, "text_encoder_2", None) is not None:

@@ -19,7 +19,7 @@ from fastunlearn.evaluation.worlds import Concepts, Target, canvas_concepts
 from fastunlearn.localize.text_paths import denoiser_of, text_paths
 from fastunlearn.methods.recipes import concept_template
 from fastunlearn.parametrize.partial_unet import load_partial_unet, save_partial_unet
-from fastunlearn.pipelines import CANVAS, is_canvas, load_pipeline, mark_canvas
+from fastunlearn.pipelines import CANVAS, is_canvas, load_pipeline, save_pipeline_folder
 from fastunlearn.report.cost import MIB, measured
 from fastunlearn.report.files import write_json
 from fastunlearn.report.samples import write_images
@@ -293,23 +293,3 @@ def edit(
     else:
         print(f"look at it with diffusers: pipe.{part}.load_state_dict(load_file({str(path)!r}), strict=False)")
     return 0
-
-
-def save_pipeline_folder(pipeline: Any, folder: Path, overwrite: bool, *, canvas: bool = False) -> None:
-    """A pipeline's folder, there whole or not at all.
-
-    Args:
-        canvas: it draws the canvas' styles and objects, and the folder says so.
-    """
-    import shutil
-
-    temporary = folder.with_name(f".{folder.name}.new.tmp")
-    try:
-        pipeline.save_pretrained(temporary)
-        if canvas:
-            mark_canvas(temporary)
-        if folder.exists() and overwrite:
-            shutil.rmtree(folder)
-        temporary.rename(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)

@@ -9,10 +9,11 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 
-import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from fastunlearn.parametrize.lora_files import diffusers_tensors
+from fastunlearn.parametrize.low_rank import Change
 from fastunlearn.report.files import write_bytes
 
 
@@ -37,19 +38,12 @@ def edit_lora(
         raise ValueError(f"lora_rank: want a whole number of at least 1, got {rank!r}")
     if old.keys() != new.keys() or any(old[name].shape != new[name].shape for name in old):
         raise ValueError("new: want the names and shapes of old")
-    factors: dict[str, Tensor] = {}
-    errors: dict[str, float] = {}
+    change = Change()
     for name, before in old.items():
         edit = new[name].detach().double() - before.detach().double()
-        U, s, Vh = torch.linalg.svd(edit, full_matrices=False)
-        r = min(rank, len(s))
-        root = s[:r].sqrt()
-        at = f"{prefix}.{name.removesuffix('.weight')}"
-        A, B = (root[:, None] * Vh[:r]).to(before.dtype), (U[:, :r] * root).to(before.dtype)
-        factors[f"{at}.lora_A.weight"], factors[f"{at}.lora_B.weight"] = A.cpu().contiguous(), B.cpu().contiguous()
-        size = float(edit.norm())
-        errors[name] = float((edit - B.double() @ A.double()).norm()) / size if size else 0.0
-    return factors, errors
+        change.add(name.removesuffix(".weight"), edit, rank, before.dtype)
+    factors = {key: tensor.cpu().contiguous() for key, tensor in diffusers_tensors(change.layers, prefix).items()}
+    return factors, {name: change.lost[name.removesuffix(".weight")] for name in old}
 
 
 def save_edit_lora(factors: Mapping[str, Tensor], path: str | os.PathLike[str], *, overwrite: bool = False) -> int:

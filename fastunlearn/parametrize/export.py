@@ -4,6 +4,7 @@
     save_sparse_delta    the merged values of the entries that may move, exact; `apply_sparse_delta` writes them into a base model
     save_lora            what `pipe.load_lora_weights()` loads, exact for adapters without a mask (per_module, dense)
     save_low_rank        the same for masked adapters: the best approximation of each layer's masked delta by a rank, with its error
+    adapter_change       an adapter's change as factors, for any format of LoRA (`fastunlearn.parametrize.lora_files`)
 
 B A o M is not of low rank: a loader of plain LoRA files drops M, and the model is another one. So `save_lora` refuses masked adapters.
 A merged model is `model.merge_and_unload()`. Every file is written under a temporary name and renamed.
@@ -23,9 +24,10 @@ from torch import Tensor, nn
 
 from fastunlearn import ops
 from fastunlearn._stored import parse_json, read_tensors
-from fastunlearn.ops.mask import BitMask, rows_cols
+from fastunlearn.ops.mask import BitMask
+from fastunlearn.parametrize.lora_files import diffusers_tensors
+from fastunlearn.parametrize.low_rank import Change, LowRank, check_rank
 from fastunlearn.parametrize.masked_lora import MaskedLoraLayer, base_identity, check_base, masked_layers
-from fastunlearn.reference.masked_lora import wide
 
 _FACTORS, _DELTA = "fastunlearn.masked_lora", "fastunlearn.sparse_delta"
 _VERSION = "1"
@@ -40,7 +42,12 @@ class Factors(NamedTuple):
     scaling: float
 
 
-def _write(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str], overwrite: bool) -> None:
+def write_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str], overwrite: bool) -> None:
+    """Writes a safetensors file, whole or not at all.
+
+    Raises:
+        FileExistsError: there is a file and `overwrite` is False.
+    """
     from safetensors.torch import save_file
 
     if path.exists() and not overwrite:
@@ -127,7 +134,7 @@ def save_factors(
         if mask is not None:
             tensors[f"{name}.lora_mask_bits"] = mask.bits
         said[name] = {"scaling": scaling, "shape": list(layer._base.weight.shape)}
-    _write(tensors, Path(path), _metadata(_FACTORS, said, model), overwrite)
+    write_tensors(tensors, Path(path), _metadata(_FACTORS, said, model), overwrite)
 
 
 def load_factors(path: str | os.PathLike[str]) -> dict[str, Factors]:
@@ -191,7 +198,7 @@ def save_sparse_delta(
         tensors[f"{name}.bits"] = BitMask.pack(changed).bits
         said[name] = {"shape": list(weight.shape), "dtype": str(weight.dtype).removeprefix("torch.")}
         total += int(changed.sum())
-    _write(tensors, Path(path), _metadata(_DELTA, said, model), overwrite)
+    write_tensors(tensors, Path(path), _metadata(_DELTA, said, model), overwrite)
     return total
 
 
@@ -223,12 +230,31 @@ def apply_sparse_delta(model: nn.Module, path: str | os.PathLike[str]) -> nn.Mod
 # ---- low-rank files -------------------------------------------------------------------------------------------------------
 
 
-def _lora_tensors(name: str, A: Tensor, B: Tensor, shape: torch.Size, prefix: str) -> dict[str, Tensor]:
-    """In the words of diffusers' LoRA files; the scale is B's."""
-    at = f"{prefix}.{name}" if prefix else name
-    if len(shape) == 4:
-        A, B = A.view(-1, *shape[1:]), B[:, :, None, None]
-    return {f"{at}.lora_A.weight": A, f"{at}.lora_B.weight": B}
+def adapter_change(
+    model: nn.Module, *, adapter: str = "default", rank: int | None = None, dtype: torch.dtype | None = None
+) -> Change:
+    """What an adapter changes: its own factors where it has no mask, else the best of a rank, approximated.
+
+    Args:
+        rank: None: factors as they are where there is no mask, and the layer's own rank where there is one.
+        dtype: of the factors; None: of the weights.
+
+    Raises:
+        ValueError: a rank below 1, a grouped convolution, no such adapter, or merged.
+    """
+    change = Change()
+    for name, layer in _unmerged(model, adapter):
+        A, B, mask, scaling = layer._factors(adapter)
+        if getattr(layer._base, "groups", 1) != 1:
+            raise ValueError(f"adapter: {name} is a grouped convolution, which a plain LoRA file cannot hold")
+        weight = layer._base.weight
+        kind = weight.dtype if dtype is None else dtype
+        if mask is None and rank is None:
+            change.layers[name] = LowRank(A.detach(), B.detach(), scaling, tuple(weight.shape)).to(kind)
+        else:
+            delta = layer.get_delta_weight(adapter).detach()
+            change.add(name, delta, layer.r[adapter] if rank is None else rank, kind)
+    return change
 
 
 def save_lora(
@@ -248,34 +274,14 @@ def save_lora(
         ValueError: a masked adapter (`save_low_rank` approximates it), a grouped convolution, no such adapter, or merged.
         FileExistsError: there is a file and `overwrite` is False.
     """
-    tensors: dict[str, Tensor] = {}
     for name, layer in _unmerged(model, adapter):
-        A, B, mask, scaling = layer._factors(adapter)
-        if mask is not None:
+        if layer.mask(adapter) is not None:
             raise ValueError(
                 f"adapter: {name} has a mask, which a plain LoRA file cannot hold; use save_factors or save_sparse_delta, or "
                 "save_low_rank for an approximation"
             )
-        _check_ungrouped(name, layer)
-        tensors |= _lora_tensors(name, A, B * scaling, layer._base.weight.shape, prefix)
-    _write(tensors, Path(path), {"format": "pt"}, overwrite)
-
-
-def _check_ungrouped(name: str, layer: MaskedLoraLayer) -> None:
-    if getattr(layer._base, "groups", 1) != 1:
-        raise ValueError(f"adapter: {name} is a grouped convolution, which a plain LoRA file cannot hold")
-
-
-def _low_rank(delta: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """(A, B) of the best approximation of a matrix by a rank, singular values shared by both."""
-    if min(delta.shape) <= 4 * rank or delta.numel() <= 1 << 18:
-        U, s, Vh = torch.linalg.svd(delta, full_matrices=False)
-        U, s, Vh = U[:, :rank], s[:rank], Vh[:rank]
-    else:
-        U, s, V = torch.svd_lowrank(delta, q=min(rank + 16, *delta.shape), niter=6)
-        U, s, Vh = U[:, :rank], s[:rank], V[:, :rank].T
-    root = s.sqrt()
-    return root[:, None] * Vh, U * root
+    layers = adapter_change(model, adapter=adapter).layers
+    write_tensors(diffusers_tensors(layers, prefix), Path(path), {"format": "pt"}, overwrite)
 
 
 @torch.no_grad()
@@ -299,25 +305,8 @@ def save_low_rank(
         ValueError: a rank below 1, a grouped convolution, no such adapter, or merged. FileExistsError: there is a file and
         `overwrite` is False.
     """
-    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-        raise ValueError(f"rank: want at least 1, got {rank!r}")
-    tensors: dict[str, Tensor] = {}
-    errors: dict[str, float] = {}
-    missed = whole = 0.0
-    for name, layer in _unmerged(model, adapter):
-        _check_ungrouped(name, layer)
-        weight, full = layer._base.weight, layer.get_delta_weight(adapter)
-        delta = full.reshape(rows_cols(full.shape)).to(wide(full.dtype))
-        A, B = _low_rank(delta, min(rank, *delta.shape))
-        off, size = float((delta - B @ A).norm() ** 2), float(delta.norm() ** 2)
-        missed, whole = missed + off, whole + size
-        errors[name] = (off / size) ** 0.5 if size else 0.0
-        tensors |= _lora_tensors(name, A.to(weight.dtype), B.to(weight.dtype), weight.shape, prefix)
-    errors[""] = (missed / whole) ** 0.5 if whole else 0.0
-    worst = max((n for n in errors if n), key=lambda n: errors[n])
-    print(
-        f"rank {rank} of {len(errors) - 1} masked layers: {errors['']:.2%} of the change is lost "
-        f"(most in {worst}: {errors[worst]:.2%})"
-    )
-    _write(tensors, Path(path), {"format": "pt"}, overwrite)
-    return errors
+    check_rank(rank)
+    change = adapter_change(model, adapter=adapter, rank=rank)
+    print(change.said(f"rank {rank} of {len(change.lost)} masked layers"))
+    write_tensors(diffusers_tensors(change.layers, prefix), Path(path), {"format": "pt"}, overwrite)
+    return {**change.lost, "": change.total}

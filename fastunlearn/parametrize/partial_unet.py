@@ -45,6 +45,20 @@ def save_partial_unet(
     return len(data)
 
 
+def read_partial_unet(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """(weights by name, what `save_partial_unet` was told about them; {} for the file of another program).
+
+    Raises:
+        ValueError: no such file, no safetensors.
+    """
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise ValueError(f"path: there is no file {path}")
+    weights, metadata = read_tensors(path)
+    about = parse_json(metadata.get("fastunlearn", "{}"), f"{path}: its metadata 'fastunlearn'", dict)
+    return weights, about
+
+
 def load_partial_unet(unet: nn.Module, path: str | os.PathLike[str]) -> dict[str, Any]:
     """Loads such a file into a U-Net; the weights that it does not name stay as they are.
 
@@ -54,11 +68,7 @@ def load_partial_unet(unet: nn.Module, path: str | os.PathLike[str]) -> dict[str
     Raises:
         ValueError: no such file, no safetensors, names or shapes that the U-Net does not have. The U-Net is unchanged then.
     """
-    path = Path(path).expanduser()
-    if not path.is_file():
-        raise ValueError(f"path: there is no file {path}")
-    weights, metadata = read_tensors(path)
-    about = parse_json(metadata.get("fastunlearn", "{}"), f"{path}: its metadata 'fastunlearn'", dict)
+    weights, about = read_partial_unet(path)
     mine = dict(unet.named_parameters()) | dict(unet.named_buffers())
     wrong = [name for name, weight in weights.items() if name not in mine or mine[name].shape != weight.shape]
     if wrong or not weights:
@@ -66,4 +76,4 @@ def load_partial_unet(unet: nn.Module, path: str | os.PathLike[str]) -> dict[str
     with torch.no_grad():
         for name, weight in weights.items():
             mine[name].copy_(weight)
-    return dict(about)
+    return about

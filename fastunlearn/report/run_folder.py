@@ -126,7 +126,7 @@ def load_run(folder: str | os.PathLike[str]) -> Run:
         what = "is a file; want the folder it is in" if path.exists() else "is not there"
         raise ValueError(f"run: {path} {what}")
     if not any((path / name).is_file() for name in SIGNS):
-        raise ValueError(f"run: {path} is no folder of a run: {_why_not(path)}")
+        raise ValueError(f"run: {path} is no folder of a run: {why_not(path)}")
     run = Run(path.resolve().name or str(path), path)
     if (path / DEMO).is_file():
         return _load_demo(run)
@@ -147,7 +147,8 @@ def load_run(folder: str | os.PathLike[str]) -> Run:
     return run
 
 
-def _why_not(path: Path) -> str:
+def why_not(path: Path) -> str:
+    """What a folder lacks to be a run's, and what it holds instead."""
     wanted = f"it holds none of {', '.join(SIGNS)}"
     unfinished = sorted(p.name for p in path.glob("checkpoint-*") if p.is_dir())
     if unfinished:

@@ -21,6 +21,7 @@ from peft import PeftModel, get_peft_model  # noqa: E402
 from fastunlearn import MaskedLoraConfig  # noqa: E402
 from fastunlearn.localize.patterns import nm_violations  # noqa: E402
 from fastunlearn.parametrize import export  # noqa: E402
+from fastunlearn.parametrize.low_rank import best_factors  # noqa: E402
 from fastunlearn.parametrize.masked_lora import PEFT_TYPE, MaskedLoraLayer, base_identity, check_base, masked_layers  # noqa: E402
 
 #: names in the tiny models, shared with the processes that reload
@@ -385,7 +386,7 @@ def test_a_masked_adapter_is_no_plain_lora_file(tmp_path, capsys):
     delta = dict(masked_layers(model))["down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"].get_delta_weight(
         "default"
     )
-    A, B = export._low_rank(delta, 2)
+    A, B = best_factors(delta, 2)
     best = torch.linalg.svdvals(delta)[2:].norm() / delta.norm()
     assert float((delta - B @ A).norm() / delta.norm()) == pytest.approx(float(best), rel=1e-4)
 
