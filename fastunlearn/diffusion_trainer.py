@@ -124,6 +124,8 @@ class DiffusionConfig(TwoTermConfig):
                 raise ValueError(f"{name}: want a finite number >= 0, got {getattr(self, name)}")
         if self.retain_groups is not None:
             raise ValueError("retain_groups: is for rows of text; a retain set of images is one group")
+        if self.use_liger_kernel:
+            raise ValueError("use_liger_kernel: has kernels for language models alone")
         super().__post_init__()
 
     def missing_retain_term(self) -> str | None:

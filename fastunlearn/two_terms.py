@@ -34,6 +34,7 @@ from fastunlearn._modes import evaluating
 from fastunlearn._stored import read_json, read_tensors
 from fastunlearn.checkpoint import claim_output, disk_full
 from fastunlearn.data.pairs import PairedSampler, PairedSet
+from fastunlearn.foreign import check_liger, check_optimizer
 from fastunlearn.localize.choose import saliency_masks
 from fastunlearn.objectives.language import closest
 from fastunlearn.ops.mask import BitMask, load_masks, save_masks
@@ -151,6 +152,7 @@ class TwoTermConfig(TrainingArguments):
             raise ValueError(f"warmup_epochs: want a number >= 0, got {self.warmup_epochs}")
         # The Trainer would drop the columns it does not know: all of ours.
         self.remove_unused_columns = False
+        check_liger(self)
 
     def missing_retain_term(self) -> str | None:
         """None where the loss has a retain term; else what has none and how it gets one, for an error."""
@@ -223,6 +225,8 @@ class TwoTermTrainer(ShardedTrainer):
         self._placed: dict[str, tuple[BitMask, BitMask | None]] = {}
         self._sums: dict[str, Tensor] = {}
         self._terms = 0
+        #: share of the masked weights that may move, until a line of the log has told it
+        self._density: float | None = None
         self._step_batches: list[dict[str, Any]] = []
         self._before: list[float] | None = None
         self._rows: dict[str, list[int]] = {}
@@ -336,10 +340,8 @@ class TwoTermTrainer(ShardedTrainer):
         args, model = self.args, self.model if model is None else model
         name = str(getattr(args.optim, "value", args.optim))
         if not self._own_optimizer():
-            if self.movable:
-                raise ValueError(
-                    f"optim: {name} would move weights that the masks freeze; want adamw_torch or sgd (both masked here)"
-                )
+            trained = [p for p in model.parameters() if p.requires_grad]
+            check_optimizer(name, self._masks_of(model), self.lr_scale() or {}, args, trained)
             return super().create_optimizer(model)
         scales = self.lr_scale() or {}
         if isinstance(self.update, Hamu) and self.update.takes_step:
@@ -425,7 +427,7 @@ class TwoTermTrainer(ShardedTrainer):
 
     def _check_optimizer(self, own: Any) -> None:
         """A user's optimiser must freeze what the masks freeze."""
-        if not self.movable:
+        if not self.movable or not any(mask is not None for mask in self._masks_of(self.model)):
             return
         named = {_plain(n): p for n, p in self.model.named_parameters()}
         wrong = own is None or any(
@@ -636,7 +638,17 @@ class TwoTermTrainer(ShardedTrainer):
             if self._masked_optimizer() is not None and self._max_grad_norm:
                 logs["grad_norm"] = float(self._grad_norm)
             logs |= self.certificates.means() | self.extra_logs()
+            if self._density is not None:
+                logs["mask_density"], self._density = self._density, None
         super().log(logs, start_time)
+
+    def mask_density(self) -> float | None:
+        """Share of the masked weights (of the adapted ones under masks) that may move; None where nothing is masked."""
+        masks = list((self.movable or {}).values())
+        adapted = [m for m in self.accelerator.unwrap_model(self.model).modules() if hasattr(m, "lora_mask_bits")]
+        masks += [mask for layer in adapted if (mask := layer.mask("default")) is not None]
+        total = sum(mask.numel() for mask in masks)
+        return sum(int(mask.count()) for mask in masks) / total if total else None
 
     def extra_logs(self) -> dict[str, float]:
         """More numbers for a line of the log; for methods to override."""
@@ -680,6 +692,7 @@ class TwoTermTrainer(ShardedTrainer):
                 self._localize()
                 self.prepare_weights()
             self.before_steps()
+            self._density = self.mask_density()
             # In early versions of transformers 5 clipping stands in the loop itself, where it cannot be overridden.
             inline = not hasattr(Trainer, "_clip_grad_norm") and self._own_optimizer()
             with Watch(), _replaced(self.args, max_grad_norm=0.0) if inline else nullcontext():
