@@ -60,7 +60,7 @@ def export_run(
         output: a folder; of diffusers, kohya and partial also a .safetensors file.
         model: what the run started from, by name or folder; None: what the run says.
         rank: of the factors; None: the adapter's own, of weights that moved freely 16.
-        dtype: of what is written; None: that of the run.
+        dtype: of what is written; None: that of the run; of a merged pipeline float32.
         overwrite: replace what is there.
         say: gets lines for a terminal: what was written, what was lost.
 

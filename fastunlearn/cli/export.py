@@ -40,7 +40,7 @@ class ExportArguments:
         metadata={"help": "Of the factors; default: the adapter's own, of weights that moved freely 16."},
     )
     dtype: Literal["float32", "bfloat16", "float16"] | None = field(
-        default=None, metadata={"help": "Of what is written; default: that of the run."}
+        default=None, metadata={"help": "Of what is written; default: that of the run; of a merged pipeline float32."}
     )
     overwrite: bool = field(default=False, metadata={"help": "Replace what is there."})
 
