@@ -98,7 +98,8 @@ def test_losses_are_what_they_were_with_liger(tmp_path, calls, options):
         after.append(weights(trainer.model))
         assert bool(calls) == on
     assert calls["fused"] == 0
-    assert min(calls["logits"], calls["mlp"], calls["norm"]) >= 4
+    # UNDIAL has no retain term: one pass a step.
+    assert min(calls["logits"], calls["mlp"], calls["norm"]) >= 2
     for name, weight in after[0].items():
         torch.testing.assert_close(after[1][name], weight, rtol=1e-5, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")  # fmt: skip
 
