@@ -171,7 +171,8 @@ class _Adapted(UnlearnTrainer):
                 tokenizer=self.processing_class, trainer=self,
             )  # fmt: skip
             metrics.update(found or {})
-        self.log(metrics)
+        # The log writes into what it is given.
+        self.log(dict(metrics))
         return metrics
 
 
