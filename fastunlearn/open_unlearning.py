@@ -26,7 +26,7 @@ from torch import nn
 from transformers import TrainingArguments
 
 from fastunlearn.checkpoint import MASKS, PRUNING
-from fastunlearn.data.pairs import PairedSet
+from fastunlearn.data.pairs import PairedSet, check_context
 from fastunlearn.data.text import IGNORED, TextSet, check_disjoint
 from fastunlearn.methods.hamu import HAMUConfig, HAMUTrainer
 from fastunlearn.methods.sau import SAUConfig, SAUTrainer
@@ -138,7 +138,7 @@ class _Adapted(UnlearnTrainer):
             model, config, train_dataset.forget, train_dataset.retain, tokenizer, callbacks=callbacks, **_masks_beside(model)
         )  # fmt: skip
 
-    def _make_sets(self, forget: Any, retain: Any, tokenizer: Any, args: UnlearnConfig) -> PairedSet:
+    def _make_sets(self, model: Any, forget: Any, retain: Any, tokenizer: Any, args: UnlearnConfig) -> PairedSet:
         if forget is None or not len(forget):
             raise ValueError("train_dataset: there is no forget set")
         if retain is None and self.objective.alpha:
@@ -153,6 +153,9 @@ class _Adapted(UnlearnTrainer):
             )
         rows = text_set(forget, tokenizer, "forget set", "original" if parts else None)
         kept = None if retain is None or not len(retain) else text_set(retain, tokenizer, "retain set")
+        for mine in (rows, kept):
+            if mine is not None:
+                check_context(mine, model)
         if kept is not None:
             check_disjoint(rows, kept)
         others = text_set(forget, tokenizer, "alternates", "alternate") if self.objective.needs_alternates else None
