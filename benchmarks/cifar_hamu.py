@@ -117,7 +117,7 @@ class Study:
         path = self.work / f"resnet-{6 * s.blocks + 2}-{s.pixels}-{s.images}-{s.epochs}.pt"
         first = 0
         if path.is_file():
-            state = torch.load(path, weights_only=False)
+            state = torch.load(path, weights_only=True)
             model.load_state_dict(state["model"])
             optimizer.load_state_dict(state["optimizer"])
             schedule.load_state_dict(state["schedule"])

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from pathlib import Path
 from types import ModuleType
+
+import pytest
 
 from tests.conftest import ROOT
 
@@ -25,6 +28,18 @@ def test_a_tenth_of_the_weights_forgets_a_class():
     assert found["other classes"] > 0.9
     assert found["weights that moved"] <= 0.1
     assert found["frozen weights that moved"] == 0
+
+
+@pytest.mark.thorough
+@pytest.mark.slow
+def test_a_style_is_erased_in_closed_form(tmp_path: Path):
+    pytest.importorskip("diffusers")
+    out = tmp_path / "unet.safetensors"
+    found = example("erase_concepts").main(["--output", str(out)])
+    assert found["Mosaic"][0] > 0.8
+    assert found["Mosaic"][1] < 0.5
+    assert found["Pop Art"][1] > 0.5
+    assert out.is_file()
 
 
 def test_every_example_is_run_somewhere():

@@ -87,7 +87,7 @@ def command(
         elif guides is None and all(own):
             guides = [guide or "" for guide in own]
         if guides is None:
-            raise ValueError("guide_concepts: say what to draw instead")
+            raise ValueError("guide_concepts: say what to draw instead, e.g. --guide_concepts art")
         settings = config
         if preserves or concepts is not None or config.template:
             settings = replace(config, template=_diffusion.template_of(concepts, edits, config.template))

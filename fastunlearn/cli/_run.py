@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import shlex
 import sys
 import traceback
@@ -128,12 +129,12 @@ def versions() -> dict[str, str]:
 
 
 def shown_command(prog: str, argv: Sequence[str]) -> str:
-    """The command line as it may be published: values of arguments whose name says token are left out."""
+    """The command line as it may be published: values of arguments that are a token (hub_token, --api-token) are left out."""
     words: list[str] = []
     secret = False
     for word in argv:
         name, equals, _ = word.partition("=")
-        hidden = "token" in name.lower() and (bool(equals) or word.startswith("--"))
+        hidden = "token" in re.split("[-_]", name.lower()) and (bool(equals) or word.startswith("--"))
         words.append("***" if secret else f"{name}=***" if hidden and equals else word)
         secret = hidden and not equals and not secret
     return shlex.join([*prog.split(), *words])

@@ -346,3 +346,5 @@ def test_a_published_command_holds_no_token():
     assert "hf_" not in shown
     assert shown.startswith("fastunlearn sau --hub_token '***' push_to_hub=true")
     assert shown.endswith("--model m")
+    plain = ["tokens=all", "--max_new_tokens", "32"]
+    assert shown_command("fastunlearn uce", plain) == "fastunlearn uce tokens=all --max_new_tokens 32"
