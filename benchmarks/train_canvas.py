@@ -1,10 +1,13 @@
 """Trains everything the canvas ships: its pipeline and its two classifiers.
 
-    python -m benchmarks.train_canvas --work FOLDER [--seed 0] [--steps 19500] [--device cpu]
+    torchrun --nproc-per-node 2 -m benchmarks.train_canvas --work FOLDER [--seed 0] [--steps 11000] [--device cpu]
 
 Five parts, each saved in the work folder and skipped when it is there: pictures, tokenizer, classifiers, autoencoder, denoiser (which
 goes on from its last checkpoint). At the end the pipeline (bf16) and the classifiers (fp16) go to fastunlearn/assets; then
-`python -m benchmarks quality canvas_pipeline` measures them. One core needs about three hours.
+`python -m benchmarks quality canvas_pipeline` measures them.
+
+Plain `python -m` works too. Two processes, one a core, share the work: the first trains the classifiers while the second trains the
+autoencoder; the denoiser's batch is halved between them and its gradients are averaged, so that its steps are those of one process.
 """
 
 from __future__ import annotations
@@ -16,12 +19,14 @@ import math
 import os
 import time
 from concurrent.futures import ProcessPoolExecutor
+from datetime import timedelta
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch.nn import functional as F
 from tqdm import tqdm
 
@@ -37,7 +42,7 @@ HELD_OUT = 8  # pictures of every pair that no training sees
 CLEAN = ("Photo", "Blueprint", "Clay", "Graffiti", "Neon", "Pop Art", "Silhouette", "Thermal")
 
 # The denoiser's learning rate rises and falls (cosine) so often: shares of its steps, and the peaks as shares of the first.
-FALLS = ((8000, 1.0), (2500, 2 / 3), (4000, 2 / 3), (5000, 2 / 3))
+FALLS = ((7000, 1.0), (4000, 2 / 3))
 
 # How a pair may be asked for; the first is the benchmark's own sentence and gets most of the weight.
 TEMPLATES = (
@@ -140,6 +145,38 @@ def tokenizer(work: Path) -> Any:
             assert len(made(word, add_special_tokens=False).input_ids) == 1, word
         made.save_pretrained(folder)
     return CLIPTokenizer.from_pretrained(folder)
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def wait() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+
+
+class Averager:
+    """Averages the gradients of a list of parameters over the processes, in one buffer that the gradients are views of."""
+
+    def __init__(self, parameters: list[torch.nn.Parameter]) -> None:
+        self.parameters = parameters
+        self.buffer = torch.zeros(sum(p.numel() for p in parameters), device=parameters[0].device)
+        views = self.buffer.split([p.numel() for p in parameters])
+        for parameter, view in zip(parameters, views, strict=True):
+            parameter.grad = view.view_as(parameter)
+
+    def zero(self) -> None:
+        self.buffer.zero_()
+
+    def average(self) -> None:
+        if world() > 1:
+            dist.all_reduce(self.buffer)
+            self.buffer /= world()
 
 
 def cosine(step: int, steps: int, lr: float, warmup: int = 100) -> float:
@@ -392,6 +429,7 @@ def denoiser(
     optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     average = [copy.deepcopy(unet).eval().requires_grad_(False), copy.deepcopy(text).eval().requires_grad_(False)]
     averaged = [*average[0].parameters(), *average[1].parameters()]
+    gradients = Averager(parameters)
     file, first, spent = work / "denoiser.pt", 0, 0.0
     if file.is_file():
         state = torch.load(file, map_location=device)
@@ -403,8 +441,9 @@ def denoiser(
         average[0].load_state_dict(state["ema_unet"]), average[1].load_state_dict(state["ema_text"])
         first, spent = state["step"], state["seconds"]
 
-    if not (work / "latents.pt").is_file():
+    if not (work / "latents.pt").is_file() and rank() == 0:
         torch.save(encode(vae, train.flatten(0, 1), device), work / "latents.pt")
+    wait()
     means = torch.load(work / "latents.pt")
     each, factor = train.shape[1], vae.config.scaling_factor
     shares = torch.tensor([w for w, _ in TEMPLATES])
@@ -416,7 +455,9 @@ def denoiser(
     whole = sum(share for share, _ in FALLS)
     ends = [steps * sum(share for share, _ in FALLS[: i + 1]) // whole for i in range(len(FALLS))]
     alone = ends[0] // 4  # so many steps see the clean styles only
-    log = open(work / "denoiser.log", "a")  # noqa: SIM115
+    log = open(work / "denoiser.log" if rank() == 0 else os.devnull, "a")  # noqa: SIM115
+    share = batch // world()  # of a batch that all processes draw alike
+    mine = slice(rank() * share, (rank() + 1) * share)
 
     @torch.no_grad()
     def listens(step: int) -> tuple[float, float]:
@@ -440,7 +481,7 @@ def denoiser(
         return losses[1] / losses[0] - 1, losses[2] / losses[0] - 1
 
     begun = time.time()
-    for step in (bar := tqdm(range(first, steps), desc="denoiser", initial=first, total=steps)):
+    for step in (bar := tqdm(range(first, steps), desc="denoiser", initial=first, total=steps, disable=rank() > 0)):
         # Every step has a generator of its own: going on after a stop is going on as if there had been none.
         generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
         rows = torch.randint(len(clean) if step < alone else len(means), (batch,), generator=generator)
@@ -452,7 +493,7 @@ def denoiser(
         # Every other picture is mostly noise: only there must the prompt say what to draw.
         t = torch.randint(1000, (batch,), generator=generator)
         t[::2] = 500 + t[::2] // 2
-        t = t.to(device)
+        z, noise, ids, t = z[mine], noise[mine], ids[mine], t[mine].to(device)
         a, b = alphas[t].sqrt()[:, None, None, None], (1 - alphas[t]).sqrt()[:, None, None, None]
         with torch.autocast(device.type, torch.bfloat16):
             v = unet(a * z + b * noise, t, text(ids).last_hidden_state).sample
@@ -461,8 +502,9 @@ def denoiser(
         begin = ends[fall - 1] if fall else 0
         for group in optimizer.param_groups:
             group["lr"] = cosine(step - begin, ends[fall] - begin, lr * FALLS[fall][1], 200)
-        optimizer.zero_grad(set_to_none=True)
+        gradients.zero()
         loss.backward()
+        gradients.average()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         decay = min(0.999, (1 + step) / (10 + step))
@@ -472,6 +514,8 @@ def denoiser(
             bar.set_postfix(loss=f"{loss.item():.4f}")
             log.write(f"{step + 1} {loss.item():.5f} {spent + time.time() - begun:.0f}\n")
             log.flush()
+        if rank() > 0:
+            continue
         if (step + 1) % 250 == 0:
             style, object = listens(step)
             log.write(f"# {step + 1}: a wrong style costs {style:.1%}, a wrong object {object:.1%}\n")
@@ -525,17 +569,28 @@ def main(argv: list[str] | None = None) -> None:
     options = parser.parse_args(argv)
     options.work.mkdir(parents=True, exist_ok=True)
     device = torch.device(options.device)
+    if "WORLD_SIZE" in os.environ:  # torchrun
+        dist.init_process_group("gloo", timeout=timedelta(hours=3))
+    if rank() == 0:
+        pictures(options.work, options.pictures, options.seed)
+        tokenizer(options.work)
+    wait()
     train, held_out = pictures(options.work, options.pictures, options.seed)
     words = tokenizer(options.work)
     if options.until == "pictures":
         return
+    if rank() == 0:
+        classifiers(options.work, train, held_out, device, options.seed, options.classifier_steps)
+    if options.until != "classifiers" and rank() == world() - 1:
+        autoencoder(options.work, train, device, options.seed, options.vae_steps)
+    wait()
+    if options.until != "denoiser":
+        return
     judges = classifiers(options.work, train, held_out, device, options.seed, options.classifier_steps)
-    if options.until == "classifiers":
-        return
     vae = autoencoder(options.work, train, device, options.seed, options.vae_steps)
-    if options.until == "autoencoder":
-        return
     unet, text, seconds = denoiser(options.work, train, words, vae, judges, device, options.seed, options.steps)
+    if rank() > 0:
+        return
     ship(options.work, assemble(words, text, unet, vae), judges)
     print(f"denoiser: {seconds:.0f} s; now: python -m benchmarks quality canvas_pipeline")
 
