@@ -1,7 +1,7 @@
 """ScaPre as its authors' published code computes it (erase_scale.py), from facts about that code; the solve is exact and fast.
 
 For every projection W0, with the concepts' last words C, context tokens c_kt (last word to the last position), the tokens c'_kt of the
-anchor in their places (from the first position on), S = sum c c^T:
+anchor in their places (from its own last word on; of the empty anchor from the first position), S = sum c c^T:
 
     mu        mean normalised entropy of its rows' activations on noisy copies of C
     m_ki      sigmoid(z-score over rows of the mutual information of row i and concept k, / T)^p;  m_i = max over k
@@ -65,14 +65,16 @@ def bures_rows(new: Tensor, old: Tensor, lam: float, mu: float, steps: int = 1) 
 
 
 def _context(stream: TextStream, names: Sequence[str], guides: Sequence[str]) -> tuple[Tensor, Tensor, Tensor]:
-    """Last words [m, d]; features from there to the end and, in their places, the anchors' from the start, [m, T, d], 0 behind."""
-    features, starts = stream.encode(names).double(), stream.tokens(names).lengths - 2
+    """Last words [m, d]; features from there on and, in their places, the anchors' from their last words on, [m, T, d], as long as
+    both have some, 0 behind."""
     # A space, as in the code, tokenises to nothing.
-    others = stream.encode([guide or " " for guide in guides]).double()
-    length = features.shape[1]
-    c, a = torch.zeros_like(features), torch.zeros_like(features)
-    for k, start in enumerate(starts.tolist()):
-        c[k, : length - start], a[k, : length - start] = features[k, start:], others[k, : length - start]
+    anchors = [guide or " " for guide in guides]
+    mine, theirs = (stream.encode(texts).double() for texts in (names, anchors))
+    starts = [(stream.tokens(texts).lengths - 2).tolist() for texts in (names, anchors)]
+    c, a = torch.zeros_like(mine), torch.zeros_like(mine)
+    for k, (start, other) in enumerate(zip(*starts, strict=True)):
+        count = mine.shape[1] - max(start, other)
+        c[k, :count], a[k, :count] = mine[k, start : start + count], theirs[k, other : other + count]
     return c[:, 0].clone(), c, a
 
 

@@ -147,20 +147,26 @@ def test_paper_is_equation_9_and_the_bures_step():
         scapre(pipeline, names, mode="paper")
 
 
-@pytest.mark.parametrize("preset", [None, "confuse5", "nsfw"])
-def test_official_is_the_authors_system_row_by_row(preset):
+@pytest.mark.parametrize(
+    ("preset", "anchor"), [(None, ""), ("confuse5", ""), ("nsfw", ""), ("artists", "Photo"), (None, "a Tree image")]
+)
+def test_official_is_the_authors_system_row_by_row(preset, anchor):
     """Written out from the description, one Cholesky factor a row."""
     pipeline = double(tiny_pipeline())
     names, old = ["Van Gogh", "Mosaic", "Cat"], state(pipeline)
     config = ScaPreConfig(mode="official", preset=preset, erase_scale=1.3)
     scale, power, ased, copies = PRESETS[preset]
     es = 1.3 if scale is None else scale
-    features, anchor = encode_prompts(pipeline, names), encode_prompts(pipeline, [" "])[0]
+    features, other = encode_prompts(pipeline, names), encode_prompts(pipeline, [anchor or " "])[0]
     starts = [2, 1, 1]  # Van Gogh is two words
+    # Both from their last words on; of nothing from the token that begins every prompt.
+    begin = len(anchor.split())
+    pairs = [(f[s:], other[begin:]) for f, s in zip(features, starts)]
+    pairs = [(f[: len(o)], o[: len(f)]) for f, o in pairs]
     C = torch.stack([features[k, s] for k, s in enumerate(starts)])
     torch.testing.assert_close(C, last_features(pipeline, names))
     pi = C.T @ torch.linalg.solve(C @ C.T + 1e-8 * torch.eye(3, dtype=torch.float64), C)
-    edit = scapre(pipeline, names, config=config)
+    edit = scapre(pipeline, names, anchor, config=config)
     positives = concept_text.noisy(C, 5, 0.01, 0)
     negatives = concept_text.noisy(empty_feature(pipeline), 5, 0.01, 0)
     for name in [*edit.weights][:3]:
@@ -175,14 +181,13 @@ def test_official_is_the_authors_system_row_by_row(preset):
         if ased:
             U, s, _ = torch.linalg.svd(C.T, full_matrices=False)
             G = G + U @ (mu * (1 - torch.sigmoid(s - s.median()))).diag() @ U.T
-        for k, start in enumerate(starts):
-            G = G + es * features[k, start:].T @ features[k, start:]
+        for here, _ in pairs:
+            G = G + es * here.T @ here
         want = torch.empty_like(w0)
         for i, w in enumerate(w0):
             b = (0.5 + mu) * w
-            for k, start in enumerate(starts):
-                here = features[k, start:]
-                b = b + es * masks[i, k] * (anchor[: len(here)] @ w) @ here
+            for k, (here, there) in enumerate(pairs):
+                b = b + es * masks[i, k] * (there @ w) @ here
             system = G + es * masks[i].max() * pi
             want[i] = torch.cholesky_solve(b[:, None], torch.linalg.cholesky(system))[:, 0]
         torch.testing.assert_close(got, bures_rows(want, w0, 0.5 + mu, mu), rtol=1e-6, atol=1e-8)
