@@ -1,13 +1,13 @@
 """Trains everything the canvas ships: its pipeline and its two classifiers.
 
-    torchrun --nproc-per-node 2 -m benchmarks.train_canvas --work FOLDER [--seed 0] [--steps 11000] [--device cpu]
+    torchrun --nproc-per-node 2 -m benchmarks.train_canvas --work FOLDER [--seed 0] [--steps 10000] [--device cpu]
 
 Five parts, each saved in the work folder and skipped when it is there: pictures, tokenizer, classifiers, autoencoder, denoiser (which
 goes on from its last checkpoint). At the end the pipeline (bf16) and the classifiers (fp16) go to fastunlearn/assets; then
 `python -m benchmarks quality canvas_pipeline` measures them.
 
-Plain `python -m` works too. Two processes, one a core, share the work: the first trains the classifiers while the second trains the
-autoencoder; the denoiser's batch is halved between them and its gradients are averaged, so that its steps are those of one process.
+Plain `python -m` works too. Several processes, one a core, share the pictures of every batch of the autoencoder and of the denoiser and
+average the gradients: their steps are those of one process (but for the autoencoder's own noise); the first trains the classifiers.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ HELD_OUT = 8  # pictures of every pair that no training sees
 CLEAN = ("Photo", "Blueprint", "Clay", "Graffiti", "Neon", "Pop Art", "Silhouette", "Thermal")
 
 # The denoiser's learning rate rises and falls (cosine) so often: shares of its steps, and the peaks as shares of the first.
-FALLS = ((7000, 1.0), (4000, 2 / 3))
+FALLS = ((6500, 1.0), (3500, 2 / 3))
 
 # How a pair may be asked for; the first is the benchmark's own sentence and gets most of the weight.
 TEMPLATES = (
@@ -160,6 +160,12 @@ def wait() -> None:
         dist.barrier()
 
 
+def share(batch: int) -> slice:
+    """The part of a batch, which all processes draw alike, that is this one's."""
+    each = batch // world()
+    return slice(rank() * each, (rank() + 1) * each)
+
+
 class Averager:
     """Averages the gradients of a list of parameters over the processes, in one buffer that the gradients are views of."""
 
@@ -261,6 +267,7 @@ def autoencoder(work: Path, train: torch.Tensor, device: torch.device, seed: int
     # A strong pull towards noise first makes the latents smooth, which the denoiser needs; a weaker one then brings back textures;
     # at last the decoder alone learns to read what the encoder writes, with the small errors that a denoiser makes.
     decoder = [*model.decoder.parameters(), *model.post_quant_conv.parameters()]
+    torch.manual_seed(seed + rank())  # the same weights everywhere, noise of one's own
     rounds = (
         ([*model.parameters()], 5e-3, steps // 2),
         ([*model.parameters()], 1e-3, steps // 4),
@@ -269,8 +276,10 @@ def autoencoder(work: Path, train: torch.Tensor, device: torch.device, seed: int
     for round, (parameters, weight, count) in enumerate(rounds):
         generator = torch.Generator().manual_seed(seed + round)
         optimizer = torch.optim.AdamW(parameters, lr=3e-3, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
-        for step in (bar := tqdm(range(count), desc=f"autoencoder, part {round + 1} of 3")):
-            x = (flat[torch.randint(len(flat), (32,), generator=generator)].float() / 127.5 - 1).to(device)
+        gradients = Averager(parameters)
+        for step in (bar := tqdm(range(count), desc=f"autoencoder, part {round + 1} of 3", disable=rank() > 0)):
+            rows = torch.randint(len(flat), (32,), generator=generator)[share(32)]
+            x = (flat[rows].float() / 127.5 - 1).to(device)
             with torch.autocast(device.type, torch.bfloat16):
                 posterior = model.encode(x).latent_dist
                 mean, std = posterior.mean, posterior.std
@@ -284,8 +293,9 @@ def autoencoder(work: Path, train: torch.Tensor, device: torch.device, seed: int
             kl = posterior.kl().float().mean() / mean[0].numel() if weight else loss.new_zeros(())
             for group in optimizer.param_groups:
                 group["lr"] = cosine(step, count, 3e-3)
-            optimizer.zero_grad(set_to_none=True)
+            gradients.zero()
             (loss + weight * kl).backward()
+            gradients.average()
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             if step % 50 == 0:
@@ -295,7 +305,9 @@ def autoencoder(work: Path, train: torch.Tensor, device: torch.device, seed: int
     model.eval()
     mean = encode(model, flat[torch.randperm(len(flat), generator=generator)[:2000]], device)
     model.register_to_config(scaling_factor=1 / mean.float().std().item())
-    model.save_pretrained(folder)
+    if rank() == 0:
+        model.save_pretrained(folder)
+    wait()
     return model
 
 
@@ -456,8 +468,7 @@ def denoiser(
     ends = [steps * sum(share for share, _ in FALLS[: i + 1]) // whole for i in range(len(FALLS))]
     alone = ends[0] // 4  # so many steps see the clean styles only
     log = open(work / "denoiser.log" if rank() == 0 else os.devnull, "a")  # noqa: SIM115
-    share = batch // world()  # of a batch that all processes draw alike
-    mine = slice(rank() * share, (rank() + 1) * share)
+    mine = share(batch)
 
     @torch.no_grad()
     def listens(step: int) -> tuple[float, float]:
@@ -581,13 +592,13 @@ def main(argv: list[str] | None = None) -> None:
         return
     if rank() == 0:
         classifiers(options.work, train, held_out, device, options.seed, options.classifier_steps)
-    if options.until != "classifiers" and rank() == world() - 1:
-        autoencoder(options.work, train, device, options.seed, options.vae_steps)
     wait()
-    if options.until != "denoiser":
+    if options.until == "classifiers":
         return
     judges = classifiers(options.work, train, held_out, device, options.seed, options.classifier_steps)
     vae = autoencoder(options.work, train, device, options.seed, options.vae_steps)
+    if options.until == "autoencoder":
+        return
     unet, text, seconds = denoiser(options.work, train, words, vae, judges, device, options.seed, options.steps)
     if rank() > 0:
         return
