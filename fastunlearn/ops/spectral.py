@@ -18,6 +18,8 @@ _TRACE = _backend.register("spectral_trace", triton=("cuda",))
 
 Mode = Literal["robust", "official", "paper", "gate"]
 MODES: tuple[str, ...] = get_args(Mode)
+#: eigenvalues of a semidefinite matrix may lie so far below 0, in units of the largest
+ROUNDING = 1e-5
 
 
 class SpectralTraces(NamedTuple):
@@ -81,7 +83,7 @@ def spectral_solve(
     Raises:
         TypeError, ValueError: arguments of another kind, shape, device or range; mode "paper" with S* = 0, whose only solution is
         W = 0 ("complete forgetting" that forgets everything); S or R not symmetric.
-        ArithmeticError: (lam I + H) is not positive definite.
+        ArithmeticError: H is not positive semidefinite (without relevance: lam I + H not positive definite).
 
     Example:
         >>> S, S_star = ops.token_moments(c), ops.token_moments(c, anchors=c_star)
@@ -236,6 +238,11 @@ def _rotated(
         D = reference.shared_factor(H, H - star, lams[0])
         return maths.subtract_product(stacked, D.to(dtype), alpha), None
     values, Q = torch.linalg.eigh(H)
+    # What rounding leaves below 0 is 0; where there is more, a division by near nothing would say nothing.
+    if len(values) and float(values[0]) < -ROUNDING * float(values.abs().amax()):
+        raise ArithmeticError(
+            f"S, R: S + gamma R is not positive semidefinite: it has the eigenvalue {float(values[0]):.3g}"
+        )
     values = values.clamp_min(0).to(dtype)
     each = torch.tensor(lams, dtype=dtype).repeat_interleave(torch.tensor(rows)).to(stacked.device)
     ones = torch.ones_like(each)

@@ -525,6 +525,8 @@ W, S, X = P["weights"], P["S"], P["S_star"]
         (lambda: ops.spectral_solve(W, S, None, lam=1, mode="official", per_concept=(S, S, S)), ValueError, "want mask"),
         (lambda: ops.spectral_solve(W, S, None, lam=1, mode="official", per_concept=3), TypeError, "per_concept: want"),
         (lambda: ops.spectral_solve(W, -S * 1e9, X, lam=1), ArithmeticError, "not positive definite"),
+        (lambda: ops.spectral_solve(W, -S, X, lam=1, relevance=0.5), ArithmeticError, "it has the eigenvalue -"),
+        (lambda: ops.spectral_solve(W, -S, X, lam=1, relevance=0.5, mode="paper"), ArithmeticError, "positive semidefinite"),
         (lambda: ops.spectral_trace(W, [1.0]), TypeError, "A: want a floating tensor"),
         (lambda: ops.spectral_trace(W, S[:4]), ValueError, r"A: want \[12, 12\]"),
         (lambda: ops.spectral_trace(W, S.clone().requires_grad_()), ValueError, "A: wants a gradient"),
