@@ -70,7 +70,7 @@ def informax(
         [rows] of all weights together, nats, at least 0; [rows, m] with reduce "none". float32, float64 for float64 weights.
 
     Raises:
-        TypeError, ValueError: other kinds, shapes, devices, no samples, unknown words.
+        TypeError, ValueError: other kinds, shapes, devices, no samples, numbers that are not finite, unknown words.
     """
     stacked = _stacked(weights)
     positives, negatives = _samples("positives", positives, stacked), _samples("negatives", negatives, stacked)
@@ -85,7 +85,15 @@ def informax(
     return run(stacked, positives, negatives, estimator, reduce)
 
 
+def _finite(**given: Tensor) -> None:
+    """A NaN is above nothing and falls into no bin: its row would pass for one that tells nothing."""
+    for name, value in given.items():
+        if not bool(value.isfinite().all()):
+            raise ValueError(f"{name}: want finite numbers, got NaN or infinite ones")
+
+
 def _informax(stacked: Tensor, positives: Tensor, negatives: Tensor, estimator: str, reduce: str) -> Tensor:
+    _finite(weights=stacked, positives=positives, negatives=negatives)
     unsupported = {}
     if stacked.dtype != torch.float32:
         unsupported["triton"] = f"weights are {stacked.dtype}; the kernel takes up to float32"
@@ -123,7 +131,7 @@ def row_entropy(weights: Tensor | Sequence[Tensor], samples: Tensor, *, bins: in
         [rows] in [0, 1]; 0 for a row whose activations are all equal.
 
     Raises:
-        TypeError, ValueError: other kinds, shapes, devices, no samples, fewer than two bins.
+        TypeError, ValueError: other kinds, shapes, devices, no samples, numbers that are not finite, fewer than two bins.
     """
     stacked = _stacked(weights)
     flat = _samples("samples", samples, stacked).flatten(0, 1)
@@ -133,6 +141,7 @@ def row_entropy(weights: Tensor | Sequence[Tensor], samples: Tensor, *, bins: in
 
 
 def _entropy(stacked: Tensor, flat: Tensor, bins: int) -> Tensor:
+    _finite(weights=stacked, samples=flat)
     unsupported = {}
     if stacked.dtype != torch.float32:
         unsupported["triton"] = f"weights are {stacked.dtype}; the kernel takes up to float32"

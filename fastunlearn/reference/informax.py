@@ -77,7 +77,7 @@ def row_entropy(weights: Tensor, samples: Tensor, bins: int) -> Tensor:
     for rows in weights.split(max(1, CHUNK // max(1, len(samples)))):
         a = rows @ samples.T
         low, high = a.amin(1, keepdim=True), a.amax(1, keepdim=True)
-        place = ((a - low) / (high - low).clamp_min(1e-30) * bins).long().clamp_(max=bins - 1)
+        place = ((a - low) / (high - low).clamp_min(1e-30) * bins).long().clamp_(0, bins - 1)
         counts = torch.zeros(len(rows), bins, dtype=a.dtype, device=a.device)
         p = counts.scatter_add_(1, place, torch.ones_like(a)) / len(samples)
         parts.append(-torch.special.xlogy(p, p).sum(1) / math.log(bins))

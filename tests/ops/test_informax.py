@@ -253,6 +253,9 @@ W, P, N = torch.randn(3, 4), torch.randn(2, 5, 4), torch.randn(5, 4)
         (lambda: ops.informax(W, P, N.expand(3, -1, -1)), ValueError, "each of the 2; got"),
         (lambda: ops.informax(W, P, N, estimator="mi"), ValueError, "estimator: want one of binary, gaussian"),
         (lambda: ops.informax(W, P, N, reduce="sum"), ValueError, "reduce: want one of max, mean, none"),
+        (lambda: ops.informax(W, P * float("nan"), N), ValueError, "positives: want finite numbers"),
+        (lambda: ops.informax(W / 0, P, N), ValueError, "weights: want finite numbers"),
+        (lambda: ops.row_entropy(W, P / 0), ValueError, "samples: want finite numbers"),
         (lambda: ops.row_entropy(W, P, bins=1), ValueError, "bins: want a whole number"),
     ],
 )  # fmt: skip
