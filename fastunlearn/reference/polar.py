@@ -87,6 +87,9 @@ def newton_schulz(M: Tensor, steps: int, symmetric: Callable[..., Tensor] = symm
         return M.clone()
     tall = M.shape[-2] > M.shape[-1]
     X = (M.mT if tall else M).contiguous()
+    # Entries of size 1, or the norms below leave the range of their type.
+    top = X.abs().amax((-2, -1), keepdim=True)
+    X = X / torch.where(top > 0, top, 1.0)
     # The values lie in (0, 1]: ||M||_2^2 <= ||M||_1 ||M||_inf, and never above the Frobenius norm.
     sums = X.abs()
     norm = (sums.sum(-1).amax(-1) * sums.sum(-2).amax(-1)).sqrt()

@@ -128,6 +128,14 @@ def test_zero_and_empty():
     assert ops.polar(torch.randn(3, 3).bfloat16()).dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize(("dtype", "size"), [(torch.float32, 1e25), (torch.float32, 1e-30), (torch.float64, 1e200)])
+def test_of_any_size(dtype, size):
+    """Squares of the entries would leave the type's range."""
+    M = with_values(6, 8, SPREAD[:6]).to(dtype)
+    torch.testing.assert_close(ops.polar(size * M), ops.polar(M), rtol=0, atol=2e-3)
+    assert ops.polar(size * M).norm() > 2.4
+
+
 def nested(W, W0):
     """L_g of eq. 5 as written."""
     A, B = (W @ W.T).numpy(), (W0 @ W0.T).numpy()
