@@ -39,7 +39,8 @@ def read_names(given: Sequence[str], what: str) -> tuple[list[str], list[str | N
     lines = list(given)
     if len(lines) == 1 and (lines[0].endswith(".txt") or Path(lines[0]).is_file()):
         try:
-            text = Path(lines[0]).expanduser().read_text(encoding="utf-8")
+            # A mark at the beginning, as some editors leave it, is no letter of the first name.
+            text = Path(lines[0]).expanduser().read_text(encoding="utf-8-sig")
         except UnicodeDecodeError:
             raise ValueError(f"{what}: {lines[0]} is not utf-8 text") from None
         lines = [line.strip() for line in text.splitlines() if line.strip() and not line.strip().startswith("#")]
@@ -47,6 +48,21 @@ def read_names(given: Sequence[str], what: str) -> tuple[list[str], list[str | N
             raise ValueError(f"{what}: {given[0]} holds no names")
     parts = [line.split("->", 1) for line in lines]
     return [part[0].strip() for part in parts], [part[1].strip() if len(part) > 1 else None for part in parts]
+
+
+def guides_of(own: Sequence[str | None], given: Sequence[str] | None, what: str) -> list[str | None]:
+    """What each name becomes, as it says itself, or as was given; None where neither does.
+
+    Raises:
+        ValueError: names say so themselves, and there is more than one for the others.
+    """
+    if given is None or all(guide is None for guide in own):
+        return list(own) if given is None else list(given)
+    if len(given) != 1:
+        raise ValueError(
+            f"{what}: some names say themselves what they become (->); want one for the others, got {len(given)}"
+        )
+    return [given[0] if guide is None else guide for guide in own]
 
 
 def command(
@@ -71,7 +87,7 @@ def command(
         classes = (EditArguments, _diffusion.PipelineArguments, _diffusion.OutputArguments, config_class)
         asked, pipeline_arguments, output, config = parse(classes, argv, prog, epilog=example, description=description)
         edits, own = read_names(asked.edit_concepts, "edit_concepts")
-        guides = asked.guide_concepts
+        given = guides_of(own, asked.guide_concepts, "guide_concepts")
         kept = None if asked.preserve_concepts is None else read_names(asked.preserve_concepts, "preserve_concepts")[0]
         if kept is not None and not preserves:
             raise ValueError(f"preserve_concepts: {method} preserves nothing by name; lamb holds on to the rest")
@@ -79,14 +95,14 @@ def command(
         if concepts is not None:
             targets = [concepts.target(name) for name in edits]
             edits = [target.name for target in targets]
-            if guides is None:
-                guides = [a or _diffusion.default_surrogate(concepts, target) for a, target in zip(own, targets)]
+            if asked.guide_concepts is None:
+                named = zip(given, targets)
+                given = [_diffusion.default_surrogate(concepts, target) if g is None else g for g, target in named]
             if kept is None:
                 every = dict.fromkeys(name for target in targets for name in _diffusion.of_kind(concepts, target))
                 kept = [name for name in every if name not in edits]
-        elif guides is None and all(own):
-            guides = [guide or "" for guide in own]
-        if guides is None:
+        guides = [guide for guide in given if guide is not None]
+        if len(guides) < len(given):
             raise ValueError("guide_concepts: say what to draw instead, e.g. --guide_concepts art")
         settings = config
         if preserves or concepts is not None or config.template:

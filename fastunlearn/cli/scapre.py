@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastunlearn.cli import _run
-from fastunlearn.cli._arguments import parse
+from fastunlearn.cli._arguments import fail, parse
 
 if TYPE_CHECKING:
     from fastunlearn.methods.scapre import ScaPreEdit
@@ -86,32 +86,42 @@ def main(argv: Sequence[str]) -> int:
 
     def run() -> int:
         from fastunlearn.cli import _diffusion
-        from fastunlearn.cli._closed_form import read_names
+        from fastunlearn.cli._closed_form import guides_of, read_names
         from fastunlearn.localize.text_paths import denoiser_of
         from fastunlearn.methods.scapre import ScaPreConfig, scapre
         from fastunlearn.parametrize.edit_lora import edit_lora, save_edit_lora
 
-        dry = any(word.replace("-", "_") in ("__dry_run", "dry_run=true") for word in argv)
-        output_class = _DryOutput if dry else _diffusion.OutputArguments
+        @dataclass
+        class OutputArguments(_diffusion.OutputArguments):
+            """What is left behind, where something is."""
+
+            output_dir: str | None = field(  # type: ignore[assignment]
+                default=None,
+                kw_only=True,
+                metadata={"help": "Folder for the weights that changed and metrics.json; needed but by a dry run."},
+            )
+
         asked, pipeline_arguments, output, config = parse(
-            (ScaPreArguments, _diffusion.PipelineArguments, output_class, ScaPreConfig), argv, PROG, epilog=EXAMPLE,
+            (ScaPreArguments, _diffusion.PipelineArguments, OutputArguments, ScaPreConfig), argv, PROG, epilog=EXAMPLE,
             description="Edits what a denoiser reads of the text (keys and values of a U-Net's cross-attention; the text "
             "embedders of SD 3 and FLUX) so that concepts are drawn as their anchors; one solve, however many there are.",
         )  # fmt: skip
+        if output.output_dir is None and not asked.dry_run:
+            fail(PROG, "missing: --output or --output_dir (or --dry_run)")
         names, own = read_names(asked.concepts, "concepts")
+        given = guides_of(own, asked.anchors, "anchors")
         kept = None if asked.preserve is None else read_names(asked.preserve, "preserve")[0]
         known = pipeline_arguments.concepts
-        anchors: list[str] | None = None if asked.anchors is None else list(asked.anchors)
         if known is not None:
             targets = [known.target(name) for name in names]
             names = [target.name for target in targets]
-            if anchors is None:
-                anchors = [a or _diffusion.default_surrogate(known, t) for a, t in zip(own, targets)]
+            if asked.anchors is None:
+                given = [_diffusion.default_surrogate(known, t) if a is None else a for a, t in zip(given, targets)]
             if kept is None and config.mode == "robust":
                 every = dict.fromkeys(name for target in targets for name in _diffusion.of_kind(known, target))
                 kept = [name for name in every if name not in names]
-        elif anchors is None and any(own):
-            anchors = [a or "" for a in own]
+        nothing = all(anchor is None for anchor in given)
+        anchors = None if nothing else [anchor or "" for anchor in given]
         settings = config
         if known is not None or config.template:
             settings = replace(config, template=_diffusion.template_of(known, names, config.template))
@@ -129,7 +139,7 @@ def main(argv: Sequence[str]) -> int:
             predicted.update(forget=edit.forget, retain=edit.retain, condition=edit.condition)
             return edit.weights
 
-        if dry:
+        if asked.dry_run:
             work(pipeline_arguments.load(trained=True, drawn=False))
             return 0
         about: dict[str, Any] = {
@@ -152,14 +162,3 @@ def main(argv: Sequence[str]) -> int:
         return status
 
     return _run.guarded(PROG, run)
-
-
-@dataclass
-class _DryOutput:
-    """Nothing is left behind."""
-
-    output_dir: str | None = field(default=None, metadata={"help": "Not used by a dry run."})
-    save_pipeline: bool = field(default=False, metadata={"help": "Not used by a dry run."})
-    overwrite: bool = field(default=False, metadata={"help": "Not used by a dry run."})
-    report_images: int | None = field(default=None, metadata={"help": "Not used by a dry run."})
-    report_steps: int | None = field(default=None, metadata={"help": "Not used by a dry run."})

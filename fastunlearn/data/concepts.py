@@ -18,6 +18,7 @@ from fastunlearn.data.prompts import (
     in_templates,
     last_features,
     stream_of,
+    tokenize,
 )
 
 #: concepts whose text is encoded at once, at most, and bytes of their features: there may be more than fit memory
@@ -41,6 +42,15 @@ WORDS = ("concepts", "anchors", "preserve", "anchor")
 UCE_WORDS = ("edit_concepts", "guide_concepts", "preserve_concepts", "guide")
 
 
+def _readings(streams: Sequence[TextStream], texts: Sequence[str]) -> dict[str, Any]:
+    """Text -> what all tokenizers make of it: one thing for texts that no text encoder tells apart."""
+    distinct = list(dict.fromkeys(texts))
+    rows = [
+        tokenize(encoder.tokenizer, distinct, encoder.length).ids.tolist() for s in streams for encoder in s.encoders
+    ]
+    return {text: tuple(map(tuple, row)) for text, row in zip(distinct, zip(*rows), strict=True)}
+
+
 def check_concepts(
     streams: Sequence[TextStream], concepts: Sequence[str], anchors: Sequence[str], preserve: Sequence[str],
     words: tuple[str, str, str, str] = WORDS,
@@ -52,36 +62,41 @@ def check_concepts(
 
     Raises:
         ValueError: none, a name without tokens, one that is preserved too or its own anchor, unequal numbers. Repetitions are
-        warned of.
+        warned of. Names are the same where every text encoder reads the same in them: for most "Van Gogh" and "van gogh" are.
     """
-    names, guides, kept = list(concepts), list(anchors), list(dict.fromkeys(preserve))
+    names, guides, kept = list(concepts), list(anchors), list(preserve)
     if not names:
         raise ValueError(f"{words[0]}: none given; there is nothing to erase")
     if len(guides) == 1:
         guides = guides * len(names)
     if len(guides) != len(names):
         raise ValueError(f"{words[1]}: want one, or one for each of the {len(names)} {words[0]}, got {len(guides)}")
-    pairs = dict(zip(reversed(names), reversed(guides)))
-    if len(pairs) < len(names):
-        twice = next(name for name in names if names.count(name) > 1)
+    same = _readings(streams, [*names, *guides, *kept])
+    first: dict[Any, int] = {}
+    for i, name in enumerate(names):
+        first.setdefault(same[name], i)
+    if len(first) < len(names):
+        twice = next(name for i, name in enumerate(names) if first[same[name]] != i)
         warnings.warn(
-            f"{words[0]}: {len(names) - len(pairs)} are repetitions and count once, {twice!r} for one", stacklevel=3
+            f"{words[0]}: {len(names) - len(first)} are repetitions and count once, {twice!r} for one", stacklevel=3
         )
-        names = list(dict.fromkeys(names))
-        guides = [pairs[name] for name in names]
-    own = [name for name, guide in zip(names, guides) if name == guide]
-    if own:
-        raise ValueError(f"{words[1]}: {own[0]!r} is its own {words[3]}; nothing would be erased")
+        names, guides = ([given[i] for i in first.values()] for given in (names, guides))
+    own = [name for name, guide in zip(names, guides) if same[name] == same[guide]]
     for stream in streams:
         # The empty prompt has the tokens that begin and end every one.
         *lengths, least = stream.tokens([*names, ""]).lengths.tolist()
         bare = [name for name, length in zip(names, lengths) if length <= least]
         if bare:
             raise ValueError(f"{words[0]}: {bare[0]!r} has no token; the text encoder sees nothing of it")
-    both = [name for name in names if name in set(kept)]
+    if own:
+        raise ValueError(f"{words[1]}: {own[0]!r} is its own {words[3]}; nothing would be erased")
+    held: dict[Any, str] = {}
+    for name in kept:
+        held.setdefault(same[name], name)
+    both = [held[same[name]] for name in names if same[name] in held]
     if both:
         raise ValueError(f"{words[2]}: {both[0]!r} is to be erased, too; take it out of one of the two")
-    return names, guides, kept
+    return names, guides, list(held.values())
 
 
 @dataclass

@@ -305,6 +305,10 @@ def test_repetitions_are_warned_of():
     with pytest.warns(UserWarning, match="1 are repetitions and count once, 'Mosaic' for one"):
         twice = scapre(double(tiny_pipeline()), ["Mosaic", "Cat", "Mosaic"], ["Photo", "Fish", "Tree"]).weights
     assert all(torch.equal(weight, once[name]) for name, weight in twice.items())
+    # As CLIP's tokenizer has it, case does not tell names apart.
+    with pytest.warns(UserWarning, match="1 are repetitions and count once, 'MOSAIC' for one"):
+        twice = scapre(double(tiny_pipeline()), ["Mosaic", "Cat", "MOSAIC"], ["Photo", "Fish", "Tree"]).weights
+    assert all(torch.equal(weight, once[name]) for name, weight in twice.items())
 
 
 @pytest.mark.parametrize(
@@ -315,7 +319,9 @@ def test_repetitions_are_warned_of():
         (lambda p: scapre(p, ["Mosaic", " "]), ValueError, "concepts: ' ' has no token"),
         (lambda p: scapre(p, ["Mosaic"], ["a", "b"]), ValueError, "anchors: want one, or one for each of the 1"),
         (lambda p: scapre(p, ["Mosaic"], "Mosaic"), ValueError, "anchors: 'Mosaic' is its own anchor"),
+        (lambda p: scapre(p, ["Mosaic"], "mosaic"), ValueError, "anchors: 'Mosaic' is its own anchor"),
         (lambda p: scapre(p, ["Mosaic"], preserve=["Mosaic"]), ValueError, "preserve: 'Mosaic' is to be erased, too"),
+        (lambda p: scapre(p, ["Mosaic"], preserve=["Cat", "mosaic"]), ValueError, "preserve: 'mosaic' is to be erased"),
         (
             lambda p: scapre(p, ["Mosaic"], preserve=["Cat"], mode="official"),
             ValueError,
