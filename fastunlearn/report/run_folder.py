@@ -272,7 +272,8 @@ def _image(folder: Path, name: Any, notes: list[str]) -> tuple[str, bytes] | Non
     if name is None:
         return None
     # A name, not a way: nothing outside the folder is read.
-    if not isinstance(name, str) or not re.fullmatch(r"[\w-][\w.-]*", name, re.ASCII) or (folder / name).is_symlink():
+    plain = isinstance(name, str) and re.fullmatch(r"[\w-][\w.-]{0,199}", name, re.ASCII)
+    if not plain or (folder / name).is_symlink():
         notes.append(f"{SAMPLES}/{SAMPLES_FILE} names a picture that is no file in its folder; left out")
         return None
     try:

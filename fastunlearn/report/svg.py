@@ -45,6 +45,8 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
     if not span > 0 or not math.isfinite(span):
         return [low]
     raw = span / count
+    if not raw > 0:
+        return [low]
     power = 10.0 ** math.floor(math.log10(raw))
     step = next((m * power for m in (1, 2, 5, 10) if m * power >= raw * 0.75), 10 * power)
     first = math.ceil(low / step - 1e-9)
@@ -72,6 +74,12 @@ def swatch(index: int) -> Html:
     return tag("svg", line, viewBox="0 0 28 12", width=28, height=12, aria_hidden="true", class_="swatch")
 
 
+def _apart(low: float, high: float) -> tuple[float, float]:
+    """Ends of an axis; around a single value there is some room, however large it is."""
+    room = max(0.5, 1e-3 * abs(high))
+    return (low, high) if high > low else (low - room, high + room)
+
+
 def line_chart(
     lines: Sequence[Line], *, ident: str, title: str, description: str, x_label: str, bounds: tuple[float, float] | None = None
 ) -> Html:  # fmt: skip
@@ -90,10 +98,8 @@ def line_chart(
         raise ValueError("lines: nothing to draw")
     left, right = min(every_x), max(every_x)
     low, high = bounds or (min(every_y) if min(every_y) < 0 else 0.0, max(every_y))
-    if not high > low:
-        low, high = low - 0.5, high + 0.5
-    if not right > left:
-        left, right = left - 0.5, right + 0.5
+    low, high = _apart(low, high)
+    left, right = _apart(left, right)
     # A little air above the highest point.
     high += 0.03 * (high - low)
 

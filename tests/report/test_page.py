@@ -201,7 +201,7 @@ def test_hostile_strings_are_text(tmp_path):
     ]
     rows += [
         {"before_image": name, "prompt": "p"}
-        for name in ("../metrics.json", "/etc/passwd", "fake.png", "absent.png", "link.png", 3)
+        for name in ("../metrics.json", "/etc/passwd", "fake.png", "absent.png", "link.png", "a" * 5000, 3)
     ]
     rows.append({"before_image": "00-before.png", "prompt": HOSTILE})
     (run / "_samples" / "fake.png").write_text("<svg onload=alert(1)>")
@@ -242,7 +242,7 @@ def test_pictures_of_numbers():
     assert len(x) <= 410
     assert 5_003 in x
     assert max(y) == 1
-    for ys in ([1.0], [0.0, 0.0], [-2.0, 1e30]):
+    for ys in ([1.0], [0.0, 0.0], [-2.0, 1e30], [-1e17], [0.0, 5e-324], [-1e300, -1e300]):
         svg = line_chart([Line("a", range(len(ys)), ys)], ident="a", title="t", description="d", x_label="x")
         assert "nan" not in svg
         assert "inf" not in svg
