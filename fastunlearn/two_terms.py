@@ -111,7 +111,10 @@ class TwoTermConfig(TrainingArguments):
         default=None, metadata={"help": "Column of the retain rows that names their group: HAMU keeps each by itself."}
     )
     retain_budgets: list[float] | None = field(
-        default=None, metadata={"help": "By how much the loss of each retain group may grow in a step."}
+        default=None,
+        metadata={
+            "help": "By how much the retain term of each group may grow in a step (of all rows, without groups)."
+        },
     )
     certificate_every: int = field(
         default=10, metadata={"help": "Steps between two checks of a certificate against the losses; 0: none."}

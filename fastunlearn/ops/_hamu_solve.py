@@ -28,7 +28,7 @@ class Problem:
     scope: str
     allocation: str
     rule: str
-    budgets: np.ndarray | None
+    budgets: np.ndarray | None  #: of the clipped gradients, as demand is
     clip: np.ndarray  #: factor on each group's gradient
     share: float | None = None  #: demand is this share of the largest feasible one
 

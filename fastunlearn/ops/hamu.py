@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from fastunlearn import _backend, _native
-from fastunlearn.ops._hamu_solve import InfeasibleError, Plan, Problem, binding, solve
+from fastunlearn.ops._certificate import Certificate, pack, size
+from fastunlearn.ops._hamu_solve import InfeasibleError, Problem, solve
 from fastunlearn.ops._slots import check_not_negated, check_param, local, memory_order, units
 from fastunlearn.ops.gram import UNIT, Flat, Mask, as_mask, at, check_groups, products
 from fastunlearn.ops.mask import BitMask
@@ -33,132 +34,6 @@ _CHOICES = {
     "allocation": ("norms", "joint"),
     "rule": ("exact", "paper"),
 }
-_HEAD = (
-    "s", "demand", "lr", "capacity", "needed", "hardness", "flagged", "largest", "step_norm", "kappa", "quota", "taken",
-)  # fmt: skip
-_GROUP = ("clip", "norms", "predicted", "multipliers")
-
-
-class Certificate:
-    """What a HAMU step promises to first order, and how hard it was. Numbers of groups are in the order retain ..., forget.
-
-    Everything is read from `values`, one float64 tensor on the CPU, when it is asked for.
-
-    Attributes:
-        s: sine of the angle by which every tensor's step is rotated towards forgetting: the share of what the ball allows that
-            was asked for.
-        demand: Q (variant "q") or U ("u"), of the clipped gradients. largest: the most that the ball allowed.
-        capacity: most forgetting possible inside the ball and the budgets; flagged: that is less than was `needed`, so that retain
-            damage (variant "u": un-forgetting) cannot be avoided by any small step. taken: the parameters were changed.
-        hardness: 1 - capacity / what the ball allows when nothing must be kept: 0 easy, 1 nothing can be forgotten for free.
-        kappa: inner product of the (mean) retain and the forget gradient, clipped: the paper's hardness. cosines: float64
-            [tensors, K], of every tensor and retain group.
-        clip: factor on each group's gradient. norms: of the gradients as they were given.
-        predicted_forget, predicted_retain: first-order changes of the losses, not clipped. step_norm: length of the step.
-        multipliers: of the retain groups, in the test of capacity. binding: numbers of the groups that limit it.
-    """
-
-    __slots__ = ("groups", "tensors", "values")
-
-    def __init__(self, values: Tensor, groups: int, tensors: int):
-        self.values, self.groups, self.tensors = values, groups, tensors
-
-    def _number(self, name: str) -> float:
-        return float(self.values[_HEAD.index(name)])
-
-    def _row(self, name: str) -> list[float]:
-        n = self.groups + 1
-        start = len(_HEAD) + n * _GROUP.index(name)
-        return self.values[start : start + n].tolist()
-
-    s = property(lambda self: self._number("s"))
-    demand = property(lambda self: self._number("demand"))
-    lr = property(lambda self: self._number("lr"))
-    largest = property(lambda self: self._number("largest"))
-    capacity = property(lambda self: self._number("capacity"))
-    needed = property(lambda self: self._number("needed"))
-    hardness = property(lambda self: self._number("hardness"))
-    flagged = property(lambda self: bool(self._number("flagged")))
-    taken = property(lambda self: bool(self._number("taken")))
-    step_norm = property(lambda self: self._number("step_norm"))
-    kappa = property(lambda self: self._number("kappa"))
-    clip = property(lambda self: self._row("clip"))
-    norms = property(lambda self: self._row("norms"))
-    multipliers = property(lambda self: self._row("multipliers")[:-1])
-    predicted_retain = property(lambda self: self._row("predicted")[:-1])
-    predicted_forget = property(lambda self: self._row("predicted")[-1])
-
-    @property
-    def variant(self) -> str:
-        return "q" if self._number("quota") else "u"
-
-    @property
-    def binding(self) -> tuple[int, ...]:
-        return binding(self.multipliers, [c * n for c, n in zip(self.clip, self.norms)])
-
-    @property
-    def cosines(self) -> Tensor:
-        start = len(_HEAD) + len(_GROUP) * (self.groups + 1)
-        return self.values[start:].view(self.tensors, self.groups)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Its numbers for a log, without those of single tensors."""
-        names = (
-            "s",
-            "demand",
-            "lr",
-            "largest",
-            "capacity",
-            "needed",
-            "hardness",
-            "flagged",
-            "taken",
-            "step_norm",
-            "kappa",
-        )
-        rows = ("clip", "norms", "multipliers", "predicted_retain", "predicted_forget")
-        out = {name: getattr(self, name) for name in (*names, *rows)}
-        return {"variant": self.variant, **out, "binding": list(self.binding)}
-
-    def holds(self, forget: float, retain: Sequence[float]) -> bool:
-        """Whether measured changes of the losses, on the step's own batches, are within the certificate.
-
-        Variant "q": forget >= 0.9 Q, every retain change <= its prediction + 10 % of lr ||g||^2 of that group; "u": every retain
-        change <= -0.9 U, forget >= its prediction - 10 % of lr ||g_f||^2. In units of the losses, gradients not clipped.
-        """
-        clip, norms = self.clip, self.norms
-        slack = [0.1 * self.lr * c * n * n for c, n in zip(clip, norms)]
-        if self.variant == "q":
-            enough = forget >= 0.9 * self.demand / clip[-1]
-            return enough and all(r <= p + e for r, p, e in zip(retain, self.predicted_retain, slack))
-        enough = all(r <= -0.9 * self.demand / c for r, c in zip(retain, clip))
-        return enough and forget >= self.predicted_forget - slack[-1]
-
-    def __repr__(self) -> str:
-        numbers = ", ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in self.to_dict().items())
-        return f"Certificate({numbers})"
-
-
-def _pack(plan: Plan, problem: Problem, taken: bool) -> Tensor:
-    clipped = problem.gram * problem.clip[:, None] * problem.clip
-    k = clipped.shape[1] - 1
-    squares = np.maximum(np.einsum("tgg->tg", problem.gram), 0)
-    norms = np.sqrt(squares)
-    products = norms[:, :k] * norms[:, k:]
-    cosines = np.divide(problem.gram[:, :k, k], products, out=np.zeros_like(products), where=products > 0)
-    head = {
-        "s": plan.s, "demand": plan.demand, "lr": problem.lr, "capacity": plan.capacity, "needed": plan.needed,
-        "hardness": plan.hardness, "flagged": plan.flagged, "largest": plan.largest, "step_norm": plan.step_norm,
-        "kappa": clipped[:, :k, k].sum() / k, "quota": problem.variant == "q", "taken": taken,
-    }  # fmt: skip
-    groups = {
-        "clip": problem.clip,
-        "norms": np.sqrt(squares.sum(0)),
-        "predicted": plan.predicted,
-        "multipliers": np.append(plan.multipliers, 0.0),
-    }
-    flat = [[float(head[name]) for name in _HEAD], *(groups[name] for name in _GROUP), cosines.clip(-1, 1).ravel()]
-    return torch.from_numpy(np.concatenate(flat).astype(np.float64))
 
 
 def _check_gram(values: np.ndarray) -> None:
@@ -298,10 +173,12 @@ def _run(
         values[:, k, :k] *= -1
     norms = np.sqrt(np.einsum("tgg->g", values))
     clip = np.ones(k + 1) if max_grad_norm is None else np.minimum(1.0, max_grad_norm / norms)
-    problem = Problem(gram=values, clip=clip, **options)
+    budgets = options["budgets"]
+    # A budget is of the loss; the problem is one of clipped gradients.
+    problem = Problem(gram=values, clip=clip, **options | {"budgets": None if budgets is None else budgets * clip[:k]})
     plan = solve(problem)
     if plan.flagged and skip_flagged:
-        return _pack(plan, problem, False)
+        return pack(plan, problem, False)
     factors = plan.coefficients.copy()
     if descent:
         factors[:, k] *= -1
@@ -311,7 +188,7 @@ def _run(
         column * np.uint64(seed & 0xFFFFFFFFFFFFFFFF), column * np.uint64(step), np.arange(count, dtype=np.uint64)
     )
     lists.apply(factors, keys, stochastic, firsts)
-    return _pack(plan, problem, True)
+    return pack(plan, problem, True)
 
 
 _library = torch.library.Library("fastunlearn", "FRAGMENT")
@@ -349,9 +226,7 @@ _library.impl("hamu_step_", _hamu_op, "CompositeExplicitAutograd")
 
 @torch.library.register_fake("fastunlearn::hamu_step_", lib=_library)
 def _(params: list[Tensor], grads: list[Tensor], groups: int, *args: Any) -> Tensor:
-    return torch.empty(
-        len(_HEAD) + len(_GROUP) * groups + len(params) * (groups - 1), dtype=torch.float64, device="cpu"
-    )
+    return torch.empty(size(len(params), groups - 1), dtype=torch.float64, device="cpu")
 
 
 def _choice(name: str, value: Any) -> str:
@@ -450,8 +325,8 @@ def hamu_step_(
         ratio, q: Q (or U) = ratio * lr, or given as q, in units of clipped gradients; neither: ratio 0.5, the paper's.
         share: Q (or U) as a share of the largest that the ball holds, in [0, 1]; never infeasible.
         masks: for each parameter a BitMask, a bool tensor or None; only entries whose bit is set count and move.
-        budgets: K numbers: by how much each retain loss may grow in this step. In "q" they shift the groups against each other
-            and are what `flagged` tests; in "u" they replace -U.
+        budgets: K numbers: by how much each retain loss may grow in this step, in units of the losses (not clipped). In "q" they
+            shift the groups against each other and are what `flagged` tests; in "u" they replace -U.
         process_group: gradients are sharded (by rows, rank after rank): only their inner products are all-reduced. Parameters
             that are DTensors bring their group with them.
         scope: "tensor" (a ball for each) or "global" (one for all).

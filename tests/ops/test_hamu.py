@@ -86,7 +86,7 @@ def plain64(args):
     problem = Problem(
         gram, lr, demand, variant, options.get("scope", "tensor"),
         options.get("allocation") or ("norms" if simple else "joint"), options.get("rule", "exact"),
-        None if budgets is None else np.array(budgets), clip,
+        None if budgets is None else np.array(budgets) * clip[:-1], clip,
     )  # fmt: skip
     plan = solve(problem)
     out = []
@@ -128,6 +128,7 @@ class TestHamuStep(OpProof):
         "three groups, u": _case("list", 3, variant="u"),
         "three budgets": _case("list", 3, budgets=[0.0, 1e-3, 1e-2]),
         "u by budgets": _case("list", 2, variant="u", budgets=[0.0, 1e-2]),
+        "u by budgets, clipped": _case("list", 2, variant="u", budgets=[0.0, 1e-2], max_grad_norm=1.0),
         "masked": _case(density=0.4),
         "masked units bf16": _case("units", density=0.4, dtypes=[torch.bfloat16], param=torch.bfloat16),
         "missing": _case(missing=[(0, 1), (1, 2)]),
@@ -450,6 +451,23 @@ def test_clipping_is_of_each_group_and_predictions_are_not_clipped():
     assert measured == pytest.approx([certificate.predicted_retain[0], certificate.predicted_forget], rel=1e-5)
     assert certificate.predicted_forget * certificate.clip[1] >= 0.3 * 1e-2 * (1 - 1e-6)
     assert certificate.cosines.shape == (5, 1)
+
+
+def test_budgets_are_of_losses_and_not_of_clipped_gradients():
+    forget, other = torch.randn(200), torch.randn(200)
+    retain = [[10 * forget + other], [other]]
+    certificate = ops.hamu_step_(
+        [torch.zeros(200)], retain, [forget], lr=0.1, variant="u", budgets=[0.02, 5.0], max_grad_norm=1.0
+    )
+    assert max(certificate.clip) < 0.1
+    assert certificate.budgets == pytest.approx([0.02, 5.0])
+    assert certificate.predicted_retain[0] == pytest.approx(0.02, rel=1e-4)
+    # What the budget allows is within the certificate, what is far beyond it is not.
+    predicted = certificate.predicted_forget, certificate.predicted_retain
+    assert certificate.holds(*predicted)
+    assert not certificate.holds(predicted[0], [2.0, predicted[1][1]])
+    assert certificate.to_dict()["budgets"] == certificate.budgets
+    assert ops.hamu_step_([torch.zeros(200)], [other], [forget], lr=0.1).budgets is None
 
 
 def test_stochastic_rounding_moves_what_nearest_loses():
