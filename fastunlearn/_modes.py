@@ -1,4 +1,4 @@
-"""Train and eval mode of a model, set and given back; gradient checkpointing of networks of diffusers."""
+"""Train and eval mode and precision of a model, set and given back; gradient checkpointing of networks of diffusers."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 
 @contextmanager
@@ -19,6 +20,41 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+@contextmanager
+def in_fp32(model: nn.Module) -> Iterator[None]:
+    """fp32 inside, for differences of almost equal losses: no autocast (accelerate's around `forward` neither), and copies in the place
+    of 16-bit weights. The parameters, their gradients and hooks are not touched; no pass inside may be differentiated.
+
+    Raises:
+        torch.OutOfMemoryError: there is no room for the copies.
+    """
+    places: list[tuple[dict[str, Any], str, Tensor]] = []
+    copies: dict[int, Tensor] = {}
+    own: dict[str, Any] = vars(model)
+    forward = own.get("forward")
+    wrapped = forward is not None and "_original_forward" in own
+    device = next(model.parameters()).device.type
+    try:
+        if wrapped:
+            own["forward"] = own["_original_forward"]
+        for module in model.modules():
+            entries: dict[str, Any] = module._parameters
+            for name, p in entries.items():
+                if p is not None and p.dtype in (torch.bfloat16, torch.float16):
+                    places.append((entries, name, p))
+                    if id(p) not in copies:
+                        copies[id(p)] = p.detach().float()
+        for entries, name, p in places:
+            entries[name] = copies[id(p)]
+        with torch.autocast(device, enabled=False):
+            yield
+    finally:
+        for entries, name, p in places:
+            entries[name] = p
+        if wrapped:
+            own["forward"] = forward
 
 
 def checkpoint_blocks(args: Any, *networks: Any) -> None:

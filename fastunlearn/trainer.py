@@ -10,8 +10,8 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
+from fastunlearn._modes import evaluating, in_fp32
 from fastunlearn._stored import read_json
 from fastunlearn.checkpoint import (
     MASKS,
@@ -437,12 +438,26 @@ class UnlearnTrainer(TwoTermTrainer):
         return self.objective.forget(model, inputs, self._references)
 
     def retain_term(self, model: Any, inputs: Mapping[str, Mapping[str, Tensor]]) -> Tensor:
-        with self.accelerator.autocast() if self._references.live is not None else nullcontext():
+        # Where losses are measured, in fp32, nothing is differentiated.
+        cast = self._references.live is not None and torch.is_grad_enabled()
+        with self.accelerator.autocast() if cast else nullcontext():
             loss = self.objective.retain(model, inputs, self._references)
         if self.dual is not None and model.training and torch.is_grad_enabled():
             everywhere = self.accelerator.reduce(loss.detach().float(), reduction="mean")
             self.dual.observe(float(everywhere), self.state.epoch or 0.0)
         return loss
+
+    @contextmanager
+    def measuring(self) -> Iterator[None]:
+        config = getattr(self.model, "config", None)
+        flash = "flash" in str(getattr(config, "_attn_implementation", ""))
+        if self.sharded or flash or getattr(config, "quantization_config", None) is not None:
+            # What cannot be widened is measured as it is.
+            with super().measuring():
+                yield
+            return
+        with evaluating(self.model), in_fp32(self.model):
+            yield
 
     @property
     def forget_factor(self) -> float:

@@ -32,6 +32,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback, Tra
 from fastunlearn import ops, optim
 from fastunlearn._modes import evaluating
 from fastunlearn._stored import read_json, read_tensors
+from fastunlearn.certified import CertifiedTrainer
 from fastunlearn.checkpoint import claim_output, disk_full
 from fastunlearn.data.pairs import PairedSampler, PairedSet
 from fastunlearn.foreign import check_liger, check_optimizer
@@ -39,9 +40,9 @@ from fastunlearn.localize.choose import saliency_masks
 from fastunlearn.objectives.language import closest
 from fastunlearn.ops.mask import BitMask, load_masks, save_masks
 from fastunlearn.sharded import FOLDER, OTHERS, Watch, agreed, anywhere, check_same_masks, gathered_masks
-from fastunlearn.sharded_trainer import SCHEDULER, ShardedTrainer
+from fastunlearn.sharded_trainer import SCHEDULER
 from fastunlearn.updates import Update, make_update
-from fastunlearn.updates.hamu import CertificateLog, Hamu
+from fastunlearn.updates.hamu import Hamu
 
 #: masks of what the optimiser moves, in a checkpoint to resume from
 MOVABLE = "movable.safetensors"
@@ -117,7 +118,7 @@ class TwoTermConfig(TrainingArguments):
         },
     )
     certificate_every: int = field(
-        default=10, metadata={"help": "Steps between two checks of a certificate against the losses; 0: none."}
+        default=10, metadata={"help": "Steps between two checks of a certificate against the losses, in fp32; 0: none."}
     )
     gru_ema: float = field(default=0.8, metadata={"help": "Share of the new gradient in update=gru's retain mean."})
     localize: str = field(
@@ -177,7 +178,7 @@ class TwoTermConfig(TrainingArguments):
             raise ValueError(f"master_weights: update={self.update} rounds bf16 weights at random instead")
 
 
-class TwoTermTrainer(ShardedTrainer):
+class TwoTermTrainer(CertifiedTrainer):
     """Minimises forget_factor * forget_term + retain_factor * retain_term, or what an update makes of their gradients.
 
     Args:
@@ -199,8 +200,6 @@ class TwoTermTrainer(ShardedTrainer):
     optimizer: Any
     #: whether parameters without a mask train too, where there are masks
     train_unmasked = False
-    #: of the retain rows, where they are kept group by group (HAMU)
-    group_names: Sequence[str] = ()
     _group_of: list[int] | None = None
     #: how localize=saliency sums gradients (`ops.saliency_accumulate_`)
     saliency_kind = "abs"
@@ -230,8 +229,6 @@ class TwoTermTrainer(ShardedTrainer):
         self._terms = 0
         #: share of the masked weights that may move, until a line of the log has told it
         self._density: float | None = None
-        self._step_batches: list[dict[str, Any]] = []
-        self._before: list[float] | None = None
         self._rows: dict[str, list[int]] = {}
         self._grad_norm = torch.zeros(())
         self._max_grad_norm = args.max_grad_norm if args.max_grad_norm and args.max_grad_norm > 0 else None
@@ -243,7 +240,7 @@ class TwoTermTrainer(ShardedTrainer):
         # Our losses are means over a batch; the Trainer must not expect a sum over the tokens of a whole step.
         self.model_accepts_loss_kwargs = False
         self.add_callback(_EpochOrder(self))
-        self.certificates = CertificateLog(self.output, write=self.is_world_process_zero())
+        self.start_certificates()
         if isinstance(self.update, Hamu):
             self.add_callback(_StopOnFlag(self.update))
         # transformers' bar does not ask whether it writes to a terminal, and prints every line of the log as a dict.
@@ -354,8 +351,8 @@ class TwoTermTrainer(ShardedTrainer):
                 )
             trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
             self.optimizer = self.update.make_optimizer(trained, self._masks_of(model), args)
-            self.optimizer.register_step_pre_hook(self._before_step)
-            self.optimizer.register_step_post_hook(self._after_step)
+            self.optimizer.register_step_pre_hook(self.before_step)
+            self.optimizer.register_step_post_hook(self.after_step)
             return self.optimizer
         decay = set(self.get_decay_parameter_names(model))
         groups: list[dict[str, Any]] = []
@@ -485,8 +482,7 @@ class TwoTermTrainer(ShardedTrainer):
         first = all(p.grad is None for p in params) and not self.update.lists()
         share = 1 / self.current_gradient_accumulation_steps
         total = torch.zeros((), device=self.args.device)
-        if self._due():
-            self._step_batches.append(inputs)
+        self.note_batch(inputs)
         for name, number, factor, term, part in self._parts(inputs):
             with self.compute_loss_context_manager():
                 loss = term(model, part)
@@ -543,69 +539,6 @@ class TwoTermTrainer(ShardedTrainer):
             f"a gradient is not finite in step {self.state.global_step + 1}, in the batch of {rows}. Training stopped before "
             f"that step. {self._last_good()} A lower learning rate, max_grad_norm or a larger alpha help."
         )
-
-    # ---- certificates -----------------------------------------------------------------------------------------------
-
-    def _due(self) -> bool:
-        """Whether the certificate of this step will be checked."""
-        every = self.args.certificate_every
-        return bool(self.update.takes_step and every and self.state.global_step % every == 0)
-
-    @torch.no_grad()
-    def _losses(self) -> list[float]:
-        """Terms of the step's own batches without dropout, with their factors: forget, the retain groups; then rows held out."""
-        sums: dict[int, Tensor] = {}
-        share = 1 / len(self._step_batches)
-        with evaluating(self.model), self.compute_loss_context_manager():
-            for inputs in self._step_batches:
-                for _, number, factor, term, part in self._parts(inputs):
-                    value = term(self.model, part).detach().double() * (factor * share)
-                    sums[number] = sums[number] + value if number in sums else value
-            held_out = self._held_out()
-            if held_out is not None:
-                sums[len(self.group_names) + 2] = self.retain_term(self.model, held_out).detach().double()
-        values = torch.stack([sums[number] for number in sorted(sums)])
-        return self.accelerator.reduce(values, reduction="mean").tolist()
-
-    def _held_out(self) -> dict[str, Any] | None:
-        """A retain batch that is not of this step; None where there are no other rows."""
-        retain = self.train_dataset.retain
-        used = {i for inputs in self._step_batches for i in inputs["retain"]["index"].tolist()}
-        others = [i for i in range(len(retain)) if i not in used]
-        if not others:
-            return None
-        generator = torch.Generator().manual_seed(self.args.seed + self.state.global_step)
-        size = max(1, self.args.per_device_train_batch_size)
-        chosen = [others[i] for i in torch.randperm(len(others), generator=generator)[:size].tolist()]
-        return self.retain_batch(chosen)
-
-    def _before_step(self, *_: Any) -> None:
-        self._before = self._losses() if self._step_batches else None
-
-    def _after_step(self, *_: Any) -> None:
-        assert isinstance(self.update, Hamu)
-        before, batches, step = self._before, self._step_batches, self.state.global_step + 1
-        names = self._names_present()
-        certificate = self.update.after_step(step, names)
-        if certificate is None:
-            self._before, self._step_batches = None, []
-            return
-        record: dict[str, Any] = {"step": step, **certificate.to_dict(), "groups": names}
-        record["binding"] = [names[k] for k in certificate.binding]
-        if before is not None and batches and certificate.taken:
-            count = len(self.update.present)
-            changes = [b - a for a, b in zip(before, self._losses())]
-            # A loss of descent on the forget term falls where it is forgotten.
-            record["forget_change"], record["retain_change"] = -changes[0], changes[1 : 1 + count]
-            record["holds"] = certificate.holds(record["forget_change"], record["retain_change"])
-            record |= {"held_out_change": changes[-1]} if len(changes) > 1 + count else {}
-            if not (record["holds"] or certificate.flagged) and self.update.on_flag == "backtrack":
-                self.update.optimizer.shrink()  # type: ignore[union-attr]
-        self._before, self._step_batches = None, []
-        self.certificates.add(record)
-
-    def _names_present(self) -> list[str]:
-        return [self.group_names[k] for k in self.update.present] if self.group_names else ["retain"]  # type: ignore[attr-defined]
 
     def after_forget(self, model: Any) -> None:
         """When `.grad` holds the gradient of the forget term alone; for methods to override."""

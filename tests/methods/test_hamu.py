@@ -108,6 +108,48 @@ def test_certificates_hold(tmp_path, update, seed):
     assert summary["held"] >= 23
 
 
+@pytest.mark.parametrize("how", ["autocast", "weights"])
+def test_certificates_of_bf16_runs_are_measured_in_fp32(tmp_path, how):
+    """bf16 does not tell losses apart that differ by what a step changes."""
+    model = known_model() if how == "autocast" else known_model().bfloat16()
+    plain = copy.deepcopy(model).float()
+    before = nll(plain, FORGET)
+    trainer = make(tmp_path / "out", model, num_train_epochs=1, hamu_share=0.3, bf16=how == "autocast")
+    trainer.train()
+    plain.load_state_dict(weights(trainer.model))
+    (record,) = lines(tmp_path / "out")
+    assert record["forget_change"] == pytest.approx(nll(plain, FORGET) - before, rel=2e-2)
+    dtype = torch.float32 if how == "autocast" else torch.bfloat16
+    assert {p.dtype for p in model.parameters()} == {dtype}
+    own = [p for module in model.modules() for p in module._parameters.values() if p is not None]
+    assert all(isinstance(p, torch.nn.Parameter) for p in own)
+    # Back in the trainer's own precision.
+    assert ("forward" in vars(model)) == (how == "autocast")
+
+
+def test_no_room_to_measure(tmp_path, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("none left")
+
+    monkeypatch.setattr("fastunlearn.trainer.in_fp32", full)
+    with pytest.warns(UserWarning, match="certificate_every: there is no room for the weights in fp32"):
+        make(tmp_path / "out", num_train_epochs=2).train()
+    assert [r["step"] for r in lines(tmp_path / "out") if "holds" not in r] == [1, 2]
+
+
+def test_held_out_rows_are_of_no_process_s_step(tmp_path, monkeypatch):
+    """Where another process has all rows but one in its step, that one is held out; none in any process where there is none."""
+    trainer = make(tmp_path / "out")
+    batch = trainer.data_collator([trainer.train_dataset[(i, (i,))] for i in range(2)])
+    trainer._step_batches = [batch]
+    elsewhere = torch.ones(len(RETAIN))
+    elsewhere[:3] = 0
+    monkeypatch.setattr("fastunlearn.certified.summed", lambda used, device: used + elsewhere)
+    assert trainer._held_out()["retain"]["index"].tolist() == [2]
+    elsewhere[2] = 1
+    assert trainer._held_out() is None
+
+
 def test_one_step_is_the_step_written_out(tmp_path):
     model = known_model()
     plain = copy.deepcopy(model)
