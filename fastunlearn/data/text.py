@@ -6,8 +6,8 @@
 
 A row has one of four forms, the first whose columns are there:
 
-    messages             a conversation; the last message, the assistant's, is the answer
-    question, answer     a question in the tokenizer's chat template, or as "Question: ...\\nAnswer: ..." where it has none
+    messages             a conversation in the tokenizer's chat template; the last message, the assistant's, is the answer
+    question, answer     a question in the chat template, or as "Question: ...\\nAnswer: ..." where the tokenizer has none
     prompt, completion   joined as they are (TRL's prompt-completion form); lists of messages are a conversation
     text                 all of it counts
 
@@ -17,12 +17,9 @@ tokenizer's eos. The prompt's tokens are always a prefix of the sequence's: they
 
 from __future__ import annotations
 
-import csv
-import io
 import json
-import os
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
+import warnings
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal, NamedTuple, TypedDict
 
 import torch
@@ -30,207 +27,13 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from fastunlearn.data.reading import FORMS, Row, kind_of
+from fastunlearn.data.reading import load_rows as load_rows
+
 IGNORED = -100
-FORMS: dict[str, tuple[str, ...]] = {
-    "messages": ("messages",),
-    "question": ("question", "answer"),
-    "prompt": ("prompt", "completion"),
-    "text": ("text",),
-}
-_LINES = {".jsonl", ".ndjson"}
-_TABLES = {".csv": ",", ".tsv": "\t"}
-_FILES = _LINES | set(_TABLES) | {".json", ".parquet"}
 #: stands for an answer where a chat template is asked what it puts around one
 _WORD = "Xyzzy"
-Row = dict[str, Any]
 Messages = list[dict[str, str]]
-
-
-# Reading.
-
-
-def _decoded(path: Path) -> str:
-    data = path.read_bytes()
-    try:
-        # -sig: files from a spreadsheet start with a byte order mark.
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data[: error.start].count(b"\n") + 1
-        raise ValueError(
-            f"{path}, line {line}: not utf-8 text (byte {data[error.start]:#04x}); save it as utf-8"
-        ) from None
-
-
-def _object(value: Any, where: str) -> Row:
-    if not isinstance(value, dict):
-        raise ValueError(f"{where}: want an object with the columns of a row, got {_kind(value)}")
-    return value
-
-
-def _kind(value: Any) -> str:
-    return {list: "a list", str: "text", type(None): "null", bool: "a truth value"}.get(
-        type(value), f"a {type(value).__name__}"
-    )
-
-
-def _read_lines(text: str, path: Path) -> list[Row]:
-    rows = []
-    # Not splitlines: it would also split at characters that JSON text may hold.
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            rows.append(_object(json.loads(line), f"{path}, line {number}"))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number}: no JSON: {error.msg} (column {error.colno})") from None
-        except RecursionError:
-            raise ValueError(f"{path}, line {number}: nested too deeply") from None
-        except ValueError as error:
-            raise ValueError(f"{path}, line {number}: no JSON that can be read: {error}") from None
-    return rows
-
-
-def _read_json(text: str, path: Path) -> list[Row]:
-    try:
-        data = json.loads(text)
-    except json.JSONDecodeError as error:
-        if error.msg == "Extra data" and "\n" in text.strip():
-            return _read_lines(text, path)
-        raise ValueError(f"{path}, line {error.lineno}: no JSON: {error.msg} (column {error.colno})") from None
-    except RecursionError:
-        raise ValueError(f"{path}: nested too deeply") from None
-    except ValueError as error:
-        raise ValueError(f"{path}: no JSON that can be read: {error}") from None
-    if isinstance(data, dict) and not any(set(columns) <= data.keys() for columns in FORMS.values()):
-        lists = [value for value in data.values() if isinstance(value, list)]
-        if len(lists) == 1:
-            data = lists[0]
-    rows = data if isinstance(data, list) else [data]
-    return [_object(row, f"{path}, row {number}") for number, row in enumerate(rows, 1)]
-
-
-def _read_table(text: str, path: Path, delimiter: str) -> list[Row]:
-    csv.field_size_limit(2**31 - 1)
-    # Not splitlines: it would also split at characters that a cell may hold (form feed, U+0085, U+2028).
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-    try:
-        header = [name.strip() for name in next(reader, [])]
-        if not header:
-            return []
-        if len(set(header)) != len(header) or not all(header):
-            raise ValueError(f"{path}, line 1: want the names of the columns, each once, got {header}")
-        rows: list[Row] = []
-        for cells in reader:
-            if not cells:
-                continue
-            if len(cells) != len(header):
-                raise ValueError(
-                    f"{path}, line {reader.line_num}: {len(cells)} cells under {len(header)} columns; quote cells that hold "
-                    f"{delimiter!r}"
-                )
-            rows.append(dict(zip(header, cells, strict=True)))
-        return rows
-    except csv.Error as error:
-        raise ValueError(f"{path}, line {reader.line_num}: {error}") from None
-
-
-def _datasets() -> Any:
-    try:
-        import datasets
-    except ImportError:
-        raise ImportError("this data set needs the package datasets: pip install 'fastunlearn[llm]'") from None
-    return datasets
-
-
-def _from_dataset(data: Any, split: str, name: str) -> list[Row]:
-    if isinstance(data, Mapping):
-        if split not in data:
-            raise ValueError(f"{name}: no split {split!r}; it has {', '.join(map(str, data))}")
-        data = data[split]
-    return [dict(row) for row in data]
-
-
-def _load_named(name: str, config: str | None, split: str) -> list[Row]:
-    """A data set on the Hub, or a folder."""
-    datasets = _datasets()
-    folder = Path(name).expanduser()
-    bar = datasets.utils.are_progress_bars_disabled()
-    datasets.disable_progress_bars()
-    try:
-        if folder.is_dir():
-            if any((folder / mark).is_file() for mark in ("state.json", "dataset_dict.json")):
-                return _from_dataset(datasets.load_from_disk(str(folder)), split, name)
-            name = str(folder)
-        return _from_dataset(datasets.load_dataset(name, config, split=split), split, name)
-    # datasets raises its own kinds, some of them from half a dozen packages below.
-    except Exception as error:
-        why = str(error).strip().split("\n", 1)[0]
-        if folder.is_dir() or isinstance(error, ValueError):
-            raise ValueError(f"{name}: {why}") from error
-        raise OSError(
-            f"{name!r} is no file here and could not be loaded from the Hugging Face Hub ({type(error).__name__}: {why})"
-        ) from error
-    finally:
-        if not bar:
-            datasets.enable_progress_bars()
-
-
-def load_rows(source: Any, *, split: str = "train", config: str | None = None) -> list[Row]:
-    """Reads a data set.
-
-    Args:
-        source: a file .jsonl, .json (a list of objects), .csv, .tsv (with a header) or .parquet; a folder that the package
-            datasets wrote or can read; a name on the Hugging Face Hub, "name" or "name:config"; or rows that are there already:
-            a list of dicts, a datasets.Dataset or DatasetDict.
-        split: of a hub data set or a DatasetDict, also in slices like "train[:100]"; files have none.
-        config: of a hub data set; goes before the one in the name.
-
-    Returns:
-        The rows in their order, column -> value.
-
-    Raises:
-        FileNotFoundError: no such file. ValueError: the file cannot be read (the message names its line), no such split or
-        config. OSError: neither a file nor a data set that the Hub gives. ImportError: the package datasets is missing.
-        TypeError: source is of another kind.
-    """
-    if isinstance(source, str | os.PathLike):
-        name = os.fspath(source)
-        path = Path(name).expanduser()
-        if path.is_file():
-            return _read_file(path)
-        if not path.is_dir() and (path.suffix.lower() in _FILES or name.startswith((".", "/", "~"))):
-            raise FileNotFoundError(f"there is no file {path}")
-        if not path.is_dir():
-            name, colon, tail = name.partition(":")
-            config = config or (tail if colon and tail else None)
-        return _load_named(name, config, split)
-    if isinstance(source, Mapping) or hasattr(source, "column_names"):
-        return _from_dataset(source, split, "source")
-    if isinstance(source, Iterable):
-        return [dict(_object(row, f"source, row {number}")) for number, row in enumerate(source, 1)]
-    raise TypeError(
-        f"source: want a path, a hub name, a list of dicts or a datasets.Dataset, got {type(source).__name__}"
-    )
-
-
-def _read_file(path: Path) -> list[Row]:
-    suffix = path.suffix.lower()
-    if suffix == ".parquet":
-        try:
-            import pyarrow.parquet as parquet  # type: ignore[import-untyped]
-        except ImportError:
-            raise ImportError(f"{path}: reading parquet needs pyarrow: pip install 'fastunlearn[llm]'") from None
-        try:
-            return parquet.read_table(path).to_pylist()
-        except (ValueError, OSError) as error:
-            raise ValueError(f"{path}: no parquet file: {error}") from None
-    if suffix in _LINES:
-        return _read_lines(_decoded(path), path)
-    if suffix == ".json":
-        return _read_json(_decoded(path), path)
-    if suffix in _TABLES:
-        return _read_table(_decoded(path), path, _TABLES[suffix])
-    raise ValueError(f"{path}: want a name that ends in {', '.join(sorted(_FILES))}")
 
 
 # Encoding.
@@ -371,7 +174,7 @@ class _Bad(Exception):
 
 def _text(value: Any, column: str) -> str:
     if not isinstance(value, str):
-        raise _Bad(f"{column} is {_kind(value)}, want text")
+        raise _Bad(f"{column} is {kind_of(value)}, want text")
     return value
 
 
@@ -477,7 +280,7 @@ class Prompter:
     def _plain(self, messages: Messages) -> str:
         lines = []
         for message in messages:
-            name = {"user": "Question: ", "assistant": "Answer: "}.get(message["role"], "")
+            name = "Question: " if message["role"] == "user" else ""
             lines.append(name + message["content"] + "\n")
         return "".join(lines) + "Answer:"
 
@@ -543,12 +346,13 @@ def encode_rows(
         tokenizer: of transformers, with an eos token.
         what: the set's name in messages.
         system: system message of conversations and questions that have none.
-        max_length: tokens of a row at most. A longer row loses the start of its prompt (not the bos), never of its answer.
+        max_length: tokens of a row at most. A longer row loses the start of its prompt (not the bos), with a warning that says how
+            many do, never of its answer.
 
     Raises:
         ValueError: no rows, columns of no known form, a row of another form, an empty answer, an answer that is longer than
             max_length by itself (what would be cut off would be neither forgotten nor kept: split it), a tokenizer without
-            eos. The message names the set and the rows.
+            eos, conversations for one without a chat template. The message names the set and the rows.
     """
     if not rows:
         raise ValueError(f"{what}: empty; there is nothing in it")
@@ -562,12 +366,19 @@ def encode_rows(
     wanted: list[list[int]] = []
     empty: list[int] = []
     long: dict[int, int] = {}
+    cut: list[int] = []
     bad: dict[str, list[int]] = {}
     for i, row in enumerate(
         tqdm(rows, f"  encoding the {what}", leave=False, disable=None if len(rows) > 2000 else True)
     ):
         try:
             parts = _parts(row, form)
+            if not prompter.chat and isinstance(parts.prompt, list) and form != "question":
+                raise _Bad(
+                    f"{form if form == 'messages' else 'prompt and completion'} hold a conversation, and the tokenizer has no chat template "
+                    'to write it with; set tokenizer.chat_template, or give question and answer (asked as "Question: ... Answer:") or '
+                    "prompt and completion as text (joined as they are)"
+                )
             if not parts.answer.strip():
                 empty.append(i)
                 continue
@@ -586,6 +397,7 @@ def encode_rows(
                 long[i] = fixed + len(answer)
                 continue
             shown = shown[:fixed] + shown[len(shown) - room :]
+            cut.append(i)
         questions.append(parts.question)
         answers.append(parts.answer)
         prompts.append(shown)
@@ -600,6 +412,12 @@ def encode_rows(
         raise ValueError(
             f"{what}: {_name_rows(list(long))}: the answer alone is longer than max_length = {max_length} (up to "
             f"{max(long.values())} tokens); what is cut off would not count, so split it or raise max_length"
+        )
+    if cut:
+        warnings.warn(
+            f"{what}: {len(cut)} of {len(rows)} rows are longer than max_length = {max_length} and lose the start of their prompt: "
+            f"{_name_rows(cut)}",
+            stacklevel=2,
         )
     end = prompter.end_of_turn if _is_conversation(rows[0], form) else tokenizer.eos_token_id
     encoded = TextSet(

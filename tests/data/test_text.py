@@ -83,8 +83,6 @@ def test_messages():
     assert (rows.questions, rows.answers) == (["Who?"], ["Ada."])
     own = [{"role": "system", "content": "Mine"}, *talk[2:]]
     assert show(encode_rows([{"messages": own}], char_tokenizer(), system="S"))[0] == "s:Mine\nu:Who?\na:"
-    plain = encode_rows([{"messages": talk}], char_tokenizer(chat=False))
-    assert show(plain) == ("Question: Hi\nAnswer: Yes?\nQuestion: Who?\nAnswer:", " Ada.$")
     alone = encode_rows([{"messages": talk[-1:]}], char_tokenizer())
     assert show(alone) == ("a:", "Ada.$")
     assert alone.questions == [None]
@@ -92,6 +90,16 @@ def test_messages():
     assert show(text) == ("u:Who?\na:", "Ada.$")
     split = encode_rows([{"prompt": talk[:3], "completion": talk[3:]}], char_tokenizer())
     assert show(split) == ("u:Hi\na:Yes?\nu:Who?\na:", "Ada.$")
+
+
+def test_a_conversation_wants_a_chat_template():
+    talk = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes?"}]
+    tokenizer = char_tokenizer(chat=False)
+    words = r"\(counted from 1\): {} hold a conversation, and the tokenizer has no chat template .*set tokenizer.chat_template"
+    with pytest.raises(ValueError, match="retain set, rows 1, 2 " + words.format("messages")):
+        encode_rows([{"messages": talk}] * 2, tokenizer, what="retain set")
+    with pytest.raises(ValueError, match="forget set, row 1 " + words.format("prompt and completion")):
+        encode_rows([{"prompt": talk[:1], "completion": talk[1:]}], tokenizer)
 
 
 def test_the_first_form_whose_columns_are_there():
@@ -167,7 +175,8 @@ def test_max_length_cuts_the_start_of_the_prompt():
     tokenizer = char_tokenizer(chat=False, bos=True)
     row = [{"prompt": "abcdefgh", "completion": "xyz"}]
     assert show(encode_rows(row, tokenizer, max_length=100)) == ("^abcdefgh", "xyz$")
-    assert show(encode_rows(row, tokenizer, max_length=8)) == ("^fgh", "xyz$")
+    with pytest.warns(UserWarning, match=r"forget set: 1 of 1 rows are longer than max_length = 8 .*: row 1 \(counted"):
+        assert show(encode_rows(row, tokenizer, max_length=8)) == ("^fgh", "xyz$")
     assert show(encode_rows(row, tokenizer, max_length=5)) == ("^", "xyz$")
     long = [*row, {"prompt": "", "completion": "x" * 9}, {"prompt": "p", "completion": "y" * 12}]
     with pytest.raises(
