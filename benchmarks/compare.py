@@ -81,14 +81,15 @@ def _judge(key: Key, old: Mapping[str, Any], new: Mapping[str, Any], by: float) 
     ratio = new["ms_p50"] / old["ms_p50"]
     if ratio > by and apart(old, new):
         return Change(key, old, new, "slower", ratio)
+    before, after = old.get("peak_mib"), new.get("peak_mib")
+    counted = before is not None and after is not None and abs(after - before) > MEMORY_MIB
+    # Before what became faster: speed that was bought with memory is no improvement.
+    if counted and after > before * by:
+        return Change(key, old, new, "memory", ratio)
     if ratio < 1 / by and apart(new, old):
         return Change(key, old, new, "faster", ratio)
-    before, after = old.get("peak_mib"), new.get("peak_mib")
-    if before is not None and after is not None:
-        if after > before * by and after - before > MEMORY_MIB:
-            return Change(key, old, new, "memory", ratio)
-        if before > after * by and before - after > MEMORY_MIB:
-            return Change(key, old, new, "less memory", ratio)
+    if counted and before > after * by:
+        return Change(key, old, new, "less memory", ratio)
     return Change(key, old, new, "", ratio)
 
 

@@ -128,21 +128,29 @@ def peers(counts: Sequence[int], listed: list[Tensor], moment: dict[int, tuple[T
     def total(run: Callable[[Tensor], Any]) -> float:
         return sum(n * median_seconds(lambda h=h: run(by_height[h]), 1) for h, n in _heights(listed).items())
 
-    def one_by_one(tokens: int, pairs: Tensor) -> Callable[[Tensor], Any]:
-        def run(w: Tensor) -> Tensor:
-            left, right = LAM * w, LAM * torch.eye(D)
-            for c, a in zip(*(p.view(-1, TOKENS, D)[:, :tokens] for p in pairs)):
-                left, right = left + (w @ a.T) @ c, right + c.T @ c
-            return left @ torch.inverse(right)
-
-        return run
+    def sums(w: Tensor, tokens: int, pairs: Tensor) -> tuple[Tensor, Tensor]:
+        left, right = LAM * w, LAM * torch.eye(D)
+        for c, a in zip(*(p.view(-1, TOKENS, D)[:, :tokens] for p in pairs)):
+            left, right = left + (w @ a.T) @ c, right + c.T @ c
+        return left, right
 
     for count in [c for c in counts if c <= 1000]:
         pairs = torch.stack([torch.cat(part) for part in zip(*text(count, only=min(count, 100)))])
         share = count / (pairs.shape[1] // TOKENS)
         for name, tokens in (("UCE, last words", 1), ("TIME, all tokens", TOKENS)):
-            seconds = share * total(one_by_one(tokens, pairs))
-            say({"what": "scaling", "provider": name, "concepts": count, "solve_s": seconds, "scaled": True})
+            made = {height: sums(w, tokens, pairs) for height, w in by_height.items()}
+            # The sums grow with the concepts, the inverse does not.
+            summed = total(lambda w, t=tokens, p=pairs: sums(w, t, p))
+            solved = total(lambda w, m=made: m[len(w)][0] @ torch.inverse(m[len(w)][1]))
+            say(
+                {
+                    "what": "scaling",
+                    "provider": name,
+                    "concepts": count,
+                    "solve_s": share * summed + solved,
+                    "scaled": True,
+                }
+            )
     S, S_star = moment[max(c for c in counts if c <= 50)]
     system = (S + LAM * torch.eye(D, dtype=S.dtype)).numpy()
 

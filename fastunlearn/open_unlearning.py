@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-import json
 import runpy
 import sys
 from collections.abc import Mapping, Sequence
@@ -25,6 +24,7 @@ from typing import Any
 from torch import nn
 from transformers import TrainingArguments
 
+from fastunlearn._stored import read_json
 from fastunlearn.checkpoint import MASKS, PRUNING
 from fastunlearn.data.pairs import PairedSet, check_context
 from fastunlearn.data.text import IGNORED, TextSet, check_disjoint
@@ -96,9 +96,7 @@ def _masks_beside(model: Any) -> dict[str, Any]:
     folder = Path(str(name))
     if not name or not (folder / MASKS).is_file():
         return {}
-    pruning = (
-        json.loads((folder / PRUNING).read_text(encoding="utf-8")) if (folder / PRUNING).is_file() else dict[str, Any]()
-    )
+    pruning = read_json(folder / PRUNING) if (folder / PRUNING).is_file() else {}
     return {"masks": load_masks(folder / MASKS, model), "pruning": pruning}
 
 

@@ -55,6 +55,8 @@ def judged(old: dict[str, Any], new: dict[str, Any], by: float = 1.1) -> tuple[s
         (row(ms=None), row(ms=None), ("", False)),
         (row(peak_mib=100), row(peak_mib=140), ("memory", True)),
         (row(peak_mib=140), row(peak_mib=100), ("less memory", False)),
+        (row(ms=12, peak_mib=100), row(ms=10, peak_mib=200), ("memory", True)),  # speed bought with memory
+        (row(ms=10, peak_mib=200), row(ms=12, peak_mib=100), ("slower", True)),
         (row(peak_mib=0.1), row(peak_mib=4), ("", False)),  # what the measurement is good to
         (row(peak_mib=None), row(peak_mib=100), ("", False)),
     ],

@@ -66,3 +66,15 @@ def test_the_timed_algorithm_is_the_mutual_information_of_the_op():
     want = ops.informax(w, samples[:5], samples[5:])
     got = torch.tensor([scapre._information(row, samples, y) for row in w])
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+def test_peers_sums_are_scaled_and_their_inverse_is_not(small, monkeypatch):
+    """Every timing 1 s: four projections, ten times the concepts that are summed."""
+    monkeypatch.setattr(scapre, "median_seconds", lambda run, times: (run(), 1.0)[1])
+    rows = []
+    listed = list(scapre.weights().values())
+    scapre.peers((10, 1000), listed, {10: scapre.moments(10)[:2]}, rows.append)
+    taken = {(row["provider"], row["concepts"]): row["solve_s"] for row in rows}
+    for name in ("UCE, last words", "TIME, all tokens"):
+        assert taken[name, 10] == 8
+        assert taken[name, 1000] == pytest.approx(44)
