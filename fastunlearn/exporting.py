@@ -276,7 +276,9 @@ def _export_pipeline(job: _Job) -> None:
 
 def _write_partial(weights: Mapping[str, Tensor], job: _Job, about: Mapping[str, Any]) -> None:
     plain = {name: weight if job.dtype is None else weight.to(job.dtype) for name, weight in weights.items()}
-    save_partial_unet(plain, job.path, overwrite=job.overwrite, **about)
+    # What a stranger's file says of itself goes by the names it likes.
+    kept = {name: value for name, value in about.items() if name not in ("weights", "path", "overwrite")}
+    save_partial_unet(plain, job.path, overwrite=job.overwrite, **kept)
     job.say(f"{len(plain)} tensors, {'exact' if job.dtype is None else f'rounded to {job.dtype}'}\n{_size(job.path)}")
 
 

@@ -87,7 +87,8 @@ def read_source(run: str | os.PathLike[str]) -> Source:
     base = metrics.get("model") if isinstance(metrics.get("model"), str) else None
     adapter = next((folder for folder in (path, path / "adapter") if (folder / ADAPTER).is_file()), None)
     if adapter is not None:
-        base = base or read_json(adapter / ADAPTER, dict).get("base_model_name_or_path") or None
+        told = read_json(adapter / ADAPTER, dict).get("base_model_name_or_path")
+        base = base or (told if isinstance(told, str) and told else None)
         return Source("adapter", _part_of(adapter), adapter, partial, base, about)
     if (path / PECKER).is_file():
         raise ValueError(

@@ -24,7 +24,7 @@ from fastunlearn.cli import export as command
 from fastunlearn.exporting import export_run
 from fastunlearn.ops.mask import load_masks
 from fastunlearn.parametrize.lora_files import kohya_name
-from fastunlearn.parametrize.partial_unet import save_partial_unet
+from fastunlearn.parametrize.partial_unet import read_partial_unet, save_partial_unet
 
 CLOSE = {"rtol": 1e-4, "atol": 2e-5}
 
@@ -195,6 +195,19 @@ def test_an_edit_of_low_rank_is_held_by_factors(bases, tmp_path, capsys, name, m
     # A file alone, as ESD's and UCE's code write them.
     given = export_run(run / "unet.safetensors", "diffusers", tmp_path / "of_file.safetensors", model=bases / name)
     torch.testing.assert_close(drawn(loaded(make(), given)), want, rtol=1e-3, atol=1e-4)
+
+
+def test_a_strangers_file_may_say_anything_of_itself(tmp_path):
+    weights = {"conv_in.bias": torch.randn(8)}
+    about = {"path": "/x", "overwrite": True, "weights": 1, "method": "mine"}
+    save_file(weights, tmp_path / "unet.safetensors", metadata={"fastunlearn": json.dumps(about)})
+    out = export_run(tmp_path / "unet.safetensors", "partial", tmp_path / "out.safetensors")
+    assert read_partial_unet(out)[1] == {"method": "mine"}
+    assert torch.equal(load_file(out)["conv_in.bias"], weights["conv_in.bias"])
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": [1], "peft_type": "LORA"}))
+    save_file({"base_model.model.conv_in.lora_A.weight": torch.zeros(2, 2)}, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match="nothing in the run says what it was made from"):
+        export_run(tmp_path, "merged", tmp_path / "merged")
 
 
 def test_what_factors_cannot_hold(bases, tmp_path):

@@ -61,9 +61,12 @@ def check_concepts(
         streams: in which every concept has to have a token. anchors: one, or one for each. words: names of the arguments.
 
     Raises:
-        ValueError: none, a name without tokens, one that is preserved too or its own anchor, unequal numbers. Repetitions are
-        warned of. Names are the same where every text encoder reads the same in them: for most "Van Gogh" and "van gogh" are.
+        TypeError: a text in place of a list. ValueError: none, a name without tokens, one that is preserved too or its own anchor,
+        unequal numbers. Repetitions are warned of. Names are the same where every text encoder reads the same in them: for most "Van Gogh" and "van gogh" are.
     """
+    for word, given in zip(words, (concepts, anchors, preserve)):
+        if isinstance(given, str):
+            raise TypeError(f"{word}: want a list of names, got the text {given!r}")
     names, guides, kept = list(concepts), list(anchors), list(preserve)
     if not names:
         raise ValueError(f"{words[0]}: none given; there is nothing to erase")

@@ -42,10 +42,16 @@ class ScaPreConfig:
         default="robust", metadata={"help": "The version of the method; see fastunlearn.methods.scapre."}
     )
     preset: Literal["diversi50", "confuse5", "artists", "nsfw"] | None = field(
-        default=None, metadata={"help": "Published settings of the authors' code; mode official only."}
+        default=None,
+        metadata={"help": "Published settings of the authors' code, their erase_scale among them; mode official only."},
     )
     lamb: float = field(default=0.5, metadata={"help": "Weight of the old projection."})
-    erase_scale: float = field(default=1.0, metadata={"help": "Weight of what is erased; 0 changes nothing."})
+    erase_scale: float = field(
+        default=1.0,
+        metadata={
+            "help": "Weight of what is erased; 0 changes nothing (robust; official then still pulls the concepts to 0)."
+        },
+    )
     preserve_scale: float = field(default=1.0, metadata={"help": "Weight of what is preserved."})
     tokens: Literal["last", "all"] = field(
         default="all", metadata={"help": "The last word of a concept, or every position of its prompt (robust)."}
@@ -55,7 +61,9 @@ class ScaPreConfig:
     )
     template: list[str] | None = field(
         default=None,
-        metadata={"help": "Prompts with {} for a concept; every concept goes into every one. None: its name alone."},
+        metadata={
+            "help": "Prompts with {} for a concept, each in every one; None, and in the other modes: its name alone (robust)."
+        },
     )
     gamma: float = field(
         default=0.0, metadata={"help": "Weight of R, in units of the mean squared norm of the concepts (robust)."}
@@ -118,7 +126,8 @@ class ScaPreEdit:
 
     Attributes:
         weights: name within the U-Net, or transformer, -> new weight; old: the weight before.
-        forget: sum |W c - W0 c*|^2 / sum |W0 c - W0 c*|^2 of each weight: 0, all is where it shall be; 1, nothing has moved.
+        forget: sum |W c - W0 c*|^2 / sum |W0 c - W0 c*|^2 of each weight, on tokens of the first 64 concepts: 0, all is where it shall
+            be; 1, nothing has moved.
         retain: sum |W p - W0 p|^2 / sum |W0 p|^2 of each weight; None without a preserve set.
         relevance: [rows] in [0, 1], None where it is not measured; a dry run measures it (gaussian) also where nothing is solved
             with it.
@@ -164,9 +173,9 @@ def scapre(
         `ScaPreEdit`; its `weights` are what `save_partial_unet` writes.
 
     Raises:
-        ValueError: no concepts, one without a token, one that is preserved too, unequal numbers, a pipeline without its parts or
-        without layers that read text, mode paper without anchors, mode official on a transformer or with more concepts than fit
-        memory (robust and paper stream them).
+        TypeError: a text in place of a list of names. ValueError: no concepts, one without a token, one that is preserved too, unequal
+        numbers, a pipeline without its parts or without layers that read text, mode paper without anchors, mode official on a
+        transformer or with more concepts than fit memory (robust and paper stream them).
 
     Example:
         >>> pipe = load_pipeline("canvas")
@@ -177,8 +186,6 @@ def scapre(
         config = ScaPreConfig(**{**vars(config), "mode": mode})
     paths = text_paths(pipeline)
     given = [""] if anchors is None else [anchors] if isinstance(anchors, str) else list(anchors)
-    if isinstance(concepts, str):
-        raise TypeError(f"concepts: want a list of names, got the text {concepts!r}")
     names, guides, kept = check_concepts([s for path in paths for s in path.streams], concepts, given, preserve)
     if kept and config.mode != "robust":
         raise ValueError(

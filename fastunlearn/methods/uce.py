@@ -120,8 +120,8 @@ def uce(
         Name within the U-Net, or transformer, -> new weight: what `save_partial_unet` writes.
 
     Raises:
-        ValueError: no concepts, one without a token, one that is its own guide or preserved too, unequal numbers, a pipeline without
-        its parts or without layers that read text. Repetitions are warned of.
+        TypeError: a text in place of a list of names. ValueError: no concepts, one without a token, one that is its own guide or
+        preserved too, unequal numbers, a pipeline without its parts or without layers that read text. Repetitions are warned of.
     """
     config = config or UCEConfig()
     return edit_text(

@@ -316,6 +316,12 @@ def test_repetitions_are_warned_of():
     [
         (lambda p: scapre(p, []), ValueError, "concepts: none given"),
         (lambda p: scapre(p, "Mosaic"), TypeError, "concepts: want a list of names"),
+        (
+            lambda p: scapre(p, ["Mosaic"], preserve="Cat"),
+            TypeError,
+            "preserve: want a list of names, got the text 'Cat'",
+        ),
+        (lambda p: uce(p, "Cat", ["Tree"]), TypeError, "edit_concepts: want a list of names, got the text 'Cat'"),
         (lambda p: scapre(p, ["Mosaic", " "]), ValueError, "concepts: ' ' has no token"),
         (lambda p: scapre(p, ["Mosaic"], ["a", "b"]), ValueError, "anchors: want one, or one for each of the 1"),
         (lambda p: scapre(p, ["Mosaic"], "Mosaic"), ValueError, "anchors: 'Mosaic' is its own anchor"),
