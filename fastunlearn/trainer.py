@@ -8,7 +8,6 @@ what makes it one of language models: rows of tokens, references, adapters, the 
 from __future__ import annotations
 
 import json
-import os
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -31,7 +30,7 @@ from fastunlearn.checkpoint import (
     pattern_of,
     save_checkpoint,
 )
-from fastunlearn.data.pairs import PairedCollator, PairedSet, check_context, row_limit
+from fastunlearn.data.pairs import PairedCollator, PairedSet, check_context, group_rows, row_limit
 from fastunlearn.data.refusals import spread_alternates, with_refusals
 from fastunlearn.data.text import TextSet, check_disjoint, encode_rows, load_rows
 from fastunlearn.objectives import RMU, Objective, answer_logprobs, make_objective, token_nll
@@ -213,6 +212,8 @@ class UnlearnTrainer(TwoTermTrainer):
         if processing_class is None:
             raise ValueError("processing_class: want the model's tokenizer, got None")
         check_processes(args)
+        other = reference_model is not None or args.reference_model is not None
+        self._check_retain_gradient(args, other=other or hasattr(module, "disable_adapter"))
         adapter = peft_config is not None or hasattr(module, "disable_adapter")
         check_training(module, masks=masks is not None, adapter=adapter)
         keep_differentiable(module)
@@ -298,6 +299,19 @@ class UnlearnTrainer(TwoTermTrainer):
         if self.dual is not None:
             self.add_callback(_DualUpdates(self.dual))
 
+    def _check_retain_gradient(self, args: UnlearnConfig, *, other: bool) -> None:
+        """HAMU's steps are as long as the retain gradient, and keep as much as it promises: it must not be zero at the start.
+
+        Args:
+            other: whether the model does not start as its own reference.
+        """
+        kind = self.objective.retain_loss_type
+        if args.update.startswith("hamu") and kind != "NLL" and (kind == "EMBED_DIFF" or not other):
+            raise ValueError(
+                f"update: {args.update} has no gradient to keep by with {type(self.objective).__name__}'s retain term ({kind}): it is zero where "
+                "the model is its own reference; set retain_loss_type=NLL (objective=KL: take GradDiff)"
+            )
+
     # ---- compressed weights ------------------------------------------------------------------------------------------
 
     def _check_compressible(self, model: nn.Module, masks: Mapping[str, BitMask] | None, optimizers: Any) -> None:
@@ -347,8 +361,7 @@ class UnlearnTrainer(TwoTermTrainer):
             if isinstance(source, TextSet):
                 check_context(source, model)
                 return source
-            rows = load_rows(source) if isinstance(source, (str, os.PathLike)) else list(source)
-            return encode_rows(rows, tokenizer, what=what, system=args.system_prompt, max_length=limit)
+            return encode_rows(load_rows(source), tokenizer, what=what, system=args.system_prompt, max_length=limit)
 
         if forget is None:
             raise ValueError("forget_dataset: want what must be forgotten, got None")
@@ -363,7 +376,7 @@ class UnlearnTrainer(TwoTermTrainer):
         elif not len(forget):
             raise ValueError("forget_dataset: empty")
         if args.retain_groups is not None and retain is not None:
-            self._group_rows(retain, args)
+            self.group_names, self._group_of = group_rows(retain, args)
         alternates = None
         if self.objective.needs_alternates == "alternates":
             forget, alternates = spread_alternates(forget, tokenizer, args)
@@ -371,32 +384,6 @@ class UnlearnTrainer(TwoTermTrainer):
             options = forget.options or {"system": args.system_prompt, "max_length": limit}
             alternates = encode_rows(with_refusals(forget.rows, seed=args.seed), tokenizer, what="refusals", **options)
         return PairedSet(forget, retain if self.objective.alpha else None, alternates)
-
-    def _group_rows(self, retain: TextSet, args: UnlearnConfig) -> None:
-        """Groups of the retain rows, by the column that names them, in the order of their names."""
-        column = str(args.retain_groups)
-        without = next((i for i, row in enumerate(retain.rows) if row.get(column) is None), None)
-        if without is not None:
-            raise ValueError(
-                f"retain_groups: retain row {without} has no {column!r}; it has {', '.join(retain.rows[without])}"
-            )
-        names = [str(row[column]) for row in retain.rows]
-        self.group_names = sorted(set(names))
-        self._group_of = [self.group_names.index(name) for name in names]
-        count = len(self.group_names)
-        if args.retain_budgets is not None and len(args.retain_budgets) != count:
-            raise ValueError(
-                f"retain_budgets: want {count}, one for each group ({', '.join(self.group_names)}), got {len(args.retain_budgets)}"
-            )
-        rows = args.per_device_train_batch_size * args.retain_per_forget
-        if rows < count:
-            raise ValueError(
-                f"retain_per_forget: a batch has {rows} retain rows and there are {count} groups; want one of each at least"
-            )
-        if args.world_size > 1 and not args.dataloader_drop_last:
-            raise ValueError(
-                "retain_groups: on several processes want dataloader_drop_last=true: every batch needs every group"
-            )
 
     def retain_batch(self, rows: Any) -> dict[str, Any]:
         retain = self.train_dataset.retain

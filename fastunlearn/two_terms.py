@@ -219,6 +219,10 @@ class TwoTermTrainer(CertifiedTrainer):
         check_processes(args)
         self.check_shardable(model)
         self.update: Update = make_update(args.update, args)
+        if self.update.takes_step and optimizers[0] is not None:
+            raise ValueError(
+                f"optimizers: update={args.update} takes its steps itself; leave the optimiser out (hamu_base=adamw passes them on to one)"
+            )
         self.masks: dict[str, BitMask] | None = dict(masks) if masks is not None else None
         #: what the optimiser moves: the masks, or with localize="saliency" a part of them
         self.movable = self.masks

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset, Sampler
 
-from fastunlearn.data.text import collate
+from fastunlearn.data.text import TextSet, collate, name_rows
 
 #: (row of the forget set, rows of the retain set)
 Pair = tuple[int, tuple[int, ...]]
@@ -40,6 +40,40 @@ def check_context(rows: Any, model: Any) -> None:
             f"{getattr(rows, 'what', 'rows')}: {long} of {len(lengths)} rows are longer than the model's context of {limit} tokens (up to "
             f"{max(lengths)}); what lies behind it would not count, so encode them with max_length={limit} or less, or split them"
         )
+
+
+def group_rows(retain: TextSet, args: Any) -> tuple[list[str], list[int]]:
+    """Groups of the retain rows, by the column `args.retain_groups` that names them.
+
+    Returns:
+        (names in their order, for each row the number of its group).
+
+    Raises:
+        ValueError: rows without a name, as many budgets as there are no groups, batches without a row of each.
+    """
+    column = str(args.retain_groups)
+    without = [i for i, row in enumerate(retain.rows) if row.get(column) in (None, "")]
+    if without:
+        columns = ", ".join(retain.rows[without[0]])
+        raise ValueError(
+            f"retain_groups: {retain.what}, {name_rows(without)}: nothing in {column!r} (columns: {columns})"
+        )
+    named = [str(row[column]) for row in retain.rows]
+    names = sorted(set(named))
+    if args.retain_budgets is not None and len(args.retain_budgets) != len(names):
+        raise ValueError(
+            f"retain_budgets: want {len(names)}, one for each group ({', '.join(names)}), got {len(args.retain_budgets)}"
+        )
+    rows = args.per_device_train_batch_size * args.retain_per_forget
+    if rows < len(names):
+        raise ValueError(
+            f"retain_per_forget: a batch has {rows} retain rows and there are {len(names)} groups; want one of each at least"
+        )
+    if args.world_size > 1 and not args.dataloader_drop_last:
+        raise ValueError(
+            "retain_groups: on several processes want dataloader_drop_last=true: every batch needs every group"
+        )
+    return names, [names.index(name) for name in named]
 
 
 class PairedSet(Dataset[dict[str, Any]]):

@@ -150,7 +150,8 @@ class TextSet(Dataset[TokenRow]):
         return f"TextSet({self.what!r}, {len(self)} rows of {forms})"
 
 
-def _name_rows(numbers: Sequence[int], count: int = 5) -> str:
+def name_rows(numbers: Sequence[int], count: int = 5) -> str:
+    """Rows by their numbers, for a message."""
     shown = ", ".join(str(i + 1) for i in numbers[:count])
     more = f" and {len(numbers) - count} more" if len(numbers) > count else ""
     return f"row{'s' if len(numbers) > 1 else ''} {shown}{more} (counted from 1)"
@@ -162,7 +163,7 @@ def _form(rows: Sequence[Row], what: str) -> str:
         if set(columns) <= set(found):
             lacking = [i for i, row in enumerate(rows) if not set(columns) <= row.keys()]
             if lacking:
-                raise ValueError(f"{what}: {_name_rows(lacking)} without {' and '.join(columns)}")
+                raise ValueError(f"{what}: {name_rows(lacking)} without {' and '.join(columns)}")
             return form
     forms = "; ".join(" + ".join(columns) for columns in FORMS.values())
     raise ValueError(f"{what}: columns found: {', '.join(found) or 'none'}; want one of: {forms}")
@@ -387,7 +388,7 @@ def encode_rows(
             bad.setdefault(str(error), []).append(i)
             continue
         except ValueError as error:
-            raise ValueError(f"{what}, {_name_rows([i])}: {error}") from error
+            raise ValueError(f"{what}, {name_rows([i])}: {error}") from error
         if not answer:
             empty.append(i)
             continue
@@ -403,20 +404,20 @@ def encode_rows(
         prompts.append(shown)
         wanted.append(answer)
     for message, numbers in bad.items():
-        raise ValueError(f"{what}, {_name_rows(numbers)}: {message}")
+        raise ValueError(f"{what}, {name_rows(numbers)}: {message}")
     if empty:
         raise ValueError(
-            f"{what}: {_name_rows(empty)}: the {FORMS[form][-1] if form != 'messages' else 'answer'} is empty"
+            f"{what}: {name_rows(empty)}: the {FORMS[form][-1] if form != 'messages' else 'answer'} is empty"
         )
     if long:
         raise ValueError(
-            f"{what}: {_name_rows(list(long))}: the answer alone is longer than max_length = {max_length} (up to "
+            f"{what}: {name_rows(list(long))}: the answer alone is longer than max_length = {max_length} (up to "
             f"{max(long.values())} tokens); what is cut off would not count, so split it or raise max_length"
         )
     if cut:
         warnings.warn(
             f"{what}: {len(cut)} of {len(rows)} rows are longer than max_length = {max_length} and lose the start of their prompt: "
-            f"{_name_rows(cut)}",
+            f"{name_rows(cut)}",
             stacklevel=2,
         )
     end = prompter.end_of_turn if _is_conversation(rows[0], form) else tokenizer.eos_token_id

@@ -7,6 +7,7 @@ after clipping. Clipping is inside the step, of every gradient by itself; the Tr
 from __future__ import annotations
 
 import json
+import math
 import os
 import warnings
 from collections.abc import Mapping, Sequence
@@ -58,8 +59,12 @@ class Hamu(Separate):
         self.base: str = option("hamu_base", "sgd")
         asked = {name: option(f"hamu_{name}", None) for name in ("share", "ratio", "q")}
         for name, value in asked.items():
-            if value is not None and not value >= 0:
+            if value is not None and not 0 <= value < math.inf:
                 raise ValueError(f"hamu_{name}: want a number >= 0, got {value}")
+        if asked["share"] is not None and asked["share"] > 1:
+            raise ValueError(
+                f"hamu_share: want a number in [0, 1], got {asked['share']}; it is a share of the most there is"
+            )
         given = [f"hamu_{name}" for name, value in asked.items() if value is not None]
         if len(given) > 1:
             raise ValueError(f"{', '.join(given)}: give one of them (q = ratio * learning_rate)")
@@ -68,13 +73,14 @@ class Hamu(Separate):
             raise ValueError(f"retain_budgets: with update=hamu-u they say what must be kept; leave {given[0]} out")
         if not given and not told:
             asked["share"] = 0.5
+        self._check(args)
         self.options = {
             "variant": self.variant,
             **asked,
             "scope": option("hamu_scope", "tensor"),
             "allocation": option("hamu_allocation", None),
             "rule": option("hamu_rule", "exact"),
-            "max_grad_norm": getattr(args, "max_grad_norm", 1.0) or None,
+            "max_grad_norm": option("max_grad_norm", 1.0) or None,
             "skip_flagged": self.on_flag == "stop",
         }
         if self.base == "adamw":
@@ -84,10 +90,36 @@ class Hamu(Separate):
                 stacklevel=4,
             )
         self.takes_step = self.base == "sgd"
+        #: of the other optimiser, where the step is passed on
+        self.rate: float = option("learning_rate", 1.0)
         self.present: list[int] = []
         self.stop: str | None = None
         self.optimizer: HamuSGD | None = None
         self._ready: tuple[list[Tensor | None], list[list[Tensor | None]]] | None = None
+
+    def _check(self, args: Any) -> None:
+        """
+        Raises:
+            ValueError: options that do not go together, or are out of range.
+        """
+        grouped = getattr(args, "retain_groups", None) is not None
+        if self.budgets is not None:
+            if not all(map(math.isfinite, self.budgets)):
+                raise ValueError(f"retain_budgets: want finite numbers, got {self.budgets}")
+            if not grouped and len(self.budgets) != 1:
+                raise ValueError(
+                    f"retain_budgets: want one number, or retain_groups to have one for each group, got {len(self.budgets)}"
+                )
+        if getattr(args, "hamu_allocation", None) == "norms" and (grouped or (self.variant == "u" and self.budgets)):
+            raise ValueError("hamu_allocation: norms is without groups (and in hamu-u without budgets); want joint")
+        if getattr(args, "hamu_rule", None) == "paper" and (grouped or self.budgets is not None):
+            raise ValueError("hamu_rule: paper is without retain_groups and retain_budgets; want exact")
+        if self.base == "adamw" and self.on_flag == "backtrack":
+            raise ValueError("on_flag: backtrack makes steps shorter, of which hamu_base=adamw takes no notice")
+        for name, least in (("max_grad_norm", "0 (no clipping) or more"), ("learning_rate", "more than 0")):
+            value = getattr(args, name, None)
+            if value is not None and not (0 <= value < math.inf and (value or name == "max_grad_norm")):
+                raise ValueError(f"{name}: want {least}, got {value}")
 
     def make_optimizer(self, named: Sequence[tuple[str, Tensor]], masks: Masks, args: Any) -> HamuSGD:
         """The optimiser of a run, over these parameters."""
@@ -105,12 +137,25 @@ class Hamu(Separate):
         if self.base == "sgd":
             assert self.optimizer is not None, "make_optimizer() first"
             self.optimizer.options |= options
-            return
+        else:
+            self._pass_on(params, masks, options)
+
+    def _pass_on(self, params: Sequence[Tensor], masks: Masks, options: Mapping[str, Any]) -> None:
+        """`.grad` such that plain SGD would take the step: its opposite, over the learning rate; none where it is not taken."""
+        settings = {**self.options, **options}
+        settings["q"] = None if settings["q"] is None else settings["q"] / self.rate
+        settings["budgets"] = settings["budgets"] and [b / self.rate for b in settings["budgets"]]
         forget, retain = self._gradients()
-        # A step of 1 from zero is the change itself; what an optimiser takes for a gradient is its opposite.
-        changes = [torch.zeros(p.shape, dtype=torch.float32, device=p.device) for p in params]
-        settings = {**self.options, **options, "lr": 1.0, "masks": masks, "descent": True}
-        ops.hamu_step_(changes, retain if len(retain) > 1 else retain[0], forget, **settings)
+        # From zero a step is the change itself.
+        changes = [torch.zeros_like(p, dtype=torch.float32) for p in params]
+        inner = HamuSGD(changes, lambda: (forget, retain), masks, lr=1.0, infeasible=self.on_infeasible, **settings)
+        if self.optimizer is not None:
+            inner.param_groups[0]["steps"] = self.optimizer.param_groups[0]["steps"]
+        self.optimizer = inner
+        inner.step()
+        certificate = self.after_step(inner.param_groups[0]["steps"], [str(k) for k in self.present])
+        if certificate is None or not certificate.taken:
+            return
         for p, change in zip(params, changes):
             p.grad = change.neg_().to(p.dtype)
 

@@ -325,6 +325,49 @@ def test_adamw_says_that_the_guarantee_is_void(tmp_path):
     assert "exp_avg" in next(iter(trainer._masked_optimizer().state.values()))
 
 
+def test_what_adamw_is_passed_is_the_step(tmp_path):
+    """The opposite of the change over the learning rate; nothing where the policies leave the step out."""
+
+    def gradient(name, **changes):
+        with pytest.warns(UserWarning, match="the guarantee is void"):
+            trainer = make(tmp_path / name, hamu_base="adamw", **changes)
+        pair = trainer.train_dataset
+        batch = trainer.data_collator([pair[key] for key in PairedSampler(4, len(pair.retain), 1, seed=42)])
+        trainer.create_optimizer()
+        trainer.current_gradient_accumulation_steps = 1
+        trainer.training_step(trainer.model, batch)
+        return {n: p.grad for n, p in trainer.model.named_parameters()}, trainer.update
+
+    make(tmp_path / "sgd", model := known_model(), num_train_epochs=1, hamu_q=2e-7).train()
+    got, _ = gradient("adamw", hamu_q=2e-7)
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(got[name], (known_model().get_parameter(name) - p) / 2e-3, rtol=1e-3, atol=1e-4)
+    got, update = gradient("stop", model=tiny_llama(), retain=TWINS, hamu_share=0.99, on_flag="stop")
+    assert all(grad is None for grad in got.values())
+    assert update.stop.startswith("step 1 is flagged")
+    _, update = gradient("largest", hamu_ratio=5.0, on_infeasible="largest")
+    assert update.optimizer.certificate.s == pytest.approx(1)
+
+
+def test_what_hamu_cannot_start_with(tmp_path):
+    model = known_model()
+    given = (model, HAMUConfig(**options(tmp_path / "out")), FORGET, RETAIN, TOKENIZER)
+    with pytest.raises(ValueError, match="optimizers: update=hamu-q takes its steps itself"):
+        HAMUTrainer(*given, optimizers=(torch.optim.SGD(model.parameters(), 1e-3), None))
+    for changes in ({"objective": "KL"}, {"objective": "NPO", "retain_loss_type": "KL"}, {"objective": "RMU"}):
+        with pytest.raises(ValueError, match=r"update: hamu-q has no gradient to keep by .* set retain_loss_type=NLL"):
+            make(tmp_path / "out", **changes)
+    trainer = HAMUTrainer(
+        model,
+        HAMUConfig(**options(tmp_path / "kl", objective="KL")),
+        FORGET,
+        RETAIN,
+        TOKENIZER,
+        reference_model=tiny_llama(),
+    )
+    assert trainer.objective.retain_loss_type == "KL"
+
+
 @pytest.mark.parametrize("update", ["hamu-q", "gru"])
 def test_resuming_is_not_having_stopped(tmp_path, update):
     def trainer(folder):
@@ -384,6 +427,16 @@ def test_a_killed_run_resumed_equals_one_that_was_not(tmp_path):
         ({"hamu_ratio": 0.5, "hamu_q": 1e-4}, "hamu_ratio, hamu_q: give one"),
         ({"hamu_ratio": -1.0}, "hamu_ratio: want a number >= 0"),
         ({"certificate_every": -1}, "certificate_every: want a number >= 0"),
+        ({"hamu_share": 1.5}, r"hamu_share: want a number in \[0, 1\], got 1.5"),
+        ({"hamu_q": float("inf")}, "hamu_q: want a number >= 0, got inf"),
+        ({"retain_budgets": [0.0, 0.1]}, "retain_budgets: want one number, or retain_groups .* got 2"),
+        ({"retain_budgets": [float("nan")]}, "retain_budgets: want finite numbers"),
+        ({"retain_groups": "tenant", "hamu_allocation": "norms"}, "hamu_allocation: norms is without groups"),
+        ({"update": "hamu-u", "retain_budgets": [0.1], "hamu_allocation": "norms"}, "hamu_allocation: norms is without"),
+        ({"retain_groups": "tenant", "hamu_rule": "paper"}, "hamu_rule: paper is without retain_groups"),
+        ({"hamu_base": "adamw", "on_flag": "backtrack"}, "on_flag: backtrack makes steps shorter"),
+        ({"max_grad_norm": -1.0}, r"max_grad_norm: want 0 \(no clipping\) or more, got -1"),
+        ({"learning_rate": 0.0}, "learning_rate: want more than 0, got 0"),
         ({"update": "hamu-u", "retain_budgets": [0.0], "hamu_ratio": 0.1}, "retain_budgets: with update=hamu-u"),
     ],
 )  # fmt: skip
@@ -394,8 +447,13 @@ def test_bad_arguments(tmp_path, changes, words):
 
 def test_bad_groups(tmp_path):
     retain = [{**row, "tenant": "ab"[i % 2]} for i, row in enumerate(RETAIN)]
-    with pytest.raises(ValueError, match="retain_groups: retain row 0 has no 'tenant'; it has question, answer"):
+    with pytest.raises(
+        ValueError, match=r"retain_groups: retain set, rows 1, .* nothing in 'tenant' \(columns: question, answer\)"
+    ):
         make(tmp_path / "out", retain_groups="tenant")
+    blank = [*retain[:3], {**retain[3], "tenant": ""}]
+    with pytest.raises(ValueError, match=r"retain set, row 4 \(counted from 1\): nothing in 'tenant'"):
+        make(tmp_path / "out", retain=blank, retain_groups="tenant")
     with pytest.raises(ValueError, match=r"retain_budgets: want 2, one for each group \(a, b\), got 3"):
         make(tmp_path / "out", retain=retain, retain_groups="tenant", retain_budgets=[0.0, 0.0, 0.0])
     with pytest.raises(ValueError, match="retain_per_forget: a batch has 1 retain rows and there are 2 groups"):
