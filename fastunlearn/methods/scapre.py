@@ -26,7 +26,7 @@ from fastunlearn import ops
 from fastunlearn.data.concepts import check_concepts, last_words
 from fastunlearn.evaluation.residuals import forget_residuals, retain_residuals, spread
 from fastunlearn.localize.text_paths import TextPath, text_paths, write_weights
-from fastunlearn.methods.scapre_official import official
+from fastunlearn.methods.scapre_official import PRESETS, ROLLBACKS, official
 from fastunlearn.methods.scapre_solve import kept_text, pairs, relevance, solve
 
 Mode = Literal["robust", "official", "paper"]
@@ -41,9 +41,15 @@ class ScaPreConfig:
     mode: Mode = field(
         default="robust", metadata={"help": "The version of the method; see fastunlearn.methods.scapre."}
     )
-    preset: Literal["diversi50", "confuse5", "artists", "nsfw"] | None = field(
+    preset: (
+        Literal["diversi50", "confuse5", "artists", "nsfw", "imagenette", "artists-rollback", "confuse5-residual"]
+        | None
+    ) = field(
         default=None,
-        metadata={"help": "Published settings of the authors' code, their erase_scale among them; mode official only."},
+        metadata={
+            "help": "Published settings of the authors' code (diversi50, confuse5, artists, nsfw; of its program for few concepts "
+            "imagenette, artists-rollback, confuse5-residual), erase_scale among them; mode official only."
+        },
     )
     lamb: float = field(default=0.5, metadata={"help": "Weight of the old projection."})
     erase_scale: float = field(
@@ -110,7 +116,7 @@ class ScaPreConfig:
         for name, words in (
             ("mode", ("robust", "official", "paper")), ("tokens", ("last", "all")), ("gate", ("conflict", "code", "paper")),
             ("relevance", ("none", "gaussian", "binary")), ("negatives", ("preserved", "empty")),
-            ("control", ("none", "shuffled", "constant")), ("preset", (None, "diversi50", "confuse5", "artists", "nsfw")),
+            ("control", ("none", "shuffled", "constant")), ("preset", (*PRESETS, *ROLLBACKS)),
         ):  # fmt: skip
             if getattr(self, name) not in words:
                 raise ValueError(f"{name}: want one of {', '.join(map(str, words))}; got {getattr(self, name)!r}")

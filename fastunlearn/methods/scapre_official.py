@@ -1,4 +1,6 @@
-"""ScaPre as its authors' published code computes it (erase_scale.py), from facts about that code; the solve is exact and fast.
+"""ScaPre as its authors' published code computes it, from facts about that code; the solve is exact and fast.
+
+Its program for many concepts (erase_scale.py):
 
 For every projection W0, with the concepts' last words C, context tokens c_kt (last word to the last position), the tokens c'_kt of the
 anchor in their places (from its own last word on; of the empty anchor from the first position), S = sum c c^T:
@@ -8,8 +10,14 @@ anchor in their places (from its own last word on; of the empty anchor from the 
     R         U diag(mu (1 - gate(s))) U^T of C = U s V^T, gate = sigmoid(s - median), where `ased`
     row i     w_i ((lamb + mu) I + R + C C^T + es S + es m_i P_C) = (lamb + mu) w0_i + es sum_k m_ki sum_t (w0_i c'_kt) c_kt^T
 
-and then, row by row, fixed-point steps towards the least |w - a|^2 (lamb + mu) + mu d(w w^T, w0 w0^T)^2. The code draws noise anew
-wherever it needs some, without a seed; here one seeded draw serves all, and C C^T is in S as it is there.
+and then, row by row, fixed-point steps towards the least |w - a|^2 (lamb + mu) + mu d(w w^T, w0 w0^T)^2. Its program for few (erase.py,
+the presets of ROLLBACKS) has no such steps and goes back a share of the way instead, h_i being the normalised entropy of row i:
+
+    row i     v_i (lamb I + C C^T + es S) = lamb w0_i + es sum_k m_ki sum_t (w0_i c'_kt) c_kt^T - es w0_i C' C'^T
+              w_i = a_i v_i + (1 - a_i) w0_i,  a_i = alpha_min + (1 - alpha_min) (1 - h_i)
+
+with C' = (I - U diag(gate(s)) U^T) C where `residual`, else 0. The code draws noise anew wherever it needs some, without a seed; here
+one seeded draw serves all, and C C^T is in S as it is there.
 """
 
 from __future__ import annotations
@@ -35,6 +43,12 @@ PRESETS: dict[str | None, tuple[float | None, float | None, bool, int]] = {
     "confuse5": (2.0, 8.0, True, 30),
     "artists": (2.0, 8.0, True, 30),
     "nsfw": (2.0, None, False, 20),
+}
+#: alpha_min and whether there is C', of the published commands of the other program; es 1, p 2, 20 samples
+ROLLBACKS: dict[str | None, tuple[float, bool]] = {
+    "imagenette": (0.8, False),
+    "artists-rollback": (0.5, False),
+    "confuse5-residual": (1.0, True),
 }
 TEMPERATURE, BINS = 0.7, 20
 
@@ -64,6 +78,12 @@ def bures_rows(new: Tensor, old: Tensor, lam: float, mu: float, steps: int = 1) 
     return radius * u
 
 
+def _between(new: Tensor, old: Tensor, share: Tensor) -> Tensor:
+    """Row i goes share_i of the way from `old` to `new`."""
+    wide = torch.promote_types(new.dtype, torch.float32)
+    return torch.lerp(old.to(wide), new.to(wide), share[:, None].to(wide)).to(old.dtype)
+
+
 def _context(stream: TextStream, names: Sequence[str], guides: Sequence[str]) -> tuple[Tensor, Tensor, Tensor]:
     """Last words [m, d]; features from there on and, in their places, the anchors' from their last words on, [m, T, d], as long as
     both have some, 0 behind."""
@@ -86,7 +106,7 @@ def official(
     Raises:
         ValueError: its system has a mask for every row and concept, and these and the tokens do not fit memory.
     """
-    scale, power, ased, copies = PRESETS[config.preset]
+    scale, power, ased, copies = PRESETS.get(config.preset, (1.0, 2.0, False, 20))
     es = config.erase_scale if scale is None else scale
     weights = list(old.values())
     device = weights[0].device
@@ -109,10 +129,22 @@ def official(
         )
         masks = torch.cat([soft_mask(part, power) for part in information.split(heights)])
     entropies = ops.row_entropy(weights, noisy(last, copies, config.noise, config.seed), bins=BINS)
-    mus = [float(part.mean()) for part in entropies.split(heights)]
     U, s, _ = torch.linalg.svd(last.T, full_matrices=False)
-    R = (U * (1 - (s - s.median()).sigmoid())) @ U.T if ased else None
+    gate = (s - s.median()).sigmoid()
     S = ops.token_moments(last) + es * ops.token_moments(c)
+    if config.preset in ROLLBACKS:
+        floor, residual = ROLLBACKS[config.preset]
+        C = last.T - (U * gate) @ (U.T @ last.T) if residual else torch.zeros_like(last.T)
+        R = C @ C.T
+        # What R adds on the left is taken out of S: it stands on the right alone.
+        new = ops.spectral_solve(
+            weights, S - es * R, None, lam=config.lamb, R=R, gamma=es, eta=-1.0, mode="official", relevance=0.0,
+            per_concept=(es * masks, a, c),
+        )  # fmt: skip
+        share = (floor + (1 - floor) * (1 - entropies)).split(heights)
+        return [_between(n, w, x) for n, w, x in zip(new, weights, share)], masks.amax(1), S
+    mus = [float(part.mean()) for part in entropies.split(heights)]
+    R = (U * (1 - gate)) @ U.T if ased else None
     new = ops.spectral_solve(
         weights, S, None, lam=[config.lamb + mu for mu in mus], R=R, gamma=mus, eta=0.0, projector=last.T,
         relevance=es * masks.amax(1), mode="official", per_concept=(es * masks, a, c),

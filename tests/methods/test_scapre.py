@@ -16,7 +16,7 @@ from fastunlearn.data import concepts as concept_text
 from fastunlearn.data.prompts import aligned_features, empty_feature, encode_prompts, last_features
 from fastunlearn.evaluation.residuals import forget_residuals, retain_residuals, spread
 from fastunlearn.methods.scapre import ScaPreConfig, scapre
-from fastunlearn.methods.scapre_official import PRESETS, bures_rows, soft_mask
+from fastunlearn.methods.scapre_official import PRESETS, ROLLBACKS, bures_rows, soft_mask
 from fastunlearn.methods.scapre_solve import gate, overlap
 from fastunlearn.methods.uce import UCEConfig, uce
 from fastunlearn.parametrize.edit_lora import edit_lora, save_edit_lora
@@ -191,6 +191,33 @@ def test_official_is_the_authors_system_row_by_row(preset, anchor):
             system = G + es * masks[i].max() * pi
             want[i] = torch.cholesky_solve(b[:, None], torch.linalg.cholesky(system))[:, 0]
         torch.testing.assert_close(got, bures_rows(want, w0, 0.5 + mu, mu), rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("preset", list(ROLLBACKS))
+def test_the_authors_program_for_few_concepts(preset):
+    """Written out from the description: one inverse a projection, and the share of the way that each row goes."""
+    floor, residual = ROLLBACKS[preset]
+    pipeline = double(tiny_pipeline())
+    names, old = ["Van Gogh", "Mosaic"], state(pipeline)
+    features, other = encode_prompts(pipeline, names), encode_prompts(pipeline, ["Photo"])[0]
+    pairs = [(features[0, 2:], other[1:-1]), (features[1, 1:], other[1:])]
+    C = torch.stack([c[0] for c, _ in pairs], 1)
+    U, s, _ = torch.linalg.svd(C, full_matrices=False)
+    left = (EYE - U @ torch.sigmoid(s - s.median()).diag() @ U.T) @ C
+    edit = scapre(pipeline, names, "Photo", config=ScaPreConfig(mode="official", preset=preset))
+    samples = [concept_text.noisy(t, 5, 0.01, 0) for t in (C.T.contiguous(), empty_feature(pipeline))]
+    for name, got in [*edit.weights.items()][:3]:
+        w0 = old[name]
+        masks = soft_mask(ops.informax(w0, *samples, reduce="none"), 2.0)
+        mat1, mat2 = 0.5 * w0, 0.5 * EYE + C @ C.T
+        for k, (c, a) in enumerate(pairs):
+            mat1, mat2 = mat1 + masks[:, k, None] * (w0 @ a.T @ c), mat2 + c.T @ c
+        if residual:
+            mat1 = mat1 - w0 @ left @ left.T
+        specialised = 1 - ops.row_entropy(w0, concept_text.noisy(C.T.contiguous(), 20, 0.01, 0))
+        share = (floor + (1 - floor) * specialised)[:, None]
+        want = share * (mat1 @ torch.inverse(mat2)) + (1 - share) * w0
+        torch.testing.assert_close(got, want, rtol=1e-8, atol=1e-9)
 
 
 def test_the_row_step():
