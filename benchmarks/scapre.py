@@ -94,11 +94,13 @@ def scaling(
 ) -> dict[int, tuple[Tensor, Tensor]]:
     """Rows "scaling"; count -> S, S*."""
     found = {}
+    # A relevance for every row, as where it is measured: all of one would be one Cholesky factor, without the eigenvectors.
+    relevance = torch.full((sum(len(w) for w in listed),), 0.5)
     for count in counts:
         S, S_star, seconds, peak = moments(count)
 
         def solve(S: Tensor = S, S_star: Tensor = S_star) -> Any:
-            return ops.spectral_solve(listed, S, S_star, lam=LAM, relevance=0.5)
+            return ops.spectral_solve(listed, S, S_star, lam=LAM, relevance=relevance)
 
         solve()
         _, cost = measured(solve, S.device)
@@ -218,7 +220,8 @@ def stress(count: int, named: dict[str, Tensor], S: Tensor, S_star: Tensor) -> d
 
     def solve(w: list[Tensor], preserved: bool) -> list[Tensor]:
         extra = held if preserved else torch.zeros_like(held)
-        return ops.spectral_solve(w, S + extra, S_star + extra, lam=LAM, relevance=1.0)  # type: ignore[no-any-return]
+        relevance = torch.ones(sum(len(x) for x in w))
+        return ops.spectral_solve(w, S + extra, S_star + extra, lam=LAM, relevance=relevance)  # type: ignore[no-any-return]
 
     for preserved, name in ((False, "alone"), (True, "with preserved text")):
         new = dict(zip(named, solve(listed, preserved)))

@@ -59,7 +59,7 @@ def spectral_solve(
     `official` is the system of the authors' code. `robust`, `gate` and `official` compute W - W0 and so change nothing, to the
     bit, where there is nothing to change; with R = None or eta = 1 the edit of `robust` is zero off the span of the tokens c.
 
-    One eigendecomposition serves all rows (one Cholesky factor where no relevance is given); matrices d x d in float64, products
+    One eigendecomposition serves all rows (one Cholesky factor where all have one relevance, a number or None); matrices d x d in float64, products
     over the rows in float32, or float64 for float64 weights. Not differentiable.
 
     Args:
@@ -83,7 +83,7 @@ def spectral_solve(
     Raises:
         TypeError, ValueError: arguments of another kind, shape, device or range; mode "paper" with S* = 0, whose only solution is
         W = 0 ("complete forgetting" that forgets everything); S or R not symmetric.
-        ArithmeticError: H is not positive semidefinite (without relevance: lam I + H not positive definite).
+        ArithmeticError: H is not positive semidefinite (of one relevance for all: lam / a I + H not positive definite).
 
     Example:
         >>> S, S_star = ops.token_moments(c), ops.token_moments(c, anchors=c_star)
@@ -124,6 +124,10 @@ def _solve(
     heights = [w.shape[0] for w in listed]
     lams = numbers("lam", lam, num, above=True)
     gammas = numbers("gamma", gamma, num, above=False)
+    if mode == "robust" and isinstance(relevance, int | float) and relevance > 0:
+        # One number for all rows is another lam: they have one matrix in common.
+        shared = [x / relevance for x in lams]
+        lams, relevance = (shared, None) if max(shared) < math.inf else (lams, relevance)
     S = symmetric("S", square("S", S, num, d, device))
     if S_star is None:
         if per_concept is None:

@@ -298,6 +298,21 @@ def test_nothing_to_erase_changes_no_bit(mode, dtype):
     assert_equal(same, p["weights"])
 
 
+def test_one_relevance_for_all_is_one_matrix(monkeypatch):
+    p = problem()
+    rows = torch.full((15,), 0.25, dtype=torch.float64)
+    want, traces = solve(p, R=p["R"], gamma=0.4, relevance=rows, traces=True)
+    same = solve(p, R=p["R"], gamma=0.4, relevance=0.25, traces=True)
+    for a, b in zip((*want, *traces), (*same[0], *same[1])):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+    monkeypatch.setattr(torch.linalg, "eigh", None)
+    for a, b in zip(want, solve(p, R=p["R"], gamma=0.4, relevance=0.25)):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+    monkeypatch.undo()
+    assert_equal(solve(p, lam=1e300, relevance=1e-300), p["weights"])
+    assert_equal(solve(p, relevance=0.0), p["weights"])
+
+
 @pytest.mark.parametrize("mode", ["robust", "gate"])
 def test_rows_of_no_relevance_stay_bit_for_bit(mode):
     p = problem(dtype=torch.float32)
@@ -358,12 +373,11 @@ def test_condition_1e8_in_single_precision(relevance):
     p = problem(heights=(64, 96), d=48, m=60, T=4, size=100.0)
     lam = float(torch.linalg.eigvalsh(p["S"])[-1]) / 1e8
     assert lam < 1
-    wide = solve(p, lam=lam, relevance=p["relevance"] * 0 + 0.5 if relevance else None)
+    rows = p["relevance"] * 0 + 0.5 if relevance else None
+    wide = solve(p, lam=lam, relevance=rows)
     narrow = {**p, "weights": [w.float() for w in p["weights"]]}
-    exact = solve(
-        {**p, "weights": [w.double() for w in narrow["weights"]]}, lam=lam, relevance=0.5 if relevance else None
-    )
-    got = solve(narrow, lam=lam, relevance=0.5 if relevance else None)
+    exact = solve({**p, "weights": [w.double() for w in narrow["weights"]]}, lam=lam, relevance=rows)
+    got = solve(narrow, lam=lam, relevance=rows)
     for g, w, e in zip(got, wide, exact):
         assert (g.double() - e).abs().max() < 2e-6 * e.abs().max()
         assert (g.double() - w).abs().max() < 1e-5 * w.abs().max()
@@ -495,7 +509,7 @@ def test_the_gradient_by_finite_differences():
 
 
 P = problem()
-W, S, X = P["weights"], P["S"], P["S_star"]
+W, S, X, HALF = P["weights"], P["S"], P["S_star"], torch.full((15,), 0.5)
 
 
 @pytest.mark.parametrize(
@@ -525,8 +539,8 @@ W, S, X = P["weights"], P["S"], P["S_star"]
         (lambda: ops.spectral_solve(W, S, None, lam=1, mode="official", per_concept=(S, S, S)), ValueError, "want mask"),
         (lambda: ops.spectral_solve(W, S, None, lam=1, mode="official", per_concept=3), TypeError, "per_concept: want"),
         (lambda: ops.spectral_solve(W, -S * 1e9, X, lam=1), ArithmeticError, "not positive definite"),
-        (lambda: ops.spectral_solve(W, -S, X, lam=1, relevance=0.5), ArithmeticError, "it has the eigenvalue -"),
-        (lambda: ops.spectral_solve(W, -S, X, lam=1, relevance=0.5, mode="paper"), ArithmeticError, "positive semidefinite"),
+        (lambda: ops.spectral_solve(W, -S, X, lam=1, relevance=HALF), ArithmeticError, "it has the eigenvalue -"),
+        (lambda: ops.spectral_solve(W, -S, X, lam=1, relevance=HALF, mode="paper"), ArithmeticError, "positive semidefinite"),
         (lambda: ops.spectral_trace(W, [1.0]), TypeError, "A: want a floating tensor"),
         (lambda: ops.spectral_trace(W, S[:4]), ValueError, r"A: want \[12, 12\]"),
         (lambda: ops.spectral_trace(W, S.clone().requires_grad_()), ValueError, "A: wants a gradient"),
