@@ -75,6 +75,7 @@ class CertifiedTrainer(ShardedTrainer):
             held_out = self._held_out()
             if held_out is not None:
                 sums[len(self.group_names) + 2] = self.retain_term(self.model, held_out).detach().double()
+        self.reshard()
         values = torch.stack([sums[number] for number in sorted(sums)])
         return self.accelerator.reduce(values, reduction="mean").tolist()
 

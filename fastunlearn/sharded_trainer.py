@@ -81,6 +81,14 @@ class ShardedTrainer(Trainer):
         if self.sharded:
             model.set_requires_gradient_sync(True)
 
+    def reshard(self) -> None:
+        """After passes between a step's backward pass and the step: FSDP leaves its outermost parameters whole until the next backward
+        pass, and what follows the step would compute with them as they were before it."""
+        if self.sharded:
+            for module in self.model.modules():
+                if hasattr(module, "set_requires_gradient_sync"):
+                    module.reshard()
+
     def part_of_mask(self, mask: BitMask, parameter: Tensor) -> BitMask:
         """The rows of a mask that are held here, beside them."""
         return local_mask(mask, parameter).to(parameter.device)

@@ -49,7 +49,11 @@ def _check_gram(values: np.ndarray) -> None:
         if len(wrong):
             raise ValueError(f"{name}: the gradient of tensor {wrong[0]} is not finite; nothing was changed")
         if not squares[:, g].any():
-            why = "there is nothing to forget" if g == k else "an empty group, or a retain term at its minimum? Nothing holds the step back"
+            why = (
+                "there is nothing to forget"
+                if g == k
+                else "an empty group, or a retain term at its minimum? Nothing holds the step back"
+            )
             raise ValueError(f"{name}: zero in every entry that may move ({why}); want a gradient, nothing was changed")
 
 

@@ -21,6 +21,10 @@ RUNS: dict[str, dict[str, Any]] = {
     "compressed": {"options": {"compressed": True}},
     "hamu": {"method": "hamu", "options": {"hamu_share": 0.3, "compressed": True}},
     "masked hamu": {"method": "hamu", "options": {"hamu_share": 0.3}},
+    # All weights train, and losses are taken between the backward pass and the step.
+    "dense hamu": {
+        "method": "hamu", "pruned": False, "options": {"hamu_share": 0.3, "certificate_every": 1, "learning_rate": 0.1, "max_steps": 3}
+    },
     "pcgrad": {"options": {"update": "pcgrad"}},
     "gru": {"options": {"update": "gru", "compressed": True}},
     "dense": {"method": "unlearn", "pruned": False},
