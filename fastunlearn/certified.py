@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -56,26 +56,25 @@ class CertifiedTrainer(ShardedTrainer):
         """Terms of the step's own batches, with their factors: forget, the retain groups; then rows held out. None: no room."""
         sums: dict[int, Tensor] = {}
         share = 1 / len(self._step_batches)
-        with ExitStack() as stack:
-            try:
-                stack.enter_context(self.measuring())
-            except torch.OutOfMemoryError:
-                self._no_room = True
-            if anywhere(self._no_room, self.args.device):
-                self._no_room = True
-                warnings.warn(
-                    "certificate_every: there is no room for the weights in fp32 beside them; no certificate is checked",
-                    stacklevel=2,
-                )
-                return None
-            for inputs in self._step_batches:
-                for _, number, factor, term, part in self._parts(inputs):
-                    value = term(self.model, part).detach().double() * (factor * share)
-                    sums[number] = sums[number] + value if number in sums else value
-            held_out = self._held_out()
-            if held_out is not None:
-                sums[len(self.group_names) + 2] = self.retain_term(self.model, held_out).detach().double()
+        held_out = self._held_out()
+        try:
+            with self.measuring():
+                for inputs in self._step_batches:
+                    for _, number, factor, term, part in self._parts(inputs):
+                        value = term(self.model, part).detach().double() * (factor * share)
+                        sums[number] = sums[number] + value if number in sums else value
+                if held_out is not None:
+                    sums[len(self.group_names) + 2] = self.retain_term(self.model, held_out).detach().double()
+        except torch.OutOfMemoryError:
+            self._no_room = True
         self.reshard()
+        if anywhere(self._no_room, self.args.device):
+            self._no_room = True
+            warnings.warn(
+                "certificate_every: there is no room to take the losses in fp32; no certificate is checked",
+                stacklevel=2,
+            )
+            return None
         values = torch.stack([sums[number] for number in sorted(sums)])
         return self.accelerator.reduce(values, reduction="mean").tolist()
 

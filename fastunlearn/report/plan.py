@@ -35,6 +35,7 @@ ASSUMPTIONS = (
     "block's gradient is reduced; embeddings and head stay gathered",
     "traffic between GPUs goes at 80 % of the link (nodes of 8 with a network port for each GPU) and hides behind the neighbouring "
     "block's products where it is shorter",
+    "hamu's checks of its certificates (certificate_every) are in the memory, not in the time",
     "the allocator's rounding, the CUDA context (0.5 GiB or so) and the process itself are not in it",
 )
 
@@ -445,7 +446,9 @@ def plan(arguments: PlanArguments, hardware: Hardware | None = None) -> Plan:
     }
     there = held["weights"] + held["reference"] + held["states"] + held["masks"] + held["gathered"]
     highest = max(step.moments, key=lambda moment: moment[0] + moment[1] / gpus)
-    peak = there + max(highest[0] + highest[1] / gpus, held["gradients"])
+    # Certificates are checked in fp32, by copies of 16-bit weights beside both gradients.
+    copies = 2 * fixed.weights if a.hamu and gpus == 1 and a.dtype == "bfloat16" else 0.0
+    peak = there + max(highest[0] + highest[1] / gpus, held["gradients"] + copies)
     held["activations"] = highest[0]
 
     moved = fixed.moving * 1.0

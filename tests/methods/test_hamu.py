@@ -132,7 +132,7 @@ def test_no_room_to_measure(tmp_path, monkeypatch):
         raise torch.OutOfMemoryError("none left")
 
     monkeypatch.setattr("fastunlearn.trainer.in_fp32", full)
-    with pytest.warns(UserWarning, match="certificate_every: there is no room for the weights in fp32"):
+    with pytest.warns(UserWarning, match="certificate_every: there is no room to take the losses in fp32"):
         make(tmp_path / "out", num_train_epochs=2).train()
     assert [r["step"] for r in lines(tmp_path / "out") if "holds" not in r] == [1, 2]
 
