@@ -306,6 +306,16 @@ def test_backtrack_halves_the_steps(tmp_path):
     assert all(r["flagged"] and r["taken"] for r in records)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_backtrack_after_a_failed_check(tmp_path, monkeypatch, dtype):
+    """Of bf16 weights a check fails by what rounding at random adds, which shorter steps do not cure."""
+    monkeypatch.setattr("fastunlearn.ops.Certificate.holds", lambda *_: False)
+    trainer = make(tmp_path / "out", known_model().to(dtype), hamu_share=0.1, on_flag="backtrack", num_train_epochs=2)
+    trainer.train()
+    first, second = (r["lr"] for r in lines(tmp_path / "out") if not r["flagged"])
+    assert second == pytest.approx(first / 2 if dtype == torch.float32 else first)
+
+
 def test_more_than_the_ball_holds(tmp_path):
     with pytest.raises(ValueError, match="largest feasible Q of this step is"):
         make(tmp_path / "a", hamu_ratio=5.0).train()
