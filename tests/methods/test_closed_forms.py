@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from itertools import product
 
 import pytest
 import torch
 
-from tests.tiny_diffusion import tiny_flux, tiny_pipeline, tiny_sd3, tiny_world, tiny_xl
+from tests.tiny_diffusion import OBJECTS, STYLES, tiny_flux, tiny_pipeline, tiny_sd3, tiny_world, tiny_xl
 
 pytest.importorskip("diffusers")
 
@@ -295,11 +296,11 @@ def test_official_says_when_concepts_do_not_fit_memory(monkeypatch):
     from fastunlearn.methods.scapre import scapre
 
     assert cost.free_bytes(torch.device("cpu")) > 2**20
-    monkeypatch.setattr("fastunlearn.methods.scapre_official.free_bytes", lambda device: 2**20)
+    monkeypatch.setattr("fastunlearn.methods.scapre_official.free_bytes", lambda device: 2**18)
     with pytest.raises(
         ValueError, match=r"concepts: mode official holds .* GiB; 0.0 GiB are free. Mode robust streams"
     ):
-        scapre(tiny_pipeline(), ["Mosaic", "Cat", "Fish", "Tree"] + [f"a {i}" for i in range(200)], mode="official")
+        scapre(tiny_pipeline(), [" ".join(words) for words in product(OBJECTS, STYLES, repeat=2)], mode="official")
     assert scapre(tiny_pipeline(), ["Mosaic", "Cat"]).weights
 
 
