@@ -7,6 +7,7 @@ precisely (`measuring`). Several processes take the mean of theirs.
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -55,16 +56,18 @@ class CertifiedTrainer(ShardedTrainer):
     def _losses(self) -> list[float] | None:
         """Terms of the step's own batches, with their factors: forget, the retain groups; then rows held out. None: no room."""
         sums: dict[int, Tensor] = {}
-        share = 1 / len(self._step_batches)
+        counts: Counter[int] = Counter()
         held_out = self._held_out()
         try:
             with self.measuring():
                 for inputs in self._step_batches:
                     for _, number, factor, term, part in self._parts(inputs):
-                        value = term(self.model, part).detach().double() * (factor * share)
+                        value = term(self.model, part).detach().double() * factor
                         sums[number] = sums[number] + value if number in sums else value
+                        counts[number] += 1
                 if held_out is not None:
-                    sums[len(self.group_names) + 2] = self.retain_term(self.model, held_out).detach().double()
+                    last = len(self.group_names) + 2
+                    sums[last], counts[last] = self.retain_term(self.model, held_out).detach().double(), 1
         except torch.OutOfMemoryError:
             self._no_room = True
         self.reshard()
@@ -75,7 +78,7 @@ class CertifiedTrainer(ShardedTrainer):
                 stacklevel=2,
             )
             return None
-        values = torch.stack([sums[number] for number in sorted(sums)])
+        values = torch.stack([sums[number] / counts[number] for number in sorted(sums)])
         return self.accelerator.reduce(values, reduction="mean").tolist()
 
     def _held_out(self) -> dict[str, Any] | None:

@@ -9,6 +9,7 @@ Gradients are those of descent on gamma * forget and alpha * retain.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -64,13 +65,17 @@ class Sum(Update):
 
 
 class Separate(Update):
-    """Keeps the gradient of every term in a buffer of its own, over all micro-batches of a step."""
+    """Keeps the gradient of every term in a buffer of its own, over all micro-batches of a step.
+
+    A group without a row in some of them (the last ones of an epoch) is the mean over those where it has one.
+    """
 
     separate = True
 
     def __init__(self, args: Any = None):
         super().__init__(args)
         self.buffers: dict[int, list[Tensor | None]] = {}
+        self._counts: Counter[int] = Counter()
 
     @contextmanager
     def term(self, params: Sequence[Tensor], number: int) -> Iterator[None]:
@@ -79,6 +84,7 @@ class Separate(Update):
             p.grad = buffer
         yield
         self.buffers[number] = [p.grad for p in params]
+        self._counts[number] += 1
         for p in params:
             p.grad = None
 
@@ -87,6 +93,12 @@ class Separate(Update):
 
     def take(self) -> tuple[list[Tensor | None], list[list[Tensor | None]]]:
         """(forget, retain groups), which are no longer kept."""
+        for number, buffer in self.buffers.items():
+            if self._counts[number] < self._counts[0]:
+                for gradient in buffer:
+                    if gradient is not None:
+                        gradient.mul_(self._counts[0] / self._counts[number])
+        self._counts.clear()
         forget = self.buffers.pop(0)
         retain = [self.buffers[number] for number in sorted(self.buffers)]
         self.buffers = {}

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fastunlearn import BitMask
-from fastunlearn.updates import Sum, make_update
+from fastunlearn.updates import Separate, Sum, make_update
 from fastunlearn.updates.surgery import GRU, PCGrad
 
 
@@ -91,6 +91,18 @@ def test_the_moving_mean_and_its_state():
     again = GRU(SimpleNamespace(gru_ema=0.75))
     again.load_state_dict(state)
     assert torch.equal(flat(run(again, *second)), flat(got))
+
+
+def test_a_group_is_the_mean_of_the_micro_batches_that_have_it():
+    update, p = Separate(), torch.nn.Parameter(torch.zeros(3))
+    for micro, numbers in enumerate(((0, 1, 2), (0, 1))):
+        for number in numbers:
+            with update.term([p], number):
+                # Of a loss over the number of micro-batches, as the trainer has it.
+                (p.sum() * (10 * number + micro) / 2).backward()
+    forget, (first, second) = update.take()
+    assert [g[0].tolist() for g in (forget, first, second)] == [[0.5] * 3, [10.5] * 3, [20.0] * 3]
+    assert not update.buffers
 
 
 def test_by_name():
