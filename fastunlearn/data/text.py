@@ -94,7 +94,7 @@ class TextSet(Dataset[TokenRow]):
         def all_of(lists: list[list[Any]]) -> list[Any]:
             return [item for items in lists for item in items]
 
-        return cls(
+        joined = cls(
             sets[0].what,
             all_of([s.forms for s in sets]),
             all_of([s.rows for s in sets]),
@@ -104,6 +104,8 @@ class TextSet(Dataset[TokenRow]):
             all_of([s._wanted for s in sets]),
             all_of([s.end_ids for s in sets]),
         )
+        joined.options = sets[0].options
+        return joined
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -140,10 +142,12 @@ class TextSet(Dataset[TokenRow]):
         def of(items: list[Any]) -> list[Any]:
             return [items[i] for i in chosen]
 
-        return TextSet(
+        some = TextSet(
             self.what, of(self.forms), of(self.rows), of(self.questions), of(self.answers), of(self._prompts),
             of(self._wanted), of(self.end_ids),
         )  # fmt: skip
+        some.options = self.options
+        return some
 
     def __repr__(self) -> str:
         forms = ", ".join("/".join(FORMS[form]) for form in FORMS if form in self.forms)

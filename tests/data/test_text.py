@@ -234,6 +234,13 @@ def test_select_and_lengths():
     assert repr(rows) == "TextSet('forget set', 2 rows of question/answer)"
 
 
+def test_parts_of_a_set_are_encoded_alike():
+    """Other answers to the same questions (IdkDPO) are asked for as the set was."""
+    rows = encode_rows(QA, char_tokenizer(), system="Be.", max_length=64)
+    assert rows.options == {"system": "Be.", "max_length": 64}
+    assert rows.select([1]).options == rows.options == TextSet.join([rows, encode_rows(QA, char_tokenizer())]).options
+
+
 def test_what_is_asked():
     rows = encode_rows(QA, char_tokenizer())
     prompt, wanted = rows.ask(0)
