@@ -91,6 +91,11 @@ class SAUConfig(UnlearnConfig):
                 raise ValueError(f"{name}: {value!r} is unknown; {closest(value, list(known))}")
         if self.redistribution != "none" and self.dense_model is None:
             raise ValueError(f"dense_model: redistribution={self.redistribution} needs the model before pruning")
+        if self.redistribution == "update" and self.update.startswith("hamu") and self.hamu_base == "sgd":
+            raise ValueError(
+                f"redistribution: update is a factor on the step of every entry, and voids what update={self.update} certifies; take obs, "
+                "retain or none"
+            )
         if self.redistribution == "obs" and self.dense_unlearned_model is None:
             raise ValueError("dense_unlearned_model: redistribution=obs needs the dense model after unlearning")
         if not 0 <= self.redistribution_beta <= 1:

@@ -249,6 +249,10 @@ def test_obs_carries_a_dense_update_over(tmp_path, dense):
     [
         ({"redistribution": "updates"}, "redistribution: 'updates' is unknown; did you mean update"),
         ({"redistribution": "update"}, "dense_model: redistribution=update needs the model before pruning"),
+        (
+            {"redistribution": "update", "dense_model": "d", "update": "hamu-q"},
+            "redistribution: update is a factor on the step",
+        ),
         ({"redistribution": "obs", "dense_model": "d"}, "dense_unlearned_model: redistribution=obs needs"),
         ({"importance": "wand"}, "importance: 'wand' is unknown; did you mean wanda"),
         ({"redistribution_beta": 2.0}, "redistribution_beta: want a number in"),
