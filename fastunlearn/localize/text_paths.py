@@ -100,7 +100,7 @@ def text_paths(pipeline: Any) -> list[TextPath]:
         pipeline: of diffusers: Stable Diffusion 1.x, 2.x, XL, 3, FLUX, or one with the same parts.
 
     Raises:
-        ValueError: parts are missing, there are no such layers, or they do not take the text encoders' text.
+        ValueError: parts are missing, there are no such layers, they do not take the text encoders' text, or are not finite.
     """
     denoiser, part = denoiser_of(pipeline)
     if part == "transformer":
@@ -116,6 +116,9 @@ def text_paths(pipeline: Any) -> list[TextPath]:
             )
         paths = [TextPath("cross-attention", weights, (unet_stream(pipeline),))]
     for path in paths:
+        broken = [name for name, weight in path.weights.items() if not bool(weight.isfinite().all())]
+        if broken:
+            raise ValueError(f"pipeline: {broken[0]} holds NaN or infinite entries already; the model is damaged")
         for stream in path.streams:
             given = stream.encode([""]).shape[-1]
             wrong = [name for name, weight in path.weights.items() if weight.shape[1] != given]

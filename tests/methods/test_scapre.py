@@ -327,6 +327,15 @@ def test_two_text_encoders():
         assert torch.equal(tensor, old[name]) == (name not in edit.weights)
 
 
+def test_a_damaged_model_is_named():
+    pipeline = tiny_pipeline()
+    name = next(n for n, _ in pipeline.unet.named_parameters() if n.endswith("attn2.to_v.weight"))
+    pipeline.unet.get_parameter(name).data[0, 0] = float("nan")
+    for edit in (lambda: scapre(pipeline, ["Mosaic"], "Photo"), lambda: uce(pipeline, ["Mosaic"], ["Photo"])):
+        with pytest.raises(ValueError, match=f"pipeline: {name} holds NaN or infinite entries already"):
+            edit()
+
+
 def test_repetitions_are_warned_of():
     once = scapre(double(tiny_pipeline()), ["Mosaic", "Cat"], ["Photo", "Fish"]).weights
     with pytest.warns(UserWarning, match="1 are repetitions and count once, 'Mosaic' for one"):
