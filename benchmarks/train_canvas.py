@@ -132,13 +132,15 @@ def tokenizer(work: Path) -> Any:
         words = sorted({w for s in sentences for w in s.lower().replace(".", " . ").split()})
         bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
         bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+        letters = [*alphabet, *(a + "</w>" for a in alphabet)]
+        # Named as special, the letters have their order before training: equally frequent pairs are merged in that order, always.
         trainer = trainers.BpeTrainer(
-            vocab_size=100_000, min_frequency=1, end_of_word_suffix="</w>", show_progress=False
+            vocab_size=100_000, min_frequency=1, end_of_word_suffix="</w>", show_progress=False, special_tokens=letters
         )
         bpe.train_from_iterator(words, trainer)
         merges = [tuple(m) for m in json.loads(bpe.to_str())["model"]["merges"]]
-        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-        pieces = [*alphabet, *(a + "</w>" for a in alphabet), *("".join(m) for m in merges)]
+        pieces = [*letters, *("".join(m) for m in merges)]
         vocabulary = {piece: i for i, piece in enumerate([*dict.fromkeys(pieces), "<|startoftext|>", "<|endoftext|>"])}
         made = CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=16)
         for word in words:
