@@ -5,6 +5,7 @@
 #   make test-all     those, too
 #   make lint         ruff, clang-format, mypy
 #   make fuzz         the property tests with 10,000 cases an op
+#   make hardening    those cases counted, fifty SIGKILLs, memory over 1,000 steps -> benchmarks/results/quality/
 #   make bench        every op beside its peers on this CPU -> benchmarks/results/, tables in README.md
 #   make docs         the pages of docs/ -> site/index.html
 #   make bench-plots  time against limit and peak memory, from the committed results
@@ -12,7 +13,7 @@
 #   make gpu-bench    on a GPU machine: PYTHON=python3 OUT=folder -> one JSON of results
 #   make gpu-cost     on a GPU machine: what every diffusion method costs on SD 1.5 and SDXL -> OUT/cost.json
 #   make gpu-tune     on a GPU machine: launch options of the kernels -> OUT/tuned.json, for fastunlearn/
-#   make wheel        a wheel in dist/
+#   make wheel        the source distribution, and the wheel that is built of it, in dist/
 #   make clean        removes what was built, not .venv
 #
 # Settings: PYTHON (makes .venv), TORCH (what pip installs for torch), PIP_ARGS (e.g. an index with CPU builds), OUT, OPS, JOBS, PYTEST_ARGS.
@@ -35,7 +36,7 @@ PIP := $(BIN)/pip install -q --disable-pip-version-check -c constraints.txt $(PI
 QUIET_THREADS := KMP_BLOCKTIME=0 OMP_WAIT_POLICY=PASSIVE GOMP_SPINCOUNT=0
 NATIVE := $(wildcard csrc/*) setup.py pyproject.toml fastunlearn/_version.py
 
-.PHONY: help demo test test-all lint fuzz bench bench-plots docs gpu-test gpu-bench gpu-cost gpu-tune wheel clean
+.PHONY: help demo test test-all lint fuzz hardening bench bench-plots docs gpu-test gpu-bench gpu-cost gpu-tune wheel clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -83,7 +84,13 @@ lint: .venv/.dev
 	$(BIN)/mypy
 
 fuzz: .venv/.dev
-	HYPOTHESIS_PROFILE=fuzz $(QUIET_THREADS) $(BIN)/python -m pytest -m hypothesis $(PYTEST_ARGS)
+	HYPOTHESIS_PROFILE=fuzz $(QUIET_THREADS) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m hypothesis $(PYTEST_ARGS)
+
+# Each adds to the figures that are committed: remove a file to count anew.
+hardening: .venv/.dev
+	$(QUIET_THREADS) OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.fuzz
+	$(QUIET_THREADS) OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.kills
+	$(QUIET_THREADS) OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.steady
 
 bench: .venv/.dev
 	$(QUIET_THREADS) $(BIN)/python -m benchmarks run --device cpu $(if $(OPS),--ops $(OPS))
@@ -131,7 +138,7 @@ gpu-tune:
 
 wheel: .venv/.base
 	$(PIP) build
-	$(BIN)/python -m build --wheel --no-isolation --outdir dist .
+	$(BIN)/python -m build --no-isolation --outdir dist .
 
 clean:
 	rm -rf build dist out site *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache fastunlearn/_C*.so
