@@ -1,6 +1,6 @@
 """Trains everything the canvas ships: its pipeline and its two classifiers.
 
-    torchrun --nproc-per-node 2 -m benchmarks.train_canvas --work FOLDER [--seed 0] [--steps 10000] [--device cpu]
+    torchrun --nproc-per-node 2 -m benchmarks.train_canvas --work FOLDER [--seed 0] [--steps 20000] [--device cpu]
 
 Five parts, each saved in the work folder and skipped when it is there: pictures, tokenizer, classifiers, autoencoder, denoiser (which
 goes on from its last checkpoint). At the end the pipeline (bf16) and the classifiers (fp16) go to fastunlearn/assets; then
@@ -42,7 +42,7 @@ HELD_OUT = 8  # pictures of every pair that no training sees
 CLEAN = ("Photo", "Blueprint", "Clay", "Graffiti", "Neon", "Pop Art", "Silhouette", "Thermal")
 
 # The denoiser's learning rate rises and falls (cosine) so often: shares of its steps, and the peaks as shares of the first.
-FALLS = ((6500, 1.0), (3500, 2 / 3))
+FALLS = ((6500, 1.0), (3500, 2 / 3), (5000, 2 / 3), (5000, 2 / 3))
 
 # How a pair may be asked for; the first is the benchmark's own sentence and gets most of the weight.
 TEMPLATES = (
