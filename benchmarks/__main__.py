@@ -161,6 +161,18 @@ def large(args: argparse.Namespace) -> int:
     return 0
 
 
+def processes(args: argparse.Namespace) -> int:
+    from benchmarks import large_processes
+    from benchmarks.large import Case
+
+    cases = [
+        Case(args.model, arm, "cpu", args.dtype, args.batch, args.sequence, False, args.steps, None)
+        for arm in args.arms
+    ]
+    large_processes.run(cases, args.processes, Path(args.out))
+    return 0
+
+
 def plans(args: argparse.Namespace) -> int:
     from benchmarks import large as study
 
@@ -278,6 +290,16 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--layers", type=int, help="fewer layers than the configuration has")
     p.add_argument("--out", help="default: benchmarks/results/large/<device>.json; rows it holds are kept")
     p.set_defaults(do=large)
+    p = commands.add_parser("processes", help="a sharded run in some processes on this CPU, beside its plan; resumable")
+    p.add_argument("--model", default="smollm2-135m", help="name of a published configuration")
+    p.add_argument("--arms", nargs="+", choices=("c", "d"), default=["c", "d"])
+    p.add_argument("--processes", nargs="+", type=int, default=[1, 2, 4])
+    p.add_argument("--dtype", choices=("bfloat16", "float32"), default="float32")
+    p.add_argument("--batch", type=int, default=2, help="forget rows of a process; as many retain rows")
+    p.add_argument("--sequence", type=int, default=128)
+    p.add_argument("--steps", type=int, default=2)
+    p.add_argument("--out", default=str(RESULTS / "large" / "processes.json"), help="rows it holds are kept")
+    p.set_defaults(do=processes)
     p = commands.add_parser("plans", help="memory and time of 1B, 8B and 70B models by arithmetic, 1 to 64 GPUs")
     p.add_argument("--out", default=str(RESULTS / "large" / "plans.json"))
     p.set_defaults(do=plans)

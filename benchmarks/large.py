@@ -34,7 +34,7 @@ from fastunlearn.ops.mask import BitMask
 from fastunlearn.optim.hamu import HamuSGD
 from fastunlearn.parametrize import CompressedNM, full_weights
 from fastunlearn.report.configurations import configuration, shortened
-from fastunlearn.report.cost import process_bytes, reset_high_water, trim_heap
+from fastunlearn.report.cost import clock, process_bytes, reset_high_water, trim_heap
 from fastunlearn.report.plan import PlanArguments, measured_hardware, plan
 from fastunlearn.updates import make_update
 
@@ -75,10 +75,11 @@ def arguments(case: Case) -> PlanArguments:
 
 
 class Clock:
-    """Seconds by part, waiting for the device at both ends."""
+    """Seconds by part, waiting for the device at both ends; of the processor where it has one thread (`report.cost.clock`)."""
 
     def __init__(self, device: torch.device):
-        self.device = device
+        self.device, self.now = device, clock(device)
+        self.kind = "processor" if self.now is time.process_time else "wall"
         self.seconds: dict[str, float] = {}
 
     def _wait(self) -> None:
@@ -88,10 +89,10 @@ class Clock:
     @contextmanager
     def __call__(self, part: str) -> Any:
         self._wait()
-        start = time.perf_counter()
+        start = self.now()
         yield
         self._wait()
-        self.seconds[part] = self.seconds.get(part, 0.0) + time.perf_counter() - start
+        self.seconds[part] = self.seconds.get(part, 0.0) + self.now() - start
 
 
 def build(case: Case, device: torch.device) -> Any:
@@ -149,6 +150,7 @@ class Run:
             if case.arm != "b":
                 CompressedNM(self.model, masks, 2, 4)
                 masks = None
+        self.model = self.placed(self.model)
         named = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
         self.params = [p for _, p in named]
         self.update = make_update("hamu-q" if case.arm == "d" else "sum")
@@ -171,6 +173,10 @@ class Run:
         ]
         with torch.no_grad():
             self.kept = None if self.reference is not None else answer_logprobs(self.model, self.batches[0]).total
+
+    def placed(self, model: Any) -> Any:
+        """The model where it is trained; here it is there already."""
+        return model
 
     def _whole_logits(self, model: Any, batch: dict[str, Tensor]) -> Tensor:
         """log p of every row, fp32, from the logits of all positions."""
@@ -229,10 +235,11 @@ def measure(case: Case) -> dict[str, Any]:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     run.clock.seconds.clear()
-    steps = []
+    steps, load = [], machine.OtherLoad()
     for _ in range(case.steps):
         start = dict(run.clock.seconds)
-        run.step()
+        with load:
+            run.step()
         steps.append({part: s - start.get(part, 0.0) for part, s in run.clock.seconds.items()})
     steps.sort(key=lambda parts: sum(parts.values()))
     middle = steps[len(steps) // 2]
@@ -241,6 +248,7 @@ def measure(case: Case) -> dict[str, Any]:
     row: dict[str, Any] = {
         **vars(case), "what": ARMS[case.arm], "weights": LABEL, "seconds": middle, "step_seconds": seconds,
         "tokens_per_second": 2 * case.batch * case.sequence / seconds, "peak_bytes": peak,
+        "clock": run.clock.kind, "threads": torch.get_num_threads(), "other_load": load.share(),
     }  # fmt: skip
     if said is not None:
         row["plan"] = {
@@ -252,7 +260,7 @@ def measure(case: Case) -> dict[str, Any]:
     return row
 
 
-def _write(path: Path, result: dict[str, Any]) -> None:
+def write(path: Path, result: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     temporary.write_text(json.dumps(result, indent=1) + "\n")
@@ -289,7 +297,7 @@ def run(cases: list[Case], out: Path) -> dict[str, Any]:
                 flush=True,
             )
         result["rows"] = [other for other in result["rows"] if other["key"] != case.key] + [row]
-        _write(out, result)
+        write(out, result)
     return result
 
 
@@ -328,7 +336,7 @@ def plans(out: Path) -> dict[str, Any]:
         "meta": {"what": "arithmetic of fastunlearn plan; nothing was measured", "hardware": "h200"},
         "rows": rows,
     }
-    _write(out, result)
+    write(out, result)
     return result
 
 

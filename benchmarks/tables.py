@@ -5,7 +5,7 @@ kind of device) or ops-<slug> (benchmarks/results/<slug>.json): times, targets, 
 short demo or prune: the rows of benchmarks/results/quality/<study>.json; or scapre: a table for each part of its study; or canvas:
 one line a method, means over the targets, every target in a fold; or tofu, sau-evidence: one line a method, means over seeds, every
 run in a fold; or cost: a table for each model and machine; or hamu-images, hamu-language: a table for each answer of the study, every
-run in a fold.
+run in a fold; or large, processes, plans: whole models (benchmarks/large_tables.py).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks import large_tables
 from benchmarks.spec import FLOOR
 
 MARKERS = re.compile(r"(<!-- benchmarks:begin ([\w.-]+) -->\n)(.*?)(<!-- benchmarks:end -->)", re.DOTALL)
@@ -322,13 +323,15 @@ def block(name: str, folder: Path) -> str:
         return cost_tables.block(folder / "quality" / "cost.json")
     if name in HAMU:
         return summary_block(folder / "quality" / f"{HAMU[name]}.json")
+    if name in large_tables.NAMES:
+        return large_tables.block(name, folder / "large") or NOT_MEASURED
     if name in TOFU:
         return tofu_block(folder / "quality" / f"{TOFU[name]}.json")
     if name in ("demo", "prune") or (kind == "quality" and which):
         return quality_block(folder / "quality" / f"{which or name}.json")
     raise ValueError(
         f"marker {name!r}: want ops-cpu, ops-cuda, ops-<slug>, quality-<study>, demo, prune, scapre, canvas, cost, tofu, sau-evidence, "
-        "hamu-images or hamu-language"
+        "hamu-images, hamu-language, large, processes or plans"
     )
 
 

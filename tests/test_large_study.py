@@ -11,7 +11,7 @@ import torch
 
 pytest.importorskip("transformers")
 
-from benchmarks import large
+from benchmarks import large, large_processes, large_tables, tables
 from fastunlearn.parametrize.compressed_nm import compressed_layers
 
 CASE = large.Case("smollm2-135m", "b", "cpu", "float32", 1, 8, False, 1, 1)
@@ -121,3 +121,60 @@ def test_plans_of_large_models(tmp_path, monkeypatch):
     whole, eighth, part = (rows["smollm2-135m", "c", gpus]["bytes"]["weights"] for gpus in (1, 8, 64))
     assert (whole, eighth) == pytest.approx((64 * part, 8 * part))
     assert rows["smollm2-135m", "c", 1]["peak_bytes"] < rows["smollm2-135m", "a", 1]["peak_bytes"]
+    (tmp_path / "large").mkdir()
+    (tmp_path / "plans.json").rename(tmp_path / "large" / "plans.json")
+    text = tables.block("plans", tmp_path)
+    assert text.count("| smollm2-135m |") == len(asked)
+    assert all(f"- {assumed}" in text for assumed in rows["smollm2-135m", "c", 1]["assumptions"])
+
+
+def _measured(arm, peak, step, **more):
+    return {
+        **vars(replace(CASE, arm=arm)), "key": arm, "what": large.ARMS[arm], "commit": "abc", "date": "today", "peak_bytes": peak * 2**20,
+        "seconds": {"forget": step / 2, "optimizer": step / 2}, "step_seconds": step, "tokens_per_second": 16 / step, "other_load": 0.5,
+        "plan": {"peak_bytes": 1.1 * peak * 2**20, "step_seconds": step}, **more,
+    }  # fmt: skip
+
+
+def test_tables_of_what_was_measured(tmp_path):
+    meta = {"device": "a machine", "threads": 1, "torch": "2", "weights": large.LABEL}
+    rows = [
+        _measured("a", 1000, 2.0),
+        _measured("c", 400, 1.9),
+        {"key": "d", **vars(CASE), "failed": large.OUT_OF_MEMORY},
+    ]
+    (tmp_path / "large").mkdir()
+    assert tables.block("large", tmp_path) == tables.NOT_MEASURED
+    (tmp_path / "large" / "here.json").write_text(json.dumps({"meta": meta, "rows": rows}))
+    text = tables.block("large", tmp_path)
+    assert (
+        "| smollm2-135m, float32, 1 + 1 x 8 | (c) ours, 2:4 compressed | 8 | 1.9 | 0.95 | 0.95 | 400 | 440 (+10%) | 1.9 (+0%) |"
+        in text
+    )
+    assert "| smollm2-135m, float32: peak of c over a | 0.400 | <= 0.45 | met |" in text
+    assert "| smollm2-135m, float32: step of c over a | 0.950 | <= 0.9 | **missed** |" in text
+    assert "step of d over c" not in text
+    assert "out of memory" in text
+    assert (
+        "a machine, 1 thread; torch 2; random weights of the published configuration; other work took 50% to 50%"
+        in text
+    )
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    assert {line.count("|") for line in lines[:5]} == {lines[0].count("|")}
+
+
+def test_one_row_of_all_processes(tmp_path):
+    def process(peak, step):
+        said = {"peak_bytes": 100, "bytes": {"weights": 12, "gathered": 5}, "seconds": {}, "step_seconds": 1.0}
+        return {
+            "peak_bytes": peak, "bytes": {"weights": 10}, "seconds": {"forget": step}, "step_seconds": step, "other_load": None,
+            "clock": "wall", "link_gbps": 1.0, "plan": said,
+        }  # fmt: skip
+
+    row = large_processes.together([process(90, 2.0), process(110, 1.0)])
+    assert (row["peak_bytes"], row["step_seconds"], row["bytes of all"]) == (110, 2.0, {"weights": 20})
+    assert row["plan"]["bytes of all"] == {"weights": 24}
+    row |= {**vars(CASE), "what": "x", "processes": 2, "commit": "abc", "date": "today"}
+    meta = {"device": "a machine", "threads": 1, "torch": "2", "weights": large.LABEL}
+    text = "\n".join(large_tables.processes({"meta": meta, "rows": [row]}))
+    assert "| (b) x | 2 | 0.0 (0.0) | 0 | 9.54e-05 (-9%) | 2 | 1 (-50%) |" in text

@@ -307,6 +307,8 @@ def test_a_run_that_is_cut_off_goes_on_with_its_model(work, monkeypatch):
     monkeypatch.setattr(work, "unlearn", cut)
     row = tofu.one_run(work, "NPO", "dense", trial, 0, tuning=False, robust=True)
     assert {"ES", "ES relearned", "seconds", "processor seconds", "other load"} <= row.keys()
+    with pytest.raises(KeyboardInterrupt):
+        tofu.one_run(work, "NPO", "dense", trial, 0, tuning=False, robust=True)
 
 
 def test_score_and_front():

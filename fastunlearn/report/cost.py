@@ -67,6 +67,12 @@ def reset_high_water() -> bool:
     return True
 
 
+def clock(device: torch.device) -> Callable[[], float]:
+    """What to time work on a device with: on a CPU with one thread the processor's seconds, which other work does not lengthen (much:
+    caches and memory are shared); else those of the wall, which is right only where nothing else runs."""
+    return time.process_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
+
+
 def measured(run: Callable[[], T], device: torch.device) -> tuple[T, Cost]:
     """Calls `run` and says what it took."""
     gc.collect()

@@ -23,6 +23,7 @@ from fastunlearn.ops.mask import BitMask
 from fastunlearn.parametrize import CompressedNM, full_weights
 from fastunlearn.parametrize.compressed_nm import compressed_layers
 from fastunlearn.report.configurations import configuration, shortened
+from fastunlearn.report.cost import clock
 from fastunlearn.report.trace import Rates, Recorder
 from fastunlearn.updates import make_update
 
@@ -30,7 +31,8 @@ GIB = 2**30
 METHODS = ("sau", "hamu", "sau+hamu", "unlearn", "open-unlearning")
 ASSUMPTIONS = (
     "every row has `sequence` tokens, of which `answer_share` are answer tokens",
-    "an operation takes the longest of its products by the measured rate, its bytes by the copy bandwidth, one launch",
+    "an operation takes the longest of its products by the measured rate, its bytes by the copy bandwidth, one launch; of this "
+    "machine (here) what it took when it was run by itself",
     "sharded runs: weights, gradients, states and masks are cut evenly along rows; two blocks are gathered at a time and one "
     "block's gradient is reduced; embeddings and head stay gathered",
     "traffic between GPUs goes at 80 % of the link (nodes of 8 with a network port for each GPU) and hides behind the neighbouring "
@@ -45,6 +47,7 @@ class Hardware:
     """Attributes: flops: by bytes of an entry, of matrix products, 1/s. copy: bytes/s, read and written. memory: bytes.
 
     link: bytes/s a GPU sends inside its node of 8; network: between nodes, a GPU. source: where the numbers come from.
+    timed: operations are run on this device and timed, one of a kind; None: they take what the rates say.
     """
 
     flops: dict[int, float]
@@ -54,6 +57,7 @@ class Hardware:
     link: float
     network: float
     source: str
+    timed: torch.device | None = None
 
 
 _SHARES = "data sheet times the shares of it that the H200 reached (79 % of products, 88 % of bandwidth)"
@@ -301,8 +305,9 @@ class _Step:
 def _loss(a: PlanArguments, model: Any, rows: int) -> Tensor:
     ids = torch.zeros(rows, a.sequence, dtype=torch.int64)
     if a.method == "open-unlearning":
-        logits = model(input_ids=ids).logits.float()
-        return nn.functional.cross_entropy(logits.flatten(0, 1), ids.flatten())
+        # As open-unlearning has it: every position's logits, a loss for each row.
+        logits = model(input_ids=ids, use_cache=False).logits[:, :-1].transpose(1, 2).float()
+        return nn.functional.cross_entropy(logits, ids[:, 1:], reduction="none").sum(-1).mean()
     hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state.flatten(0, 1)
     count = ceil(a.answer_share * len(hidden))
     if count < len(hidden):
@@ -383,21 +388,20 @@ def _extrapolated(steps: Sequence[_Step], counts: Sequence[int], layers: int) ->
 def measured_hardware() -> Hardware:
     """Of this machine: its GPU, or its CPU with the threads that torch uses; takes a second or two."""
     import os
-    import time
 
     cuda = torch.cuda.is_available()
     device = torch.device("cuda" if cuda else "cpu")
 
     def seconds(call: Any, times: int) -> float:
-        best = float("inf")
+        best, now = float("inf"), clock(device)
         for _ in range(times):
             if cuda:
                 torch.cuda.synchronize()
-            start = time.perf_counter()
+            start = now()
             call()
             if cuda:
                 torch.cuda.synchronize()
-            best = min(best, time.perf_counter() - start)
+            best = min(best, now() - start)
         return best
 
     side = 8192 if cuda else 768
@@ -415,7 +419,7 @@ def measured_hardware() -> Hardware:
     else:
         memory = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
         name = f"this CPU, {torch.get_num_threads()} threads"
-    return Hardware(flops, copy_rate, launch, memory, 450e9, 50e9, f"{name}, measured just now")
+    return Hardware(flops, copy_rate, launch, memory, 450e9, 50e9, f"{name}, measured just now", device)
 
 
 def plan(arguments: PlanArguments, hardware: Hardware | None = None) -> Plan:
@@ -431,7 +435,7 @@ def plan(arguments: PlanArguments, hardware: Hardware | None = None) -> Plan:
     layers, gpus = int(config.num_hidden_layers), a.gpus
     fixed = _fixed(a, _build(a, config))
     budget = BUDGET["cpu" if "CPU" in hardware.source else "cuda"]
-    rates = Rates(hardware.flops, hardware.copy, hardware.launch)
+    rates = Rates(hardware.flops, hardware.copy, hardware.launch, hardware.timed)
     counts = [layers] if layers <= 4 else [2, 4]
     step = _extrapolated([_simulate(a, config, count, rates, budget) for count in counts], counts, layers)
 

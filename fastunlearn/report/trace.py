@@ -2,7 +2,8 @@
 
 Every operation passes a `Recorder` (a TorchDispatchMode over fake tensors): new memory is counted until it is freed; the time of an
 operation is what a roofline gives: the largest of its floating-point operations by the rate of matrix products, its bytes by the
-bandwidth of a copy, and one launch.
+bandwidth of a copy, and one launch; or (`Rates.timed`) what it takes on this machine, where every operation that differs from
+those before it in its shapes is run on tensors of its own.
 """
 
 from __future__ import annotations
@@ -15,9 +16,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import flop_registry
+
+from fastunlearn.report.cost import clock
 
 
 @dataclass(frozen=True)
@@ -27,11 +30,13 @@ class Rates:
     Attributes:
         flops: of matrix products, 1/s, by the bytes of an entry (2, 4). copy: bytes/s read and written. launch: seconds of an
             operation that does nothing.
+        timed: operations are run and timed on this device, one of a kind; None: the roofline.
     """
 
     flops: dict[int, float]
     copy: float
     launch: float
+    timed: torch.device | None = None
 
 
 class Recorder(TorchDispatchMode):
@@ -52,6 +57,7 @@ class Recorder(TorchDispatchMode):
         self.live = self.peak = 0
         self.seconds = self.flops = 0.0
         self._known: dict[int, int] = {}
+        self._times: dict[tuple[Any, ...], float] = {}
         self._held = list(known)
         for tensor in known:
             self._known[tensor.untyped_storage()._cdata] = 0
@@ -117,7 +123,47 @@ class Recorder(TorchDispatchMode):
         moved = sum(t.numel() * t.element_size() for t in (*inputs, *outputs))
         rate = self.rates.flops.get(size, min(self.rates.flops.values()))
         self.flops += work
+        if self.rates.timed is not None:
+            self.seconds += self._run(func, name, args, kwargs, self.rates.timed)
+            return
         self.seconds += max(work / rate, moved / self.rates.copy, self.rates.launch)
+
+    def _run(self, func: Any, name: str, args: Any, kwargs: Any, device: torch.device) -> float:
+        """Seconds of the operation on tensors of these shapes, the better of two runs; one that was run before is not run again."""
+        key = (name, *(_signature(leaf) for leaf in tree_leaves((args, kwargs))))
+        if key not in self._times:
+            with _disable_current_modes(), torch.no_grad():
+                given = tree_map(lambda leaf: _real(leaf, device), (args, kwargs))
+                best, now = float("inf"), clock(device)
+                for _ in range(2):
+                    _wait(device)
+                    start = now()
+                    func(*given[0], **given[1])
+                    _wait(device)
+                    best = min(best, now() - start)
+            self._times[key] = best
+        return self._times[key]
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _signature(leaf: Any) -> Any:
+    return (tuple(leaf.shape), leaf.stride(), leaf.dtype) if isinstance(leaf, Tensor) else repr(leaf)
+
+
+def _real(leaf: Any, device: torch.device) -> Any:
+    """A tensor like it with memory: small numbers, indices of zero, every bit of a mask's bytes as in 2:4."""
+    if isinstance(leaf, torch.device):
+        return device
+    if not isinstance(leaf, Tensor):
+        return leaf
+    made = torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype, device=device)
+    if leaf.dtype == torch.uint8:
+        return made.fill_(0x33)
+    return made.fill_(0.01) if leaf.is_floating_point() else made.zero_()
 
 
 def _nm_flops(name: str, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> float:

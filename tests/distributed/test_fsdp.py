@@ -141,7 +141,15 @@ def test_a_run_that_dies_goes_on_exactly(processes, tmp_path):
 
 def test_what_one_process_meets_all_are_told(processes, tmp_path):
     compressed: dict[str, Any] = {"options": {"compressed": True}, "fails": True}
+    plain = tmp_path / "unsharded"
+    plain.mkdir()
+    (plain / "trainer_state.json").write_text('{"global_step": 1}')
+    for name in ("optimizer.pt", "scheduler.pt"):
+        (plain / name).touch()
     runs = {
+        "with masks": {"options": {"save_strategy": "steps", "save_steps": 1, "max_steps": 1}},
+        "other setting": {**compressed, "resume": str(tmp_path / "with masks" / "out" / "checkpoint-1")},
+        "unsharded checkpoint": {"method": "unlearn", "pruned": False, "resume": str(plain), "fails": True},
         "columns": {**compressed, "pattern": "2:3"},
         "zeros, compressed": {**compressed, "spoil": "zeros"},
         "density": {"spoil": "density", "fails": True},
@@ -162,6 +170,8 @@ def test_what_one_process_meets_all_are_told(processes, tmp_path):
         assert "not zero outside the mask" in said("zeros", rank)
         assert "not zero outside the mask" in said("zeros, compressed", rank)
         assert "pattern: 3 does not divide the 64 columns of model.layers.0" in said("columns", rank)
+        assert "was written by a run that was not sharded" in said("unsharded checkpoint", rank)
+        assert "or of a run with another setting of compressed" in said("other setting", rank)
         assert "is no complete checkpoint" in said("no checkpoint", rank)
         assert "DivergenceError" in said("nan", rank)
     assert said("zeros", 0).startswith("ValueError: process 1 of 2:")

@@ -76,6 +76,26 @@ def test_layers_beyond_the_simulated_ones_are_added_up():
         assert made.seconds[name] == pytest.approx(seconds, rel=0.02)
 
 
+@pytest.mark.parametrize("method", ["open-unlearning", "sau+hamu"])
+def test_operations_of_this_machine_are_run_and_timed(folder, method, monkeypatch):
+    """What the rates say does not count then; one that was run is not run again."""
+    slow = module.Hardware({2: 1.0, 4: 1.0}, 1.0, 1.0, 1e9, 1.0, 1.0, "this CPU", torch.device("cpu"))
+    ran = []
+    run = module.Recorder._run
+
+    def counted(self, *args):
+        before = len(self._times)
+        seconds = run(self, *args)
+        ran.append(len(self._times) - before)
+        return seconds
+
+    monkeypatch.setattr(module.Recorder, "_run", counted)
+    said = plan(PlanArguments(folder, method, dtype="float32", sequence=16, per_device_train_batch_size=2), slow)
+    parts = ("forget", "retain", *(["reference"] if method == "open-unlearning" else []))
+    assert 0 < sum(said.seconds[part] for part in parts) < 30
+    assert 0 < sum(ran) < len(ran) / 2
+
+
 def test_checkpointing_and_more_processes_take_less():
     a = {"model_name_or_path": "smollm2-135m", "compressed": True, "sequence": 128}
     plain, again = (plan(PlanArguments(**a, gradient_checkpointing=on)) for on in (False, True))
