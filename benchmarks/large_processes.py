@@ -93,6 +93,8 @@ def _shared_hardware() -> Hardware:
 def measure(case: Case) -> dict[str, Any]:
     """One process's row."""
     hardware = _shared_hardware()
+    asked = replace(arguments(case), gpus=dist.get_world_size())
+    plan(asked, replace(hardware, timed=None))  # imports what a step needs, and runs nothing
     gc.collect()
     trim_heap()
     before = process_bytes("VmRSS") or 0
@@ -108,7 +110,7 @@ def measure(case: Case) -> dict[str, Any]:
         with load:
             run.step()
     peak = (process_bytes("VmHWM") or 0) - before
-    said = plan(replace(arguments(case), gpus=dist.get_world_size()), hardware)
+    said = plan(asked, hardware)
     seconds = {part: s / case.steps for part, s in run.clock.seconds.items()}
     return {
         "peak_bytes": peak, "bytes": run.held(), "seconds": seconds, "step_seconds": sum(seconds.values()), "clock": run.clock.kind, "other_load": load.share(),

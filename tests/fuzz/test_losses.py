@@ -96,7 +96,9 @@ def test_sid_loss(draw: Draw) -> None:
         return
     # Where teacher and noise agree omega is at its floor of 1e-5, and the form in images divides rounding by it.
     exact = written_out(torch.float64)
-    assert all(bool(t.isfinite().all()) for t in got)
+    for mine, theirs in zip(got, exact, strict=True):
+        # There k^2 / omega takes a gradient out of float16.
+        assert bool(mine.isfinite()[theirs.abs() < torch.finfo(mine.dtype).max / 2].all())
     if bool((noise.double() - teacher.double()).abs().mean(tuple(range(1, noise.dim()))).ge(1e-3).all()) if noise.dim() > 1 else False:  # fmt: skip
         scale = {torch.float64: 1e-10, torch.float32: 1e-5}.get(dtype, 4 * torch.finfo(dtype).eps)
         assert_derived(got, got, exact, scale, factor=0)
