@@ -5,7 +5,7 @@ kind of device) or ops-<slug> (benchmarks/results/<slug>.json): times, targets, 
 short demo or prune: the rows of benchmarks/results/quality/<study>.json; or scapre: a table for each part of its study; or canvas:
 one line a method, means over the targets, every target in a fold; or tofu, sau-evidence: one line a method, means over seeds, every
 run in a fold; or cost: a table for each model and machine; or hamu-images, hamu-language: a table for each answer of the study, every
-run in a fold; or large, processes, plans: whole models (benchmarks/large_tables.py).
+run in a fold; or large, processes, plans: whole models (benchmarks/large_tables.py); or hardening: cases, kills, memory.
 """
 
 from __future__ import annotations
@@ -321,6 +321,10 @@ def block(name: str, folder: Path) -> str:
         from benchmarks import cost_tables
 
         return cost_tables.block(folder / "quality" / "cost.json")
+    if name == "hardening":
+        from benchmarks import hardening_tables
+
+        return hardening_tables.block(folder / "quality")
     if name in HAMU:
         return summary_block(folder / "quality" / f"{HAMU[name]}.json")
     if name in large_tables.NAMES:
@@ -331,7 +335,7 @@ def block(name: str, folder: Path) -> str:
         return quality_block(folder / "quality" / f"{which or name}.json")
     raise ValueError(
         f"marker {name!r}: want ops-cpu, ops-cuda, ops-<slug>, quality-<study>, demo, prune, scapre, canvas, cost, tofu, sau-evidence, "
-        "hamu-images, hamu-language, large, processes or plans"
+        "hamu-images, hamu-language, hardening, large, processes or plans"
     )
 
 

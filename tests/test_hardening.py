@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
-from benchmarks import RESULTS, kills, steady
+from benchmarks import RESULTS, kills, steady, tables
 
 pytestmark = pytest.mark.skipif(
     not hasattr(os, "fork") or sys.platform == "darwin", reason="forks of a process with torch"
@@ -62,3 +62,20 @@ def test_committed_figures_are_of_whole_studies():
             check(rows)
         if name == "memory":
             assert steady.growth(rows)["rss_mib"] < 4
+
+
+def test_the_table_says_what_is_short_of_what_was_wanted(tmp_path):
+    assert tables.block("hardening", tmp_path) == tables.NOT_MEASURED
+    meta = {"device": "a machine", "commit": "0123456789abcdef", "date": "today"}
+    row = {"op": "gram, nm_mask", "test": "t", "backend": "native", "cases": 9_000, "wanted": 9_000, "failures": 0}
+    slow = row | {"op": "gram", "backend": "triton", "cases": 3, "wanted": 200}
+    killed = [{"state": "old", "same": True}, {"state": "none", "same": False}]
+    steps = [{"step": 100, "rss_mib": 400.0, "objects": 5}, {"step": 1000, "rss_mib": 400.5, "objects": 7}]
+    (tmp_path / "quality").mkdir()
+    for name, rows in (("fuzz", [row, slow]), ("kills", killed), ("memory", steps)):
+        (tmp_path / "quality" / f"{name}.json").write_text(json.dumps({"meta": meta, "rows": rows}))
+    text = tables.block("hardening", tmp_path)
+    assert "9,003 cases of 2 ops in 2 tests (each on one backend), 0 failed; 1 of the tests (triton) had fewer" in text
+    assert "2 kills; the folder then held 1 no model yet, 1 the earlier one; 1 runs" in text
+    assert "from step 100 to 1,000: +0.50 MiB of 400, +2 Python objects" in text
+    assert "a machine, 0123456789ab, today" in text
