@@ -42,7 +42,7 @@ def run(steps: int) -> list[dict[str, Any]]:
                 return
             gc.collect()
             trim_heap()
-            rss, python = process_bytes() / machine.MIB, tracemalloc.get_traced_memory()[0] / machine.MIB
+            rss, python = (process_bytes("VmRSS") or 0) / machine.MIB, tracemalloc.get_traced_memory()[0] / machine.MIB
             objects = len(gc.get_objects())
             rows.append(
                 {
