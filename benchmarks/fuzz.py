@@ -19,6 +19,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton
+
 from benchmarks import RESULTS, machine
 from benchmarks.__main__ import write_json
 
@@ -27,7 +29,6 @@ TURN = 250
 
 def _tests(cases: int) -> dict[tuple[str, str], tuple[Any, int]]:
     """(test, backend) -> (what was tested, cases wanted)."""
-    os.environ.setdefault("TRITON_INTERPRET", "1")
     import hypothesis
 
     import tests.conftest  # noqa: F401 (sets the profiles)
