@@ -5,7 +5,7 @@
 #   make test-all     those, too
 #   make lint         ruff, clang-format, mypy
 #   make fuzz         the property tests with 10,000 cases an op
-#   make hardening    those cases counted, fifty SIGKILLs, memory over 1,000 steps -> benchmarks/results/quality/
+#   make hardening    fifty SIGKILLs, memory over 1,000 steps, those cases counted -> benchmarks/results/quality/
 #   make bench        every op beside its peers on this CPU -> benchmarks/results/, tables in README.md
 #   make docs         the pages of docs/ -> site/index.html
 #   make bench-plots  time against limit and peak memory, from the committed results
@@ -88,9 +88,9 @@ fuzz: .venv/.dev
 
 # Each adds to the figures that are committed: remove a file to count anew.
 hardening: .venv/.dev
-	$(QUIET_THREADS) OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.fuzz
 	$(QUIET_THREADS) OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.kills
 	$(QUIET_THREADS) OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.steady
+	$(QUIET_THREADS) OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.fuzz
 
 bench: .venv/.dev
 	$(QUIET_THREADS) $(BIN)/python -m benchmarks run --device cpu $(if $(OPS),--ops $(OPS))

@@ -26,7 +26,6 @@ EVERY = 100
 
 def run(steps: int) -> list[dict[str, Any]]:
     """Rows of step, rss_mib, python_mib, objects."""
-    import torch
     from transformers import TrainerCallback
 
     from fastunlearn import UnlearnConfig, UnlearnTrainer
@@ -72,7 +71,6 @@ def run(steps: int) -> list[dict[str, Any]]:
             trainer.train()
         finally:
             tracemalloc.stop()
-    torch.manual_seed(0)
     return rows
 
 

@@ -164,6 +164,8 @@ def wait() -> None:
 
 def share(batch: int) -> slice:
     """The part of a batch, which all processes draw alike, that is this one's."""
+    if batch % world():
+        raise ValueError(f"{world()} processes do not divide a batch of {batch}")
     each = batch // world()
     return slice(rank() * each, (rank() + 1) * each)
 
