@@ -248,9 +248,9 @@ def umbrella(x: Array, y: Array) -> Parts:
     canopy = ellipse(x, y, 0, 0.0, 0.95, 0.85) & (y < 0.0)
     for cx in (-0.63, 0.0, 0.63):
         canopy &= ~ellipse(x, y, cx, 0.03, 0.3, 0.14)
-    hook = ellipse(x, y, 0.2, 0.7, 0.29, 0.28) & ~ellipse(x, y, 0.2, 0.7, 0.11, 0.11) & (y > 0.7)
+    hook = ellipse(x, y, 0.22, 0.68, 0.33, 0.31) & ~ellipse(x, y, 0.22, 0.68, 0.1, 0.1) & (y > 0.68)
     return [
-        (DETAIL, box(x, y, -0.09, -0.95, 0.09, 0.72) | hook),
+        (DETAIL, box(x, y, -0.11, -0.97, 0.11, 0.7) | hook),
         (BODY, canopy),
         (SECOND, canopy & (np.abs(x) < 0.32)),
     ]

@@ -189,30 +189,30 @@ def pointillism(s: Scene) -> Array:
     cx, cy = (s.x // pitch).astype(int), (s.y // pitch).astype(int)
     r2 = (s.x - (cx + 0.5) * pitch) ** 2 + (s.y - (cy + 0.5) * pitch) ** 2
     palette = s.pick(
-        ((0.55, 0.7, 0.9), (0.9, 0.35, 0.2), (0.98, 0.8, 0.2), (0.25, 0.15, 0.4)),
-        ((0.9, 0.85, 0.5), (0.15, 0.5, 0.3), (0.85, 0.4, 0.6), (0.3, 0.1, 0.2)),
-        ((0.7, 0.85, 0.65), (0.3, 0.3, 0.75), (0.95, 0.6, 0.25), (0.1, 0.15, 0.3)),
+        ((0.6, 0.76, 0.95), (0.9, 0.25, 0.15), (0.98, 0.7, 0.1), (0.25, 0.15, 0.4)),
+        ((0.93, 0.88, 0.55), (0.1, 0.45, 0.3), (0.85, 0.25, 0.5), (0.3, 0.1, 0.2)),
+        ((0.74, 0.9, 0.68), (0.3, 0.25, 0.75), (0.95, 0.45, 0.15), (0.1, 0.15, 0.3)),
     )
     flat = s.fill(*palette)
     n = s.size // 2 // pitch
     cell = flat.reshape(n, 2 * pitch, n, 2 * pitch, 3)[:, pitch, :, pitch]
-    cell = np.clip(cell + s.rng.normal(0, 0.09, cell.shape), 0, 1)
+    cell = np.clip(cell + s.rng.normal(0, 0.06, cell.shape), 0, 1)
     return over(s.plain((0.98, 0.96, 0.9)), cell[cy, cx], np.clip(3.4 - r2, 0, 1))
 
 
 def mosaic(s: Scene) -> Array:
     pitch = 4
     palette = s.pick(
-        ((0.85, 0.8, 0.68), (0.1, 0.4, 0.55), (0.8, 0.5, 0.15), (0.35, 0.1, 0.1)),
-        ((0.8, 0.83, 0.8), (0.6, 0.15, 0.15), (0.15, 0.35, 0.3), (0.15, 0.1, 0.2)),
-        ((0.88, 0.78, 0.6), (0.3, 0.45, 0.15), (0.15, 0.25, 0.55), (0.3, 0.15, 0.05)),
+        ((0.9, 0.86, 0.74), (0.1, 0.5, 0.75), (0.95, 0.6, 0.1), (0.4, 0.05, 0.1)),
+        ((0.87, 0.9, 0.87), (0.8, 0.12, 0.15), (0.1, 0.55, 0.4), (0.15, 0.1, 0.3)),
+        ((0.92, 0.84, 0.68), (0.25, 0.6, 0.15), (0.15, 0.3, 0.75), (0.35, 0.15, 0.05)),
     )
     n = s.size // 2 // pitch
     tile = s.fill(*palette).reshape(n, 2 * pitch, n, 2 * pitch, 3).mean((1, 3))
     tile = np.clip(tile + s.rng.normal(0, 0.05, (n, n, 1)), 0, 1)
     cx, cy = (s.x // pitch).astype(int), (s.y // pitch).astype(int)
     grout = ((s.x % pitch < 0.8) | (s.y % pitch < 0.8)).astype(np.float32)
-    return over(tile[cy, cx].astype(np.float32), (0.32, 0.3, 0.3), 0.9 * grout)
+    return over(tile[cy, cx].astype(np.float32), (0.45, 0.43, 0.42), 0.8 * grout)
 
 
 def stained_glass(s: Scene) -> Array:
@@ -274,16 +274,16 @@ def pop_art(s: Scene) -> Array:
 
 
 def sepia(s: Scene) -> Array:
-    tone = s.fill((0.78,) * 3, (0.42,) * 3, (0.6,) * 3, (0.2,) * 3)[..., 0]
+    tone = s.fill((0.66,) * 3, (0.3,) * 3, (0.98,) * 3, (0.08,) * 3)[..., 0]
     tone = s.blur(tone, 1.4) * (0.9 + 0.2 * s.height) + 0.12 * light(s) + 0.02 * s.noise(1)
     middle = s.size / 4
-    vignette = np.clip(1.12 - ((s.x - middle) ** 2 + (s.y - middle) ** 2) / (middle**2) * 0.45, 0.25, 1)
+    vignette = np.clip(1.12 - ((s.x - middle) ** 2 + (s.y - middle) ** 2) / (middle**2) * 0.3, 0.25, 1)
     tone = np.clip(tone * vignette, 0, 1)
     return over(s.plain((0.17, 0.09, 0.03)), s.near((0.99, 0.88, 0.68), 0.02), tone)
 
 
 def thermal(s: Scene) -> Array:
-    heat = s.blur(s.fill((0.08,) * 3, (0.8,) * 3, (1.0,) * 3, (0.5,) * 3)[..., 0], 3.2)
+    heat = s.blur(s.fill((0.08,) * 3, (0.8,) * 3, (1.0,) * 3, (0.5,) * 3)[..., 0], 2.4)
     heat = np.clip(heat * s.rng.uniform(0.92, 1.08) + 0.03 * s.noise(10), 0, 1)
     stops = np.asarray([0, 0.2, 0.4, 0.6, 0.8, 1.0])
     ramp = np.asarray([[0.05, 0, 0.25], [0.3, 0, 0.6], [0.8, 0.1, 0.5], [0.98, 0.45, 0.1], [1, 0.85, 0.2], [1, 1, 0.9]])
@@ -353,9 +353,9 @@ def low_poly(s: Scene) -> Array:
     u, v = s.x % pitch, s.y % pitch
     upper = np.where(flip == 0, u > v, u + v < pitch).astype(int)
     n = s.size // 2 // pitch
-    shade = s.rng.uniform(-0.13, 0.13, (n, n, 2)).astype(np.float32)[cy, cx, upper]
+    shade = s.rng.uniform(-0.09, 0.09, (n, n, 2)).astype(np.float32)[cy, cx, upper]
     hue = float(s.rng.uniform())
-    flat = s.fill((0.68, 0.76, 0.82), s.hue(0.6, 0.8, hue), s.hue(0.45, 0.92, hue + 0.12), s.hue(0.7, 0.4, hue))
+    flat = s.fill((0.74, 0.81, 0.87), s.hue(0.75, 0.72, hue), s.hue(0.5, 0.95, hue + 0.15), s.hue(0.7, 0.3, hue))
     return np.clip(flat + shade[..., None] * (1 + 0.6 * s.mask[..., None]), 0, 1)
 
 
@@ -363,10 +363,10 @@ def gold_leaf(s: Scene) -> Array:
     base = s.plain(s.near((0.42, 0.04, 0.08), 0.03))
     damask = np.sin(s.x * 0.785) * np.sin(s.y * 0.785)
     base = over(base, (0.62, 0.12, 0.12), 0.7 * (damask > 0.35))
-    gold = s.fill((0, 0, 0), (0.86, 0.66, 0.2), (0.97, 0.86, 0.5), (0.74, 0.5, 0.12))
+    gold = s.fill((0, 0, 0), (0.86, 0.66, 0.2), (0.97, 0.86, 0.5), (1.0, 0.95, 0.75))
     gold = np.clip(gold + 0.35 * light(s)[..., None] + 0.05 * s.noise(3)[..., None], 0, 1)
     base = over(base, gold, s.mask)
-    return over(base, (0.25, 0.1, 0.02), 0.7 * s.edges(0.8))
+    return over(base, (0.25, 0.1, 0.02), 0.7 * s.edges(1.2) * s.mask)
 
 
 def ink_wash(s: Scene) -> Array:
@@ -400,9 +400,10 @@ def clay(s: Scene) -> Array:
 def terminal(s: Scene) -> Array:
     base = s.plain((0.0, 0.04, 0.01))
     glyph = ((s.x % 4 < 2.8) & (s.y % 4 < 2.8)).astype(np.float32)
-    level = s.fill((0.1,) * 3, (0.6,) * 3, (1.0,) * 3, (0.8,) * 3)[..., 0]
+    level = s.fill((0.1,) * 3, (0.5,) * 3, (1.0,) * 3, (0.85,) * 3)[..., 0]
     n = s.size // 8
-    cell = level.reshape(n, 8, n, 8).mean((1, 3))
+    cell = level.reshape(n, 8, n, 8)
+    cell = 0.5 * cell.mean((1, 3)) + 0.5 * cell.max((1, 3))  # a thin stem must not drown
     cell = cell * s.rng.uniform(0.8, 1.1, cell.shape)
     value = np.clip(0.6 * cell.repeat(8, 0).repeat(8, 1) + 0.4 * level, 0, 1).astype(np.float32)
     return over(base, (0.25, 1.0, 0.4), value * (0.25 + 0.75 * glyph))
