@@ -2,7 +2,7 @@
 
     torchrun --nproc-per-node 2 -m benchmarks.train_canvas --work FOLDER [--seed 0] [--steps 20000] [--device cpu]
 
-Five parts, each saved in the work folder and skipped when it is there: pictures, tokenizer, classifiers, autoencoder, denoiser (which
+Five parts, each saved in the work folder and skipped when it is there: pictures, tokenizer, autoencoder, classifiers, denoiser (which
 goes on from its last checkpoint). At the end the pipeline (bf16) and the classifiers (fp16) go to fastunlearn/assets; then
 `python -m benchmarks quality canvas_pipeline` measures them.
 
@@ -201,9 +201,31 @@ def roughen(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     return (images + scale * torch.randn(images.shape, generator=generator)).clamp(0, 1)
 
 
+@torch.no_grad()
+def again(images: torch.Tensor, vae: Any, generator: torch.Generator) -> torch.Tensor:
+    """The same pictures [N, 3, H, W] in [0, 1] as the autoencoder draws them, with small errors in the latents such as a denoiser makes."""
+    device = vae.device
+    with torch.autocast(device.type, torch.bfloat16):
+        mean = vae.encode((images * 2 - 1).to(device)).latent_dist.mean
+        noise = torch.randn(mean.shape, generator=generator).to(device)
+        drawn = vae.decode(mean + 0.1 * mean.std() * noise).sample
+    return (drawn.float().cpu() / 2 + 0.5).clamp(0, 1)
+
+
 def classifiers(
-    work: Path, train: torch.Tensor, held_out: torch.Tensor, device: torch.device, seed: int, steps: int = 2400
+    work: Path,
+    train: torch.Tensor,
+    held_out: torch.Tensor,
+    vae: Any,
+    device: torch.device,
+    seed: int,
+    steps: int = 2400,
 ) -> dict[str, Classifier]:
+    """Both classifiers, trained on drawn pictures.
+
+    Half of what the one of styles sees has gone through the autoencoder: a style is told by its texture, and the finest ones (dots of two
+    pixels, a pencil's grey) look different from there on, to a classifier more than to a person. Shapes do not.
+    """
     from safetensors.torch import load_file, save_file
 
     targets = {"style": canvas.THEMES, "object": canvas.OBJECTS}
@@ -222,7 +244,11 @@ def classifiers(
             count = steps if kind == "object" else steps // 4
             for step in (bar := tqdm(range(count), desc=f"classifier of {kind}s")):
                 rows = torch.randint(len(flat), (64,), generator=generator)
-                images = roughen(flat[rows].float() / 255, generator).to(device)
+                images = flat[rows].float() / 255
+                if kind == "style":
+                    images = torch.cat([again(images[::2], vae, generator), images[1::2]])
+                    rows = torch.cat([rows[::2], rows[1::2]])
+                images = roughen(images, generator).to(device)
                 for group in optimizer.param_groups:
                     group["lr"] = cosine(step, count, 2e-3)
                 with torch.autocast(device.type, torch.bfloat16):
@@ -580,7 +606,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--classifier-steps", type=int, default=2400)
     parser.add_argument("--pictures", type=int, default=60, help="training pictures of every pair")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--until", choices=("pictures", "classifiers", "autoencoder", "denoiser"), default="denoiser")
+    parser.add_argument("--until", choices=("pictures", "autoencoder", "classifiers", "denoiser"), default="denoiser")
     options = parser.parse_args(argv)
     options.work.mkdir(parents=True, exist_ok=True)
     device = torch.device(options.device)
@@ -594,15 +620,15 @@ def main(argv: list[str] | None = None) -> None:
     words = tokenizer(options.work)
     if options.until == "pictures":
         return
-    if rank() == 0:
-        classifiers(options.work, train, held_out, device, options.seed, options.classifier_steps)
-    wait()
-    if options.until == "classifiers":
-        return
-    judges = classifiers(options.work, train, held_out, device, options.seed, options.classifier_steps)
     vae = autoencoder(options.work, train, device, options.seed, options.vae_steps)
     if options.until == "autoencoder":
         return
+    if rank() == 0:
+        classifiers(options.work, train, held_out, vae, device, options.seed, options.classifier_steps)
+    wait()
+    if options.until == "classifiers":
+        return
+    judges = classifiers(options.work, train, held_out, vae, device, options.seed, options.classifier_steps)
     unet, text, seconds = denoiser(options.work, train, words, vae, judges, device, options.seed, options.steps)
     if rank() > 0:
         return
