@@ -34,7 +34,8 @@ ASSUMPTIONS = (
     "an operation takes the longest of its products by the measured rate, its bytes by the copy bandwidth, one launch; of this "
     "machine (here) what it took when it was run by itself",
     "sharded runs: weights, gradients, states and masks are cut evenly along rows; two blocks are gathered at a time and one "
-    "block's gradient is reduced; embeddings and head stay gathered",
+    "block's gradient is reduced, in fp32; embeddings and head stay gathered",
+    "before it is cut every process has read the whole model into its host's memory, which is not in it",
     "traffic between GPUs goes at 80 % of the link (nodes of 8 with a network port for each GPU) and hides behind the neighbouring "
     "block's products where it is shorter",
     "hamu's checks of its certificates (certificate_every) are in the memory, not in the time",
@@ -440,13 +441,15 @@ def plan(arguments: PlanArguments, hardware: Hardware | None = None) -> Plan:
     step = _extrapolated([_simulate(a, config, count, rates, budget) for count in counts], counts, layers)
 
     kept_lists = 2 if a.hamu else 1
+    # Processes sum gradients up in fp32.
+    reduced = 4 / (2 if a.dtype == "bfloat16" else 4)
     held = {
         "weights": fixed.weights / gpus,
         "reference": fixed.weights / gpus if a.method == "open-unlearning" else 0.0,
         "gradients": kept_lists * fixed.gradients / gpus,
         "states": fixed.states / gpus,
         "masks": fixed.masks / gpus,
-        "gathered": 0.0 if gpus == 1 else 2 * fixed.block + 2 * fixed.block_gradients + fixed.ends,
+        "gathered": 0.0 if gpus == 1 else 2 * fixed.block + (1 + reduced) * fixed.block_gradients + fixed.ends,
     }
     there = held["weights"] + held["reference"] + held["states"] + held["masks"] + held["gathered"]
     highest = max(step.moments, key=lambda moment: moment[0] + moment[1] / gpus)
@@ -474,7 +477,7 @@ def plan(arguments: PlanArguments, hardware: Hardware | None = None) -> Plan:
         share = (gpus - 1) / gpus
         # Gathered in forward and in backward, gradients reduced; once more where a reference runs.
         gathers = 2 * passes + (micro if a.method == "open-unlearning" else 0)
-        traffic = share * (gathers * fixed.weights + passes * fixed.gradients)
+        traffic = share * (gathers * fixed.weights + passes * reduced * fixed.gradients)
         # What a node of 8 receives comes through its 8 network ports and is handed on inside.
         rate = 0.8 * (hardware.link if gpus <= 8 else min(hardware.link, 8 * hardware.network))
         computing = sum(seconds[name] for name in step.seconds)
