@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fastunlearn._modes import evaluating
-from fastunlearn.sharded import anywhere, summed
+from fastunlearn.processes import anywhere, summed
 from fastunlearn.sharded_trainer import ShardedTrainer
 from fastunlearn.updates.hamu import CertificateLog, Hamu
 

@@ -45,7 +45,8 @@ from fastunlearn.objectives.diffusion import (
 from fastunlearn.objectives.language import closest
 from fastunlearn.parametrize import lora
 from fastunlearn.parametrize.partial_unet import save_partial_unet
-from fastunlearn.two_terms import TwoTermConfig, TwoTermTrainer, check_processes
+from fastunlearn.sharded import check_processes
+from fastunlearn.two_terms import TwoTermConfig, TwoTermTrainer
 
 #: in a checkpoint: what trains, and what the timesteps of the forget term are drawn by
 TRAINED, DIVERGENCE = "trained.safetensors", "divergence.safetensors"

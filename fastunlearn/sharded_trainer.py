@@ -18,10 +18,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import Trainer
 
-from fastunlearn import sharded
-from fastunlearn._stored import read_pickled
+from fastunlearn import sharded, sharded_checkpoints
+from fastunlearn._stored import read_pickled, read_tensors
 from fastunlearn.ops.mask import BitMask
 from fastunlearn.optim.masks import local_mask
+from fastunlearn.processes import agreed, several
 
 SCHEDULER = "scheduler.pt"
 
@@ -105,9 +106,9 @@ class ShardedTrainer(Trainer):
     def save_sharded(self, folder: Path) -> None:
         """Model, optimiser and update; every process comes here, and none leaves before all have written."""
         optimizer = None if self.args.save_only_model or self.optimizer is None else self._inner_optimizer()
-        with sharded.agreed():
+        with agreed():
             folder.mkdir(parents=True, exist_ok=True)
-        sharded.save(folder, self.model, optimizer, self.update.state_dict())
+        sharded_checkpoints.save(folder, self.model, optimizer, self.update.state_dict())
         self.accelerator.wait_for_everyone()
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
@@ -121,34 +122,43 @@ class ShardedTrainer(Trainer):
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
         # The file that says a checkpoint is whole comes after this: in every process.
-        if sharded.several():
+        if several():
             dist.barrier()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         folder = Path(resume_from_checkpoint)
-        if (folder / sharded.FOLDER).is_dir():
-            with sharded.agreed():
-                sharded.check_model(folder, self.model)
-            sharded.load_model(folder, self.model)
+        if (folder / sharded_checkpoints.FOLDER).is_dir():
+            with agreed():
+                sharded_checkpoints.check_model(folder, self.model)
+            sharded_checkpoints.load_model(folder, self.model)
         elif self.sharded:
-            raise ValueError(
-                f"resume_from_checkpoint: {folder} was written by a run that was not sharded; go on without FSDP, or start a new run "
-                "from that folder as a model"
-            )
+            sharded_checkpoints.load_whole_model(folder, self.model)
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is None or not (Path(checkpoint) / sharded.FOLDER).is_dir():
+        cut = checkpoint is not None and (Path(checkpoint) / sharded_checkpoints.FOLDER).is_dir()
+        if checkpoint is None or not (cut or self.sharded):
             super()._load_optimizer_and_scheduler(checkpoint)
             return
-        sharded.load_optimizer(Path(checkpoint), self.model, self._inner_optimizer())
+        if cut:
+            sharded_checkpoints.load_optimizer(Path(checkpoint), self.model, self._inner_optimizer())
+        else:
+            sharded_checkpoints.load_whole_optimizer(Path(checkpoint), self._inner_optimizer())
         assert self.lr_scheduler is not None
         self.lr_scheduler.load_state_dict(read_pickled(Path(checkpoint) / SCHEDULER))
 
-    def load_update(self, folder: Path) -> Mapping[str, Tensor]:
-        """What the update kept, of a sharded checkpoint."""
-        return sharded.load_update(folder, [p for p in self.model.parameters() if p.requires_grad])
+    def load_update(self, folder: Path, name: str) -> Mapping[str, Tensor]:
+        """What the update kept, placed as the parameters are.
+
+        Args:
+            name: of the file of a run that was not sharded.
+        """
+        params = [p for p in self.model.parameters() if p.requires_grad]
+        if (folder / sharded_checkpoints.FOLDER).is_dir():
+            return sharded_checkpoints.load_update(folder, params)
+        kept = read_tensors(folder / name)[0] if (folder / name).exists() else {}
+        return {number: sharded.placed(tensor, params[int(number)]) for number, tensor in kept.items()}
 
     def whole_model(self) -> Any:
         """The model put together, dense, on the CPU of the first process; None in the others. Every process comes here."""

@@ -43,14 +43,14 @@ from fastunlearn.objectives.rmu import steered_module
 from fastunlearn.ops.mask import BitMask, save_masks
 from fastunlearn.parametrize import CompressedNM, full_weights, lora
 from fastunlearn.parametrize.compressed_nm import dense_state_dict
+from fastunlearn.processes import agreed, anywhere, combined, summed
 from fastunlearn.quantised import check_training, keep_differentiable, prepare
-from fastunlearn.sharded import agreed, anywhere, check_shards, combined, summed
+from fastunlearn.sharded import check_processes, check_shards
 from fastunlearn.two_terms import (
     STATE_FILE,
     DivergenceError,
     TwoTermConfig,
     TwoTermTrainer,
-    check_processes,
     complete_checkpoint,
     last_checkpoint,
     resumes_in,
@@ -521,12 +521,12 @@ class UnlearnTrainer(TwoTermTrainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As in Trainer, with masks.safetensors and pruning.json; whole or not at all (`fastunlearn.checkpoint.save_checkpoint`)."""
-        if self.sharded and _internal_call:
-            self.save_sharded(Path(output_dir or self.output))
+        if self.sharded and _internal_call and output_dir is not None:
+            self.save_sharded(Path(output_dir))
             if self.args.should_save:
-                self.save_extra(Path(output_dir or self.output))
+                self.save_extra(Path(output_dir))
             return
-        if _internal_call or self.is_deepspeed_enabled:
+        if (_internal_call and not self.sharded) or self.is_deepspeed_enabled:
             super().save_model(output_dir, _internal_call)
             return
         self.assert_sound()
@@ -546,7 +546,8 @@ class UnlearnTrainer(TwoTermTrainer):
                 pruning=self.pruning,
                 overwrite=True,
             )
-        if self.args.push_to_hub:
+        # push_to_hub itself comes here, for the model as it is published.
+        if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     @torch.no_grad()

@@ -31,7 +31,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback, Tra
 
 from fastunlearn import ops, optim
 from fastunlearn._modes import evaluating
-from fastunlearn._stored import read_json, read_tensors
+from fastunlearn._stored import read_json
 from fastunlearn.certified import CertifiedTrainer
 from fastunlearn.checkpoint import claim_output, disk_full
 from fastunlearn.data.pairs import PairedSampler, PairedSet
@@ -39,7 +39,9 @@ from fastunlearn.foreign import check_liger, check_optimizer
 from fastunlearn.localize.choose import saliency_masks
 from fastunlearn.objectives.language import closest
 from fastunlearn.ops.mask import BitMask, load_masks, save_masks
-from fastunlearn.sharded import FOLDER, OTHERS, Watch, agreed, anywhere, check_same_masks, gathered_masks
+from fastunlearn.processes import Watch, agreed, anywhere, check_same, check_same_masks, fingerprints, several
+from fastunlearn.sharded import check_processes, gathered_masks
+from fastunlearn.sharded_checkpoints import FOLDER, OTHERS
 from fastunlearn.sharded_trainer import SCHEDULER
 from fastunlearn.updates import Update, make_update
 from fastunlearn.updates.hamu import Hamu
@@ -602,10 +604,13 @@ class TwoTermTrainer(CertifiedTrainer):
         resume_from_checkpoint=True takes the last complete checkpoint; one that a kill left half written is removed.
         """
         resuming = bool(resume_from_checkpoint)
-        with claim_output(
-            self.output,
-            overwrite=self.args.overwrite_output_dir,
-            resume=resumes_in(self.output, resume_from_checkpoint),
+        with (
+            claim_output(
+                self.output,
+                overwrite=self.args.overwrite_output_dir,
+                resume=resumes_in(self.output, resume_from_checkpoint),
+            ),
+            Watch(),
         ):
             if resume_from_checkpoint is True:
                 first = self.is_world_process_zero()
@@ -618,11 +623,7 @@ class TwoTermTrainer(CertifiedTrainer):
             with agreed():
                 if resuming:
                     self._check_resumable(str(resume_from_checkpoint))
-            check_same_masks(self.masks)
-            self._place_masks()
-            if self.will_shard():
-                # Before anything else asks the model: no process holds it whole on its device.
-                self.before_steps()
+            self.join_processes()
             self.before_training(str(resume_from_checkpoint) if resuming else None)
             if resuming:
                 self.load_extra(Path(str(resume_from_checkpoint)))
@@ -635,8 +636,26 @@ class TwoTermTrainer(CertifiedTrainer):
             self._density = self.mask_density()
             # In early versions of transformers 5 clipping stands in the loop itself, where it cannot be overridden.
             inline = not hasattr(Trainer, "_clip_grad_norm") and self._own_optimizer()
-            with Watch(), _replaced(self.args, max_grad_norm=0.0) if inline else nullcontext():
+            with _replaced(self.args, max_grad_norm=0.0) if inline else nullcontext():
                 return super().train(resume_from_checkpoint or None, *args, **options)
+
+    def join_processes(self) -> None:
+        """Compares what the processes have read, and cuts a model that is to be cut; every process comes here.
+
+        Before anything asks the model: no process holds it whole on its device.
+
+        Raises:
+            ValueError: masks, rows or weights differ between processes. In all of them.
+        """
+        check_same_masks(self.masks)
+        if several() and self.can_shard:
+            # Of language models: a text-to-image model may draw its images itself, every process its own.
+            check_same("forget_dataset, retain_dataset", self._digests())
+        self._place_masks()
+        if self.will_shard():
+            if not self.sharded:
+                check_same("model", fingerprints(self.model))
+            self.before_steps()
 
     def _own_optimizer(self) -> bool:
         """Whether the optimiser will be one of ours, that clips by itself."""
@@ -678,10 +697,19 @@ class TwoTermTrainer(CertifiedTrainer):
                 "not give the weights of a run that was not interrupted"
             )
         record = Path(checkpoint) / DATA_FILE
-        if record.exists() and read_json(record, None) != self._digests():
-            raise ValueError(
-                f"resume_from_checkpoint: {checkpoint} is of other rows (or another localize) than this run's"
-            )
+        if record.exists():
+            saved = read_json(record)
+            rows = saved.pop("rows_of_a_step", None)
+            if saved != self._digests():
+                raise ValueError(
+                    f"resume_from_checkpoint: {checkpoint} is of other rows (or another localize) than this run's"
+                )
+            if rows not in (None, self._rows_of_a_step()):
+                warnings.warn(
+                    f"resume_from_checkpoint: a step was of {rows} forget rows and is of {self._rows_of_a_step()} now "
+                    "(per_device_train_batch_size x gradient_accumulation_steps x processes): this is not the run that was interrupted",
+                    stacklevel=3,
+                )
         path = Path(checkpoint) / MOVABLE
         saved = load_masks(path, device=self.args.device) if path.exists() else None
         if self.args.localize == "saliency":
@@ -726,18 +754,22 @@ class TwoTermTrainer(CertifiedTrainer):
             save_file({name: tensor.contiguous().clone() for name, tensor in state.items()}, folder / UPDATE_FILE)
         if self.movable is not None:
             save_masks(self.movable, folder / MOVABLE)
-        (folder / DATA_FILE).write_text(json.dumps(self._digests()), encoding="utf-8")
+        record = {**self._digests(), "rows_of_a_step": self._rows_of_a_step()}
+        (folder / DATA_FILE).write_text(json.dumps(record), encoding="utf-8")
 
     def _digests(self) -> dict[str, str]:
         """Hashes of the rows this run sees, and of where its movable weights come from."""
         return {**self.data_digests(), "localize": self.args.localize}
 
+    def _rows_of_a_step(self) -> int:
+        args = self.args
+        return args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+
     def load_extra(self, checkpoint: Path) -> None:
         """Reads what `save_extra` wrote, before training goes on from `checkpoint`; for methods to extend."""
-        if (checkpoint / FOLDER).is_dir():
-            self.update.load_state_dict(self.load_update(checkpoint))
-        elif (checkpoint / UPDATE_FILE).exists():
-            self.update.load_state_dict(read_tensors(checkpoint / UPDATE_FILE)[0])
+        kept = self.load_update(checkpoint, UPDATE_FILE)
+        if kept:
+            self.update.load_state_dict(kept)
 
     def create_model_card(self, *args: Any, **options: Any) -> None:
         """As in Trainer, where there is no card yet: the commands write one with what was measured."""
@@ -811,22 +843,6 @@ class _Progress(TrainerCallback):
         if self.bar is not None:
             self.bar.close()
             self.bar = None
-
-
-def check_processes(args: TrainingArguments) -> None:
-    """
-    Raises:
-        ValueError: one process for several GPUs, or FSDP.
-    """
-    if args.n_gpu > 1:
-        raise ValueError(
-            f"this process sees {args.n_gpu} GPUs: start one process a GPU (torchrun --nproc_per_node {args.n_gpu} ...), "
-            "or show it one (CUDA_VISIBLE_DEVICES=0)"
-        )
-    if args.fsdp:
-        raise ValueError(
-            "fsdp: is asked for by accelerate's configuration (accelerate launch with fsdp_version: 2), not by this argument"
-        )
 
 
 def _plain(name: str) -> str:

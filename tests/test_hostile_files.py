@@ -322,7 +322,7 @@ def test_a_pickle_is_not_run(tmp_path):
 def test_the_index_of_a_sharded_checkpoint_is_not_run(tmp_path):
     import torch.distributed.checkpoint as dcp
 
-    from fastunlearn import sharded
+    from fastunlearn import sharded_checkpoints as sharded
 
     folder, model = tmp_path / "checkpoint-1", torch.nn.Linear(3, 2)
     with sharded._quiet():

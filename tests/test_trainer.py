@@ -629,6 +629,8 @@ def test_resuming_with_other_rows_or_half_a_checkpoint_is_refused(tmp_path):
         make(tmp_path / "out", forget=swapped).train(resume_from_checkpoint=True)
     with pytest.raises(ValueError, match="is of other rows"):
         make(tmp_path / "out", localize="saliency").train(resume_from_checkpoint=True)
+    with pytest.warns(UserWarning, match=r"a step was of \d+ forget rows and is of \d+ now"):
+        make(tmp_path / "out", gradient_accumulation_steps=7).train(resume_from_checkpoint=True)
     make(tmp_path / "light", save_strategy="epoch", save_only_model=True).train()
     with pytest.raises(ValueError, match=r"has no optimizer\.pt"):
         make(tmp_path / "light", save_only_model=True).train(resume_from_checkpoint=True)

@@ -29,6 +29,7 @@ from fastunlearn.data.pairs import row_limit
 from fastunlearn.data.text import TextSet, check_disjoint, encode_rows, load_rows
 from fastunlearn.evaluation.perplexity import chunk_tokens, perplexity
 from fastunlearn.evaluation.recall import exact_recall, generate_answers, score_answers, wanted_answers
+from fastunlearn.processes import Watch, agreed
 from fastunlearn.report.card import model_card
 from fastunlearn.report.cost import MIB, measured
 from fastunlearn.report.files import plain, write_bytes, write_json
@@ -342,15 +343,19 @@ def unlearn(
         (ScriptArguments, config_class), argv, prog, description=description, epilog=epilog, required=("output_dir",)
     )
     resume = resume_of(config)
-    # With an overwritten folder, a resumed run needs the checkpoints of the one before.
+    from fastunlearn.sharded import check_processes
     from fastunlearn.trainer import resumes_in
+
+    check_processes(config)
+    # With an overwritten folder, a resumed run needs the checkpoints of the one before.
 
     folder = claim_output(
         config.output_dir, overwrite=config.overwrite_output_dir, resume=resumes_in(config.output_dir, resume)
     )
-    folder.check()
-    ready = _prepare(script, config, masks)
-    with folder:
+    with agreed():
+        folder.check()
+        ready = _prepare(script, config, masks)
+    with folder, Watch():
         return _train(script, config, trainer_class, method, ready, resume, shown_command(prog, argv))
 
 
@@ -405,15 +410,18 @@ def _train(
     autocast = torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else None
 
     def ask() -> Measurement:
+        # All processes make up a sharded model, and all ask it.
         if not main and not trainer.sharded:
             return Measurement({}, {})
-        # All processes make up a sharded model, and all ask it.
         model = trainer.accelerator.unwrap_model(trainer.model)
         return measure(
             model if trainer.sharded else model.to(config.device), checkpoint.tokenizer, parts, text=ready.text, batch_size=script.eval_batch_size,
             autocast=autocast,
         )  # fmt: skip
 
+    if trainer.will_shard():
+        # No process may hold the whole model on its device to ask it.
+        trainer.join_processes()
     say("asking before ...")
     before = ask()
     say(f"{'going on with' if resume else 'unlearning'} ...")

@@ -43,7 +43,7 @@ from fastunlearn.objectives.language import closest
 from fastunlearn.ops._slots import local
 from fastunlearn.ops.mask import BitMask
 from fastunlearn.parametrize.compressed_nm import whole
-from fastunlearn.sharded import summed
+from fastunlearn.processes import summed
 from fastunlearn.trainer import UnlearnConfig, UnlearnTrainer
 
 REDISTRIBUTION = ("none", "update", "obs", "retain")

@@ -87,7 +87,7 @@ class NMLinear(nn.Module):
             own = self.nm_weight().detach()
             mask = own.mask.to(given.device)
             values = ops.nm_compress(given.detach(), mask, self.n, self.m).values
-            _check_zeros(f"{prefix}weight", given, mask)
+            check_zeros(f"{prefix}weight", given, mask)
             state_dict[f"{prefix}weight"] = values
             state_dict[f"{prefix}bits"] = self.bits
         super()._load_from_state_dict(state_dict, prefix, *args, **options)
@@ -297,10 +297,10 @@ def _check_layer(name: str, layer: nn.Linear, mask: BitMask, n: int, m: int) -> 
     except ValueError as error:
         raise ValueError(f"masks: {name}: {error}") from None
     if not layer.weight.is_meta:
-        _check_zeros(name, layer.weight.detach(), mask.to(layer.weight.device))
+        check_zeros(name, layer.weight.detach(), mask.to(layer.weight.device))
 
 
-def _check_zeros(name: str, weight: Tensor, mask: BitMask) -> None:
+def check_zeros(name: str, weight: Tensor, mask: BitMask) -> None:
     stray = int(((weight != 0) & ~mask.unpack()).sum())
     if stray:
         raise ValueError(

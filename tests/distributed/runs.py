@@ -243,14 +243,15 @@ def one(settings: dict[str, Any]) -> None:
         "use_cpu": True, "dataloader_pin_memory": False, "reference_cache_dir": str(folder / "cache"), "objective": "GradDiff",
         "report_to": [], "ddp_timeout": 120, **settings.get("options", {}),
     }  # fmt: skip
+    first = 1 if settings.get("spoil") == "rows" and rank else 0
     trainer = trainer_class(
-        model, config_class(**options), rows(12, 0), rows(24, 100), char_tokenizer(), masks=masks, pruning=pruning
+        model, config_class(**options), rows(12, first), rows(24, 100), char_tokenizer(), masks=masks, pruning=pruning
     )
     assert trainer.args.world_size == processes, trainer.args.world_size
     if settings.get("kill_at") is not None:
         kill_at(trainer, settings["kill_at"], settings.get("kill_rank", 0), settings.get("kill_alone", False))
     if settings.get("nan_at") is not None:
-        nan_at(trainer, settings["nan_at"], settings.get("nan_rank", 0))
+        nan_at(trainer, settings["nan_at"], settings.get("nan_rank", 0), settings.get("nan_in", "loss"))
     trainer.train(resume_from_checkpoint=settings.get("resume"))
     if processes > 1:
         from torch.distributed.tensor import DTensor
@@ -269,18 +270,29 @@ def one(settings: dict[str, Any]) -> None:
         torch.save(state, folder / "weights.pt")
 
 
+def commands(lines: list[list[str]], folder: str) -> None:
+    """One process of commands, one after the other; writes their exit status."""
+    from fastunlearn.cli import main as run
+
+    torch.set_num_threads(1)
+    codes = [run(line) for line in lines]
+    Path(folder, f"codes-{os.environ.get('RANK', '0')}.json").write_text(json.dumps(codes))
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 def spoil(how: str | None, rank: int, model: Any, masks: Any) -> None:
     """Bad input in the last process."""
     if how is None or rank + 1 != int(os.environ.get("WORLD_SIZE", "1")):
         return
-    name = next(iter(masks))
+    name = next(iter(masks or dict(model.named_parameters())))
     if how == "density":
         from fastunlearn import BitMask
 
         masks[name] = BitMask.pack(masks[name].unpack() & (torch.rand(masks[name].shape) < 0.5))
         with torch.no_grad():
             model.get_parameter(name).mul_(masks[name].unpack())
-    elif how == "zeros":
+    elif how in ("zeros", "weights"):
         with torch.no_grad():
             model.get_parameter(name).add_(1)
 
@@ -297,17 +309,15 @@ def kill_at(trainer: Any, step: int, rank: int, alone: bool) -> None:
     trainer.training_step = training_step
 
 
-def nan_at(trainer: Any, step: int, rank: int) -> None:
-    """A forget loss that is NaN in one process."""
+def nan_at(trainer: Any, step: int, rank: int, where: str) -> None:
+    """A forget loss that is NaN in one process, or one whose gradient is."""
     inner = trainer.forget_term
 
     def forget_term(*args: Any, **options: Any) -> Any:
         loss = inner(*args, **options)
-        return (
-            loss * float("nan")
-            if trainer.state.global_step + 1 == step and trainer.args.process_index == rank
-            else loss
-        )
+        if trainer.state.global_step + 1 != step or trainer.args.process_index != rank:
+            return loss
+        return loss * float("nan") if where == "loss" else loss + (loss * 0).sqrt()
 
     trainer.forget_term = forget_term
 
@@ -316,7 +326,7 @@ def watched(dies: int, how: str) -> None:
     """One of two processes that only wait; one of them gets a signal or an error, the other is told on standard error."""
     import torch.distributed as dist
 
-    from fastunlearn.sharded import Watch, agreed, anywhere
+    from fastunlearn.processes import Watch, agreed, anywhere
 
     rank = int(os.environ["RANK"])
     dist.init_process_group("gloo")

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
@@ -45,6 +46,8 @@ ACCUMULATED = ("compressed", "masked hamu", "gru")
 BY_FOUR = ("hamu", "pcgrad")
 COUNTS = [(name, 4 if name in BY_FOUR else 2) for name in RUNS]
 BF16: dict[str, Any] = {"dtype": "bfloat16", "options": {"compressed": True}}
+#: computed in bfloat16, of weights in fp32 or not
+MIXED: dict[str, Any] = {"options": {"compressed": True, "bf16": True}}
 
 
 def with_options(run: dict[str, Any], **options: Any) -> dict[str, Any]:
@@ -60,11 +63,12 @@ def outcomes(tmp_path_factory, processes) -> Path:
         name: with_options(run, dense_model=str(folder / "dense")) if "redistribution" in name else run
         for name, run in RUNS.items()
     }
-    others = {"bfloat16 masked": {**BF16, "options": {}}, "exact": {"start": "bfloat16"}}
+    others = {"bfloat16 masked": {**BF16, "options": {}}, "exact": {"start": "bfloat16"}, "mixed": MIXED}
+    mixed = {"mixed": MIXED, "mixed bfloat16": with_options({**BF16, **MIXED}, max_steps=1)}
     halves = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
     by_two = {name: with_options(runs[name], **(halves if name in ACCUMULATED else {})) for name in RUNS}
     by_four = {name: by_two.pop(name) for name in BY_FOUR}
-    with torchrun({**by_two, "bfloat16": BF16}, folder / "2", 2):
+    with torchrun({**by_two, "bfloat16": BF16, **mixed}, folder / "2", 2):
         processes.run({**runs, **others}, folder / "1", 1)
     processes.run({**by_four, "bfloat16": BF16}, folder / "4", 4)
     return folder
@@ -95,6 +99,18 @@ def test_bfloat16_is_as_far_from_fp32_as_one_process_is(outcomes, count):
     assert error(outcomes / str(count) / "bfloat16") <= 2 * error(outcomes / "1" / "bfloat16 masked")
 
 
+def test_mixed_precision_sums_gradients_in_fp32_and_keeps_the_type_of_weights(outcomes):
+    exact = weights(outcomes / "1" / "compressed")
+
+    def error(count: str) -> float:
+        got = weights(outcomes / count / "mixed")
+        assert all(tensor.dtype == torch.float32 for tensor in got.values())
+        return sum(float((got[key].double() - exact[key].double()).square().sum()) for key in exact) ** 0.5
+
+    assert error("2") <= 2 * error("1")
+    assert all(t.dtype == torch.bfloat16 for t in weights(outcomes / "2" / "mixed bfloat16").values())
+
+
 def test_a_checkpoint_goes_from_two_to_four_to_one(processes, tmp_path):
     """Two steps each; together the run of one process that was not interrupted."""
     runs = {"adam": {"options": {"compressed": True}}, "gru": {"options": {"update": "gru"}}}
@@ -111,6 +127,16 @@ def test_a_checkpoint_goes_from_two_to_four_to_one(processes, tmp_path):
         whole, parts_ = weights(tmp_path / "whole" / name), weights(tmp_path / "parts" / name)
         for key, tensor in whole.items():
             torch.testing.assert_close(parts_[key], tensor, rtol=1e-3, atol=2e-5, msg=f"{name}, {key}")
+    # And a run of one process goes on in two.
+    cut = {
+        n: {**with_options(r, **common, max_steps=6), "resume": str(tmp_path / "whole" / n / "out" / "checkpoint-4")}
+        for n, r in runs.items()
+    }
+    processes.run(cut, tmp_path / "cut", 2)
+    for name in runs:
+        whole, cut_ = weights(tmp_path / "whole" / name), weights(tmp_path / "cut" / name)
+        for key, tensor in whole.items():
+            torch.testing.assert_close(cut_[key], tensor, rtol=1e-3, atol=2e-5, msg=f"{name}, {key}, cut")
     # What four processes saved at their end is an ordinary model.
     import transformers
 
@@ -119,6 +145,21 @@ def test_a_checkpoint_goes_from_two_to_four_to_one(processes, tmp_path):
     saved = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "parts" / "adam" / "out")
     assert saved.lm_head.weight is saved.get_input_embeddings().weight
     assert load_checkpoint(tmp_path / "parts" / "adam" / "out", masks="require").pruning == {"pattern": "2:4"}
+
+
+def test_shards_of_different_sizes(processes, tmp_path):
+    """64 rows over three processes; their checkpoint goes on in two."""
+    options = {"compressed": True, "localize": "saliency", "saliency_density": 0.2, "max_steps": 4}
+    run: dict[str, Any] = {"rows": 6, "options": {**options, "save_strategy": "steps", "save_steps": 2}}
+    for count in (1, 3):
+        processes.run({"run": run}, tmp_path / str(count), count)
+    kept = str(tmp_path / "3" / "run" / "out" / "checkpoint-2")
+    processes.run({"run": {**run, "resume": kept}}, tmp_path / "2", 2)
+    one = weights(tmp_path / "1" / "run")
+    for folder in ("3", "2"):
+        several = weights(tmp_path / folder / "run")
+        for key, tensor in one.items():
+            torch.testing.assert_close(several[key], tensor, rtol=1e-3, atol=2e-5, msg=f"{folder}, {key}")
 
 
 def test_a_run_that_dies_goes_on_exactly(processes, tmp_path):
@@ -141,20 +182,24 @@ def test_a_run_that_dies_goes_on_exactly(processes, tmp_path):
 
 def test_what_one_process_meets_all_are_told(processes, tmp_path):
     compressed: dict[str, Any] = {"options": {"compressed": True}, "fails": True}
-    plain = tmp_path / "unsharded"
+    plain = tmp_path / "of another model"
     plain.mkdir()
     (plain / "trainer_state.json").write_text('{"global_step": 1}')
     for name in ("optimizer.pt", "scheduler.pt"):
         (plain / name).touch()
+    save_file({"model.norm.weight": torch.ones(3)}, plain / "model.safetensors")
     runs = {
         "with masks": {"options": {"save_strategy": "steps", "save_steps": 1, "max_steps": 1}},
         "other setting": {**compressed, "resume": str(tmp_path / "with masks" / "out" / "checkpoint-1")},
-        "unsharded checkpoint": {"method": "unlearn", "pruned": False, "resume": str(plain), "fails": True},
+        "other model": {"method": "unlearn", "pruned": False, "resume": str(plain), "fails": True},
+        "weights": {"method": "unlearn", "pruned": False, "spoil": "weights", "fails": True},
+        "rows": {**compressed, "spoil": "rows"},
         "columns": {**compressed, "pattern": "2:3"},
         "zeros, compressed": {**compressed, "spoil": "zeros"},
         "density": {"spoil": "density", "fails": True},
         "zeros": {"spoil": "zeros", "fails": True},
         "nan": {**compressed, "nan_at": 2, "nan_rank": 1},
+        "nan in a gradient": {**compressed, "nan_at": 2, "nan_rank": 1, "nan_in": "gradient"},
         "no checkpoint": {"resume": str(tmp_path / "nothing"), "fails": True},
         "offered": {"options": {"redistribution": "retain", "dense_model": "x"}, "fails": True},
     }
@@ -170,10 +215,13 @@ def test_what_one_process_meets_all_are_told(processes, tmp_path):
         assert "not zero outside the mask" in said("zeros", rank)
         assert "not zero outside the mask" in said("zeros, compressed", rank)
         assert "pattern: 3 does not divide the 64 columns of model.layers.0" in said("columns", rank)
-        assert "was written by a run that was not sharded" in said("unsharded checkpoint", rank)
+        assert "holds model.embed_tokens.weight not at all" in said("other model", rank)
+        assert "model: model.embed_tokens.weight differs between processes: process 1 of 2" in said("weights", rank)
+        assert "forget_dataset, retain_dataset: forget differs between processes" in said("rows", rank)
         assert "or of a run with another setting of compressed" in said("other setting", rank)
         assert "is no complete checkpoint" in said("no checkpoint", rank)
         assert "DivergenceError" in said("nan", rank)
+        assert "DivergenceError: a gradient is not finite in step 2" in said("nan in a gradient", rank)
     assert said("zeros", 0).startswith("ValueError: process 1 of 2:")
     assert "in the batch of forget rows" in said("nan", 1)
     assert "of another process" in said("nan", 0)
