@@ -69,6 +69,9 @@ class CertifiedTrainer(ShardedTrainer):
                     last = len(self.group_names) + 2
                     sums[last], counts[last] = self.retain_term(self.model, held_out).detach().double(), 1
         except torch.OutOfMemoryError:
+            if self.sharded:
+                # The others are in the middle of that pass, and wait: they are told by this process's end.
+                raise
             self._no_room = True
         self.reshard()
         if anywhere(self._no_room, self.args.device):

@@ -158,6 +158,11 @@ class ShardedTrainer(Trainer):
         if (folder / sharded_checkpoints.FOLDER).is_dir():
             return sharded_checkpoints.load_update(folder, params)
         kept = read_tensors(folder / name)[0] if (folder / name).exists() else {}
+        strange = [number for number in kept if not (number.isdigit() and int(number) < len(params))]
+        if strange:
+            raise ValueError(
+                f"{folder / name}: holds {strange[0]!r}, want numbers of this run's {len(params)} parameters that train"
+            )
         return {number: sharded.placed(tensor, params[int(number)]) for number, tensor in kept.items()}
 
     def whole_model(self) -> Any:
