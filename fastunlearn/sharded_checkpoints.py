@@ -187,7 +187,8 @@ def _whole_weights(folder: Path, model: nn.Module) -> list[tuple[str, Tensor, st
     names: dict[int, list[str]] = {}
     for name, p in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(p), []).append(name)
-    stored, out = dense_weights(folder, {}), []
+    stored = dense_weights(folder, {})
+    out: list[tuple[str, Tensor, str, Mapping[str, Tensor]]] = []
     for name, p in model.named_parameters():
         if name in bits:
             continue
