@@ -520,6 +520,9 @@ def reduced(spec: Spec, head: Head, labels: Tensor, reduction: str) -> tuple[Ten
             *flattened, flat, spec.op, spec.kind, spec.strength, spec.scale, spec.softcap, hidden_trains, head_trains
         )[0]
     else:
+        if not torch.is_grad_enabled():
+            # needs_input_grad knows nothing of it: the gradient of the logits would be made for nobody.
+            flattened = Head._make(None if t is None else t.detach() for t in flattened)
         value = _LinearLoss.apply(spec, flat, *flattened)
     value, counts = value.reshape(labels.shape), (labels != IGNORED).long()
     return (value, counts) if reduction == "token" else (value.sum(-1), counts.sum(-1))
