@@ -36,12 +36,12 @@ class ModelArguments:
     autocast: Literal["bfloat16", "float16"] | None = _field(None, "of the forward passes; null: the weights' own type")
     device: str | None = _field(None, "cpu, cuda, ...; default: cuda where there is one")
     overwrite: bool = _field(False, "replace results that are there")
-    tokens: int = _field(8192, "tokens of a scoring pass, with padding")
+    tokens: int | None = _field(None, "tokens of a scoring pass, with padding; default: 1024 on a CPU, 8192 elsewhere")
     batch_size: int = _field(128, "rows that generate at once, at most")
 
     def __post_init__(self) -> None:
         for name in ("tokens", "batch_size"):
-            if getattr(self, name) < 1:
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name}: want at least 1, got {getattr(self, name)}")
 
     def load(self, source: str | None = None) -> Any:

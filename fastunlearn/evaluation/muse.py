@@ -187,7 +187,7 @@ def evaluate_muse(
     output: str | Path | None = None,
     retain_logs: str | Path | None = None,
     overwrite: bool = False,
-    budget: int = 8192,
+    budget: int | None = None,
     batch_size: int = 128,
     progress: bool = True,
 ) -> dict[str, float]:

@@ -167,7 +167,7 @@ def relearn_(
 
 
 def forget_numbers(
-    model: Any, tokenizer: Any, rows: TextSet, *, max_new_tokens: int = 200, budget: int = 8192,
+    model: Any, tokenizer: Any, rows: TextSet, *, max_new_tokens: int = 200, budget: int | None = None,
     autocast: torch.dtype | None = None, progress: bool = True,
 ) -> dict[str, float]:  # fmt: skip
     """What a model still says of a set: probability, rougeL_recall, extraction_strength, exact_memorization, means over rows."""

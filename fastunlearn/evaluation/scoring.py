@@ -33,6 +33,9 @@ _CHUNK = 2**25
 #: log-probabilities of a tree and of separate passes may differ by this, in nats a token: far above rounding, far below a wrong mask
 _SAME = {torch.float32: 1e-3, torch.float64: 1e-3, torch.bfloat16: 0.15, torch.float16: 0.03}
 
+#: tokens of a pass, padding included: a CPU is busy with few, and batches of few have less padding
+_TOKENS = {"cpu": 1024, "other": 8192}
+
 _takes_trees: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
@@ -80,6 +83,11 @@ class AnswerScore:
         assert self.greedy is not None
         kept = len(answer) - (not end)
         return [a == b for a, b in zip(self.greedy[:kept], answer[:kept], strict=True)]
+
+
+def tokens_at_once(model: nn.Module) -> int:
+    """Of a scoring pass, padding included, where nothing else is asked for."""
+    return _TOKENS["cpu" if next(model.parameters()).device.type == "cpu" else "other"]
 
 
 def length_batches(sizes: Sequence[int], budget: int, most: int = 256) -> list[list[int]]:
@@ -301,11 +309,16 @@ def score_questions(
     questions: Sequence[Question],
     pad_id: int,
     *,
-    budget: int = 8192,
+    budget: int | None = None,
     done: Callable[[Mapping[int, list[AnswerScore]]], None] | None = None,
 ) -> list[list[AnswerScore]]:
-    """`score_batch` of any number of questions, by size; `done` is called with the scores of each batch."""
+    """`score_batch` of any number of questions, by size; `done` is called with the scores of each batch.
+
+    Args:
+        budget: tokens of a pass; None: `tokens_at_once`.
+    """
     out: dict[int, list[AnswerScore]] = {}
+    budget = tokens_at_once(model) if budget is None else budget
     for chosen in length_batches([len(q.tree()) for q in questions], budget):
         scores = score_batch(model, [questions[i] for i in chosen], pad_id)
         found = dict(zip(chosen, scores, strict=True))
