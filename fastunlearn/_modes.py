@@ -23,6 +23,31 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def cast_once(model: nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
+    """Passes without gradients under autocast to `dtype` (None: in the weights' own), in which every weight is cast once.
+
+    Autocast keeps its casts until it is left, but only those of fp32 weights that ask for a gradient. Frozen ones (the base of an
+    adapter, all but one block after RMU, the head of a pruned model) it casts at every call, on a CPU for longer than the product
+    with a few tokens takes. They ask for a gradient inside: casts and results are autocast's own, bit for bit. Not on other devices,
+    where casts are cheap and room for the copies is not. Weights must not change inside.
+    """
+    device = next(model.parameters()).device.type
+    frozen: list[Tensor] = []
+    if dtype is not None and device == "cpu":
+        # A sharded weight that asks for a gradient is treated in other ways than one that does not.
+        own = (p for p in model.parameters() if p.dtype == torch.float32 and not hasattr(p, "to_local"))
+        frozen = [p for p in own if not (p.requires_grad or p.is_inference())]
+    try:
+        for p in frozen:
+            p.requires_grad_(True)
+        with torch.autocast(device, dtype=dtype or torch.bfloat16, enabled=dtype is not None):
+            yield
+    finally:
+        for p in frozen:
+            p.requires_grad_(False)
+
+
+@contextmanager
 def in_fp32(model: nn.Module) -> Iterator[None]:
     """fp32 inside, for differences of almost equal losses: no autocast (accelerate's around `forward` neither), and copies in the place
     of 16-bit weights. The parameters, their gradients and hooks are not touched; no pass inside may be differentiated.

@@ -59,8 +59,14 @@ def _fixed_cache(rows: int, length: int) -> Any:
         def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
             if not self.is_initialized:
                 self.dtype, self.device = key_states.dtype, key_states.device
-                self.keys = key_states.new_empty((rows, key_states.shape[1], length, key_states.shape[3]))
-                self.values = value_states.new_empty((rows, value_states.shape[1], length, value_states.shape[3]))
+                kind = key_states.device.type
+                if torch.is_autocast_enabled(kind) and self.dtype == torch.float32:
+                    # What every product with them would cast them to anew at every step; rotary positions leave keys in fp32.
+                    self.dtype = torch.get_autocast_dtype(kind)
+                self.keys, self.values = (
+                    states.new_empty((rows, states.shape[1], length, states.shape[3]), dtype=self.dtype)
+                    for states in (key_states, value_states)
+                )
                 self.is_initialized = True
             assert self.keys is not None
             assert self.values is not None

@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from fastunlearn._modes import cast_once, evaluating
+
 
 def chunk_tokens(tokenizer: Any, text: str, length: int, limit: int | None = None) -> Tensor:
     """Running text as rows of tokens, without special tokens; what is left over at the end of the text is dropped.
@@ -71,21 +73,15 @@ def perplexity(
     if batch_size < 1:
         raise ValueError(f"batch_size: want at least 1 row, got {batch_size}")
     device = next(model.parameters()).device
-    low = dtype in (torch.bfloat16, torch.float16)
-    training = [module for module in model.modules() if module.training]
-    model.eval()
+    low = dtype if dtype in (torch.bfloat16, torch.float16) else None
     total = torch.zeros((), dtype=torch.float64, device=device)
-    try:
+    with evaluating(model), cast_once(model, low):
         batches = tokens.split(batch_size)
         for batch in tqdm(batches, desc="perplexity", unit="batch", leave=False, disable=None if progress else True):
             batch = batch.to(device)
-            with torch.autocast(device.type, dtype=dtype if low else None, enabled=low):
-                logits = model(input_ids=batch, use_cache=False).logits
+            logits = model(input_ids=batch, use_cache=False).logits
             for row, labels in zip(logits, batch):
                 total += F.cross_entropy(row[:-1].float(), labels[1:], reduction="sum")
-    finally:
-        for module in training:
-            module.training = True
     mean = float(total) / (tokens.shape[0] * (tokens.shape[1] - 1))
     try:
         return math.exp(mean)

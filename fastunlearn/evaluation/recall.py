@@ -13,17 +13,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from fastunlearn._modes import evaluating
+from fastunlearn._modes import cast_once, evaluating
 from fastunlearn.data.text import Prompter, TextSet, collate, pad
 from fastunlearn.objectives.logprobs import answer_logprobs
 
 #: of a free answer, where nothing says how long the right one is
 _FREE = 64
-
-
-def _autocast(model: Any, dtype: torch.dtype | None) -> torch.autocast:
-    device = next(model.parameters()).device.type
-    return torch.autocast(device, dtype=dtype or torch.bfloat16, enabled=dtype is not None)
 
 
 def _stops(model: Any, *ids: int) -> list[int]:
@@ -94,7 +89,7 @@ def generate_answers(
     with (
         torch.no_grad(),
         evaluating(model),
-        _autocast(model, autocast),
+        cast_once(model, autocast),
         tqdm(total=len(prompts), desc="  asking", unit="row", leave=False, disable=None if progress else True) as bar,
     ):
         for start in range(0, len(order), batch_size):
@@ -172,7 +167,7 @@ def score_answers(
     with (
         torch.no_grad(),
         evaluating(model),
-        _autocast(model, autocast),
+        cast_once(model, autocast),
         tqdm(total=len(rows), desc="  scoring", unit="row", leave=False, disable=None if progress else True) as bar,
     ):
         for start in range(0, len(order), batch_size):

@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fastunlearn._modes import evaluating
+from fastunlearn._modes import cast_once, evaluating
 from fastunlearn.evaluation import greedy, membership
 from fastunlearn.evaluation.journal import Journal
 from fastunlearn.evaluation.logs import architecture, by_index, tokenizer_digest
 from fastunlearn.evaluation.rouge import rouge
-from fastunlearn.evaluation.scoring import AnswerScore, Question, gradient_norm, length_batches, score_batch
+from fastunlearn.evaluation.scoring import (
+    AnswerScore,
+    Question,
+    gradient_norm,
+    length_batches,
+    score_batch,
+    tokens_at_once,
+)
 from fastunlearn.objectives.cached_logprobs import weights_digest
 from fastunlearn.report.files import plain
 
@@ -35,35 +41,32 @@ class Runner:
     Args:
         model, tokenizer: of transformers.
         journal: keeps what is done.
-        budget: tokens of a scoring pass. batch_size: rows that generate at once at most.
+        budget: tokens of a scoring pass; None: 1024 on a CPU, 8192 elsewhere. batch_size: rows that generate at once at most.
         autocast: dtype of the forward passes; None: the weights' own.
         stops: tokens that end an answer.
         progress: bars, where standard error is a terminal.
     """
 
     def __init__(
-        self, model: Any, tokenizer: Any, journal: Journal, *, stops: Sequence[int], budget: int = 8192, batch_size: int = 128,
+        self, model: Any, tokenizer: Any, journal: Journal, *, stops: Sequence[int], budget: int | None = None, batch_size: int = 128,
         autocast: torch.dtype | None = None, progress: bool = True,
     ):  # fmt: skip
         self.model, self.tokenizer, self.journal = model, tokenizer, journal
-        self.budget, self.batch_size, self.autocast, self.progress = budget, batch_size, autocast, progress
+        self.budget = tokens_at_once(model) if budget is None else budget
+        self.batch_size, self.autocast, self.progress = batch_size, autocast, progress
         self.stops, self.pad_id = sorted(set(stops)), int(tokenizer.eos_token_id)
-
-    def _cast(self) -> AbstractContextManager[Any]:
-        device = next(self.model.parameters()).device.type
-        return torch.autocast(device, dtype=self.autocast or torch.bfloat16, enabled=self.autocast is not None)
 
     def score(self, stage: str, questions: Sequence[Question], model: Any = None) -> list[list[AnswerScore]]:
         """Scores of all answers to all questions, by another model if one is given."""
         asked = model or self.model
 
         def do(batch: list[int]) -> dict[int, Any]:
-            with self._cast():
-                scores = score_batch(asked, [questions[i] for i in batch], self.pad_id)
+            scores = score_batch(asked, [questions[i] for i in batch], self.pad_id)
             return {i: [asdict(s) for s in of_row] for i, of_row in zip(batch, scores, strict=True)}
 
         batches = length_batches([len(question.tree()) for question in questions], self.budget)
-        found = self.journal.run(stage, len(questions), batches, do, progress=self.progress)
+        with cast_once(asked, self.autocast):
+            found = self.journal.run(stage, len(questions), batches, do, progress=self.progress)
         return [[AnswerScore(**score) for score in of_row] for of_row in found]
 
     def answer(
@@ -82,10 +85,9 @@ class Runner:
             open_rows = [i for i in batch if not drafts[i][1]]
             more: dict[int, list[int]] = {}
             if open_rows:
-                with self._cast():
-                    made = greedy.continue_batch(
-                        self.model, [begun[i] for i in open_rows], [budgets[i] for i in open_rows], self.stops, self.pad_id
-                    )  # fmt: skip
+                made = greedy.continue_batch(
+                    self.model, [begun[i] for i in open_rows], [budgets[i] for i in open_rows], self.stops, self.pad_id
+                )
                 more = dict(zip(open_rows, made, strict=True))
             return {i: self.text(drafts[i][0] + more.get(i, []), strip=strip) for i in batch}
 
@@ -93,13 +95,16 @@ class Runner:
         still = [i for i, (_, whole) in enumerate(drafts) if not whole]
         rows = greedy.batches_of(self.model, [begun[i] for i in still], [budgets[i] for i in still])
         batches = [[still[k] for k in batch[at : at + self.batch_size]] for batch in rows for at in range(0, len(batch), self.batch_size)]  # fmt: skip
-        return self.journal.run(stage, len(prompts), [*batches, *([closed] if closed else [])], do, progress=self.progress)  # fmt: skip
+        with cast_once(self.model, self.autocast):
+            return self.journal.run(stage, len(prompts), [*batches, *([closed] if closed else [])], do, progress=self.progress)  # fmt: skip
 
     def gradient_norms(self, stage: str, questions: Sequence[Question]) -> list[float]:
         """Of every question's first answer."""
+        device = next(self.model.parameters()).device.type
 
         def do(batch: list[int]) -> dict[int, Any]:
-            with self._cast(), evaluating(self.model):
+            cast = torch.autocast(device, dtype=self.autocast or torch.bfloat16, enabled=self.autocast is not None)
+            with cast, evaluating(self.model):
                 return {i: gradient_norm(self.model, questions[i], self.pad_id) for i in batch}
 
         batches = [[i] for i in range(len(questions))]
