@@ -135,7 +135,7 @@ def _stamp(device: torch.device) -> dict[str, Any]:
     return dict(zip(MADE, (facts["device"], facts["torch"], facts["commit"], facts["date"]), strict=True))
 
 
-def _facts(world: World, settings: AnswerSettings, model: str, done: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:  # fmt: skip
+def facts_of(world: World, settings: AnswerSettings, model: str, done: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:  # fmt: skip
     settings = settings.of(world)
     assert settings.seeds is not None
     made = {key: [row[key] for row in rows if key in row] for key in MADE}
@@ -156,12 +156,14 @@ def _facts(world: World, settings: AnswerSettings, model: str, done: Mapping[str
 SAME = ("model", "weights", "answer set", "seed theme", "targets", "targets' seed")
 
 
-def _committed(out: Path, facts: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Rows of methods that the committed table has and these rows lack; none where it is of another study."""
+def committed(
+    out: Path, facts: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], same: Sequence[str] = SAME
+) -> list[dict[str, Any]]:
+    """Rows of methods that the committed table has and these rows lack; none where it is of another study: another of `same`."""
     if not out.is_file():
         return []
     old = json.loads(out.read_text())
-    other = [key for key in SAME if old["meta"].get(key) != facts.get(key)]
+    other = [key for key in same if old["meta"].get(key) != facts.get(key)]
     if other:
         _say(f"{out} held a study with another {other[0]}; it is replaced")
         return []
@@ -214,8 +216,8 @@ def run(
         whole, left_out = _whole(done["rows"], targets, seed)
         facts = {"targets": ", ".join(t.name for t in targets), "targets' seed": seed}
         rows = rows_of(whole)
-        rows += _committed(out, _facts(world, settings, model, done, rows) | facts, rows)
-        facts = _facts(world, settings, model, done, rows) | facts
+        rows += committed(out, facts_of(world, settings, model, done, rows) | facts, rows)
+        facts = facts_of(world, settings, model, done, rows) | facts
         share = load.share()
         facts |= {"other load, last run": f"{share:.0%}"} if share is not None else {}
         result = {"meta": facts, "rows": rows, "left_out": left_out}
@@ -225,6 +227,22 @@ def run(
 
 def _say(line: str) -> None:
     print(line, flush=True)
+
+
+def attempt(
+    pipeline: Any, world: World, targets: Sequence[Target], method: str, given: Mapping[str, Any], *, name: str, seed: int,
+    settings: AnswerSettings, real: RealFeatures, output: Path, about: Mapping[str, Any],
+) -> dict[str, Any]:  # fmt: skip
+    """All that `output` holds once it has the rows `name`: a method with `given` settings over its recipe's, on every target."""
+
+    def unlearn(pipe: Any, world: Any, target: Any, seed: int) -> Any:
+        return METHODS[method](pipe, world, target, seed, **given)
+
+    device = next(pipeline.unet.parameters()).device
+    return evaluate(
+        pipeline, world, targets, unlearn, method=name, seed=seed, settings=settings, real=real,
+        method_settings=_settings_of(method, given), output=output, about=about, stamp=_stamp(device), say=_say,
+    )  # fmt: skip
 
 
 def tune(methods: Sequence[str], *, model: str, work: Path, out: Path, seed: int = 0) -> dict[str, Any]:
@@ -238,26 +256,19 @@ def tune(methods: Sequence[str], *, model: str, work: Path, out: Path, seed: int
     done: dict[str, Any] = {}
     for method in methods:
         for number, trial in enumerate(GRID[method]):
-            chosen = dict(trial)
-
-            def unlearn(
-                pipe: Any, world: Any, target: Any, seed: int, method: str = method, trial: Any = chosen
-            ) -> Any:
-                return METHODS[method](pipe, world, target, seed, **trial)
-
-            done = evaluate(
-                pipeline, world, targets, unlearn, method=f"{method} {number}", seed=seed, settings=TUNING_SETTINGS, real=real,
-                method_settings=_settings_of(method, chosen), output=work / "canvas-tuning.json", about={"model": model},
-                stamp=_stamp(device), say=_say,
+            name = f"{method} {number}"
+            done = attempt(
+                pipeline, world, targets, method, trial, name=name, seed=seed, settings=TUNING_SETTINGS, real=real,
+                output=work / "canvas-tuning.json", about={"model": model},
             )  # fmt: skip
-            mine = [row for row in done["rows"] if row["method"] == f"{method} {number}"]
+            mine = [row for row in done["rows"] if row["method"] == name]
             rows += [row | {"method": method, "settings": trial} for row in mine]
-    meta = _facts(world, TUNING_SETTINGS, model, done, rows) | {
+    meta = facts_of(world, TUNING_SETTINGS, model, done, rows) | {
         "targets": ", ".join(t.name for t in targets),
         "methods' seed": seed,
     }
     short = rows_of(rows)
-    result = {"meta": meta, "rows": _committed(out, meta, short) + short}
+    result = {"meta": meta, "rows": committed(out, meta, short) + short}
     write_json(out, result)
     for method in methods:
         for kind in ("style", "object"):
