@@ -1,10 +1,11 @@
-"""A grid of images as one PNG: what a model draws, with names at the rows and columns."""
+"""A grid of images as one picture: what a model draws, with names at the rows and columns."""
 
 from __future__ import annotations
 
 import io
 import os
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ def draw_grid(
     gap: int = 2,
     overwrite: bool = False,
 ) -> None:
-    """Writes a grid of images, whole or not at all.
+    """Writes a grid of images as PNG, whole or not at all.
 
     Args:
         images: uint8 [rows, columns, 3, height, width].
@@ -33,8 +34,20 @@ def draw_grid(
         overwrite: replace a file that is there.
 
     Raises:
-        ValueError: images of another shape or dtype, names that are too few or too many. FileExistsError: there is a file.
-        ImportError: pillow is missing.
+        ValueError, ImportError: as `grid_sheet`. FileExistsError: there is a file.
+    """
+    data = io.BytesIO()
+    grid_sheet(images, rows=rows, columns=columns, scale=scale, gap=gap).save(data, format="png")
+    write_bytes(path, data.getvalue(), overwrite=overwrite)
+
+
+def grid_sheet(
+    images: Tensor, *, rows: Sequence[str] = (), columns: Sequence[str] = (), scale: int = 1, gap: int = 2
+) -> Any:
+    """A grid of images as a picture of pillow; arguments as `draw_grid`.
+
+    Raises:
+        ValueError: images of another shape or dtype, names that are too few or too many. ImportError: pillow is missing.
     """
     try:
         from PIL import Image, ImageDraw, ImageFont
@@ -70,9 +83,7 @@ def draw_grid(
             )
     for j, lines in enumerate(broken):
         pen.multiline_text((left + j * (width + gap) + 1, 1), "\n".join(lines), fill="black", font=font, spacing=1)
-    data = io.BytesIO()
-    sheet.save(data, format="png")
-    write_bytes(path, data.getvalue(), overwrite=overwrite)
+    return sheet
 
 
 def _wrapped(text: str, width: float, measure: Callable[[str], float]) -> list[str]:
