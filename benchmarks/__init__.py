@@ -11,6 +11,7 @@
     python -m benchmarks quality tofu_evaluation   a TOFU evaluation beside the slow way (benchmarks/tofu_evaluation.py)
     python -m benchmarks.tofu                 every method on TOFU, and the evidence on SAU's claim (benchmarks/tofu.py)
     python -m benchmarks.canvas               styles and objects erased from the canvas pipeline (benchmarks/canvas.py)
+    python -m benchmarks.spare tradeoff       SPARE by mask density and factor of the forget term; also timesteps, pictures (benchmarks/spare.py)
 
 Run from the repository root. A whole run writes benchmarks/results/<device>.json:
 

@@ -3,7 +3,8 @@
 Markers: `<!-- benchmarks:begin NAME -->` ... `<!-- benchmarks:end -->`. NAME is ops-cpu, ops-cuda (the newest result of that
 kind of device) or ops-<slug> (benchmarks/results/<slug>.json): times, targets, every row in a fold; or quality-<study>, for
 short demo or prune: the rows of benchmarks/results/quality/<study>.json; or scapre: a table for each part of its study; or canvas:
-one line a method, means over the targets, every target in a fold; or tofu, sau-evidence: one line a method, means over seeds, every
+one line a method, means over the targets, every target in a fold; or spare-timesteps, spare-tradeoff: likewise, one line a scheme or
+a mask density and a factor of the forget term; or tofu, sau-evidence: one line a method, means over seeds, every
 run in a fold; or cost: a table for each model and machine; or hamu-images, hamu-language: a table for each answer of the study, every
 run in a fold; or large, processes, plans: whole models (benchmarks/large_tables.py); or hardening: cases, kills, memory.
 """
@@ -24,6 +25,8 @@ NOT_MEASURED = "Not measured yet.\n"
 #: marker -> study
 TOFU = {"tofu": "tofu", "sau-evidence": "sau_evidence"}
 HAMU = {"hamu-images": "hamu_images", "hamu-language": "hamu_language"}
+#: marker -> study, heading of what its lines are
+SPARE = {"spare-timesteps": ("spare_timesteps", "timesteps"), "spare-tradeoff": ("spare_tradeoff", "SPARE with")}
 
 
 def load(results: Path) -> dict[str, dict[str, Any]]:
@@ -200,34 +203,48 @@ def _canvas_settings(result: dict[str, Any]) -> list[str]:
     return ["", "Settings:", "", *out] if out else []
 
 
-def canvas_block(path: Path) -> str:
+def counted(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of the canvas as its means take it: a target on which a method failed has accuracies of 0."""
+    return {"UA": 0.0, "IRA": 0.0, "CRA": 0.0} | row if "failed" in row else row
+
+
+def canvas_block(path: Path, first: str = "method") -> str:
     """One line a method: means over its targets, the mean of the six accuracies, how many targets became noise or failed.
 
     A target on which a method failed counts with accuracies of 0; a method on fewer targets than the others says so beside its name.
+    A column that no row has a number for is left out.
+
+    Args:
+        first: heading of the first column.
     """
     if not path.is_file():
         return NOT_MEASURED
     result = json.loads(path.read_text())
-    everywhere = {(row["kind"], row["target"]) for row in result["rows"]}
-    worst = {"UA": 0.0, "IRA": 0.0, "CRA": 0.0}
+    columns = [*_CANVAS[:6], *(c for c in _CANVAS[6:] if any(row.get(c[2]) is not None for row in result["rows"]))]
+
+    def runs(rows: list[dict[str, Any]]) -> set[tuple[str, str, int]]:
+        return {(row["kind"], row["target"], row["seed"]) for row in rows}
+
+    everywhere = runs(result["rows"])
+    what = "targets" if len({seed for _, _, seed in everywhere}) == 1 else "runs"
     lines = []
     for method in dict.fromkeys(row["method"] for row in result["rows"]):
-        rows = [(worst if "failed" in row else {}) | row for row in result["rows"] if row["method"] == method]
+        rows = [counted(row) for row in result["rows"] if row["method"] == method]
 
         def mean(kind: str | None, metric: str, rows: list[dict[str, Any]] = rows) -> float | None:
             values = [r[metric] for r in rows if kind in (None, r["kind"]) and r.get(metric) is not None]
             return sum(values) / len(values) if values else None
 
-        values = [mean(kind, metric) for _, kind, metric, _ in _CANVAS]
-        cells = ["-" if v is None else f"{v:.{digits}f}" for v, (*_, digits) in zip(values, _CANVAS)]
+        values = [mean(kind, metric) for _, kind, metric, _ in columns]
+        cells = ["-" if v is None else f"{v:.{digits}f}" for v, (*_, digits) in zip(values, columns)]
         six = [v for v in values[:6] if v is not None]
         cells.insert(6, f"**{sum(six) / 6:.1f}**" if len(six) == 6 else "-")
         bad = {"noise": sum(row.get("noise", False) for row in rows), "failed": sum("failed" in row for row in rows)}
-        said = ", ".join(f"{n} of {len(rows)} {what}" for what, n in bad.items() if n)
-        mine = {(row["kind"], row["target"]) for row in rows}
-        name = method if mine == everywhere else f"{method} ({len(mine)} of {len(everywhere)} targets)"
+        said = ", ".join(f"{n} of {len(rows)} {how}" for how, n in bad.items() if n)
+        mine = runs(rows)
+        name = method if mine == everywhere else f"{method} ({len(mine)} of {len(everywhere)} {what})"
         lines.append([name, *cells, said or "none"])
-    head = ["method", *(name for name, *_ in _CANVAS[:6]), "mean", *(name for name, *_ in _CANVAS[6:]), "noise, failed"]
+    head = [first, *(name for name, *_ in columns[:6]), "mean", *(name for name, *_ in columns[6:]), "noise, failed"]
     out = [*markdown(head, lines), *_about(result)]
     if result.get("left_out"):
         out += [
@@ -317,6 +334,8 @@ def block(name: str, folder: Path) -> str:
         return parts_block(folder / "quality" / "scapre.json")
     if name == "canvas":
         return canvas_block(folder / "quality" / "canvas.json")
+    if name in SPARE:
+        return canvas_block(folder / "quality" / f"{SPARE[name][0]}.json", SPARE[name][1])
     if name == "cost":
         from benchmarks import cost_tables
 
@@ -334,8 +353,8 @@ def block(name: str, folder: Path) -> str:
     if name in ("demo", "prune") or (kind == "quality" and which):
         return quality_block(folder / "quality" / f"{which or name}.json")
     raise ValueError(
-        f"marker {name!r}: want ops-cpu, ops-cuda, ops-<slug>, quality-<study>, demo, prune, scapre, canvas, cost, tofu, sau-evidence, "
-        "hamu-images, hamu-language, hardening, large, processes or plans"
+        f"marker {name!r}: want ops-cpu, ops-cuda, ops-<slug>, quality-<study>, demo, prune, scapre, canvas, spare-timesteps, spare-tradeoff, cost, tofu, "
+        "sau-evidence, hamu-images, hamu-language, hardening, large, processes or plans"
     )
 
 
