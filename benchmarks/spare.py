@@ -56,7 +56,7 @@ SCHEMES: dict[str, dict[str, Any]] = {
     "importance": {"timesteps": "importance"},
 }
 #: beside what makes two canvas studies one
-SAME = (*canvas.SAME, "recipe", "machine", "torch")
+SAME = (*canvas.SAME, "attacks", "recipe", "machine", "torch")
 KINDS = ("style", "object")
 #: the untouched model among the methods
 UNTOUCHED = "none"
@@ -137,7 +137,9 @@ def run(
                     output=work / f"spare-{study}.json", about=about,
                 )  # fmt: skip
             whole, left_out = _whole(done["rows"], targets)
-            meta: dict[str, Any] = {"targets": ", ".join(t.name for t in targets), "recipe": recipe}
+            meta: dict[str, Any] = {
+                "targets": ", ".join(t.name for t in targets), "attacks": ", ".join(attacks) or "none", "recipe": recipe
+            }  # fmt: skip
             rows = canvas.rows_of(whole)
             rows += canvas.committed(out, canvas.facts_of(world, settings, model, done, rows) | meta, rows, SAME)
             rows.sort(key=_order)
