@@ -51,28 +51,46 @@ def panels(path: Path, title: str, rows: int, columns: int, **options: Any) -> I
 
 
 def _draw(meta: dict[str, Any], op: str, cases: dict[tuple[str, str, str], list[dict[str, Any]]], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
+    matplotlib.rcParams["svg.hashsalt"] = "fastunlearn"  # the same rows give the same file
     heights = [len(rows) + 1.2 for rows in cases.values()]
-    title, size = f"{op} - {meta['device']}, commit {meta['commit']}", (11, 0.28 * sum(heights) + 0.6)
-    with panels(path, title, len(cases), 2, figsize=size, height_ratios=heights) as axes:
-        for (left, right), ((_, case, dtype), rows) in zip(axes, cases.items()):
-            rows = [r for r in rows if r["ms_p50"] is not None][::-1]
-            names, colours = [r["provider"] for r in rows], [_colour(r["provider"]) for r in rows]
-            values = [r["ms_p50"] for r in rows]
-            spread = [[r["ms_p50"] - r["ms_p20"] for r in rows], [r["ms_p80"] - r["ms_p50"] for r in rows]]
-            left.barh(names, values, color=colours, xerr=spread, error_kw={"lw": 0.8})
-            left.set_xscale("log")
-            left.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            left.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-            left.xaxis.set_minor_formatter(NullFormatter())
-            if rows:
-                left.axvline(rows[0]["limit_ms"], color=LIMIT, lw=1.2)
-                left.set_xlim(left=0.5 * min(rows[0]["limit_ms"], *values))
-            left.set_title(f"{case}, {dtype}: ms (line: limit)", fontsize=8, loc="left")
-            right.barh(names, [r["peak_mib"] or 0 for r in rows], color=colours)
-            right.set_title("peak MiB above inputs and output", fontsize=8, loc="left")
-            right.set_yticks([])
+    figure, axes = plt.subplots(
+        len(cases),
+        2,
+        figsize=(11, 0.28 * sum(heights) + 0.6),
+        height_ratios=heights,
+        squeeze=False,
+        layout="constrained",
+    )
+    for (left, right), ((_, case, dtype), rows) in zip(axes, cases.items()):
+        rows = [r for r in rows if r["ms_p50"] is not None][::-1]
+        names, colours = [r["provider"] for r in rows], [_colour(r["provider"]) for r in rows]
+        values = [r["ms_p50"] for r in rows]
+        spread = [[r["ms_p50"] - r["ms_p20"] for r in rows], [r["ms_p80"] - r["ms_p50"] for r in rows]]
+        left.barh(names, values, color=colours, xerr=spread, error_kw={"lw": 0.8})
+        left.set_xscale("log")
+        left.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        left.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        left.xaxis.set_minor_formatter(NullFormatter())
+        if rows:
+            left.axvline(rows[0]["limit_ms"], color=LIMIT, lw=1.2)
+            left.set_xlim(left=0.5 * min(rows[0]["limit_ms"], *values))
+        left.set_title(f"{case}, {dtype}: ms (line: limit)", fontsize=8, loc="left")
+        right.barh(names, [r["peak_mib"] or 0 for r in rows], color=colours)
+        right.set_title("peak MiB above inputs and output", fontsize=8, loc="left")
+        right.set_yticks([])
+        for axis in (left, right):
+            axis.tick_params(labelsize=7)
+            axis.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(f"{op} - {meta['device']}, commit {meta['commit']}", fontsize=9)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, metadata={"Date": None})
+    plt.close(figure)
 
 
 def draw(results: Path, out: Path) -> list[Path]:
