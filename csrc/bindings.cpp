@@ -274,7 +274,8 @@ void bind_redistribute(py::module_& m) {
             units.push_back({t, row, std::min(step, items[t].rows - row), 0, 0, 0.0});
           rows += items[t].rows;
         }
-        std::vector<float> row_scale(static_cast<size_t>(rows)), normaliser(static_cast<size_t>(count));
+        std::vector<double> row_scale(static_cast<size_t>(rows));
+        std::vector<float> normaliser(static_cast<size_t>(count));
         return FU_CALL(redistribute, items, count, beta, clip, units.data(), int64_t(units.size()),
                        row_scale.data(), normaliser.data());
       },

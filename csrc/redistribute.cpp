@@ -22,6 +22,7 @@ constexpr int64_t kCached = 6 << 20;     // bytes of a tensor that is still in t
 constexpr int64_t kStreamed = 16 << 20;  // bytes of results that are not kept in the cache
 constexpr int64_t kBlock = 2048;         // columns summed in fp32 before the sum is widened
 constexpr double kLargest = 3.4028234663852886e38;
+constexpr double kEnough = 0x1p170;  // times the smallest number of fp32 it is beyond any `clip`
 
 #if defined(__AVX512BW__)
 
@@ -169,8 +170,17 @@ inline bool bit(const uint8_t* bits, int64_t c) {
   return bits[c / 8] >> (c % 8) & 1;
 }
 
-inline float factor(float x, float scale, float clip) {
-  const float f = 1.f + scale * x;
+// What the importance is multiplied by: (x * lift) * by. A product beyond fp32 belongs to survivors that may
+// be below its normal numbers, and is rare: rows of it are left to the plain loops.
+struct Scale {
+  float by, lift;
+  explicit Scale(double whole)
+      : by(float(whole <= kLargest ? whole : whole * 0x1p-64)), lift(whole <= kLargest ? 1.f : 0x1p64f) {}
+  bool fits() const { return lift == 1.f; }
+};
+
+inline float factor(float x, Scale scale, float clip) {
+  const float f = 1.f + scale.by * (x * scale.lift);
   return f < clip ? f : clip;
 }
 
@@ -247,19 +257,19 @@ bool sums_of(const T* p, const uint8_t* bits, int64_t cols, Row& row) {
 }
 
 // r = (lost / kept) * importance / (kept / survivors) is `scale / beta` times the importance.
-inline float scale_of(const Row& row, float beta) {
-  if (!(row.kept > 0)) return 0.f;
+inline double scale_of(const Row& row, float beta) {
+  if (!(row.kept > 0)) return 0;
   const double scale = double(beta) * (row.lost / row.kept) * (double(row.survivors) / row.kept);
-  return float(scale < kLargest ? scale : kLargest);
+  return scale < kEnough ? scale : kEnough;
 }
 
 template <class T>
-double sumsq_of(const T* p, const uint8_t* bits, int64_t cols, float scale, float clip) {
+double sumsq_of(const T* p, const uint8_t* bits, int64_t cols, Scale scale, float clip) {
   double total = 0;
   int64_t c = 0;
 #if defined(__AVX2__)
-  const Reg a = splat(scale), one = splat(1.f), most = splat(clip);
-  const int64_t whole = cols / kLanes * kLanes;
+  const Reg a = splat(scale.by), one = splat(1.f), most = splat(clip);
+  const int64_t whole = scale.fits() ? cols / kLanes * kLanes : 0;
   while (c < whole) {
     const int64_t end = whole - c < kBlock ? whole : c + kBlock;
     Reg part[2] = {splat(0.f), splat(0.f)};
@@ -315,15 +325,15 @@ struct Writer {
 };
 
 template <class T>
-void write_row(const T* p, const uint8_t* bits, int64_t cols, float scale, float clip, float normaliser,
+void write_row(const T* p, const uint8_t* bits, int64_t cols, Scale scale, float clip, float normaliser,
                Writer& out) {
   for (int64_t c = 0; c < cols;) {
     const int64_t end = cols - c < Writer::kMore ? cols : c + Writer::kMore;
     float* const held = out.held;
     int n = out.n;
 #if defined(__AVX2__)
-    const Reg a = splat(scale), one = splat(1.f), most = splat(clip), by = splat(normaliser);
-    for (; c + kLanes <= end; c += kLanes) {
+    const Reg a = splat(scale.by), one = splat(1.f), most = splat(clip), by = splat(normaliser);
+    for (const int64_t whole = scale.fits() ? end : c; c + kLanes <= whole; c += kLanes) {
       Bits here;
       memcpy(&here, bits + c / 8, sizeof(here));
       store(held + n, packed(here, mul(least(fma(a, load(p + c), one), most), by)));
@@ -343,7 +353,8 @@ struct Call {
   float beta, clip;
   Unit* units;
   int64_t n_units;
-  float *row_scale, *normaliser;
+  double* row_scale;
+  float* normaliser;
   bool streamed;
 
   int64_t end_of(int64_t tensor) const { return tensor + 1 < count ? items[tensor + 1].first_unit : n_units; }
@@ -359,10 +370,10 @@ struct Call {
       const uint8_t* bits = t.bits + row * width;
       Row sums;
       const bool good = sums_of(p, bits, t.cols, sums);
-      const float scale = scale_of(sums, beta);
+      const double scale = scale_of(sums, beta);
       row_scale[t.first_row + row] = scale;
       u.survivors += sums.survivors;
-      u.sumsq += good ? sumsq_of(p, bits, t.cols, scale, clip) : __builtin_nan("");
+      u.sumsq += good ? sumsq_of(p, bits, t.cols, Scale(scale), clip) : __builtin_nan("");
     }
   }
 
@@ -373,7 +384,7 @@ struct Call {
     Writer out(t.out + u.start, streamed);
     for (int64_t row = u.row; row < u.row + u.rows; ++row)
       write_row(static_cast<const T*>(t.importance) + row * t.cols, t.bits + row * width, t.cols,
-                row_scale[t.first_row + row], clip, normaliser[u.tensor], out);
+                Scale(row_scale[t.first_row + row]), clip, normaliser[u.tensor], out);
     out.finish();
   }
 
@@ -408,7 +419,7 @@ struct Call {
 }  // namespace
 
 int64_t redistribute(const Item* items, int64_t count, float beta, float clip, Unit* units, int64_t n_units,
-                     float* row_scale, float* normaliser) {
+                     double* row_scale, float* normaliser) {
   int64_t entries = 0;
   for (int64_t t = 0; t < count; ++t) entries += items[t].rows * items[t].cols;
   const Call call{items, count, beta, clip, units, n_units, row_scale, normaliser, entries * 2 > kStreamed};

@@ -35,4 +35,4 @@ inline int64_t redistribute_unit_rows(int64_t cols) {
 // whose sum is beyond fp32 (the factors of such a tensor are NaN), or -1.
 FU_DECLARE(int64_t, redistribute,
            (const fu::RedistributeItem* items, int64_t count, float beta, float clip,
-            fu::RedistributeUnit* units, int64_t n_units, float* row_scale, float* normaliser))
+            fu::RedistributeUnit* units, int64_t n_units, double* row_scale, float* normaliser))

@@ -85,13 +85,24 @@ def _sum(x):
 def _scale(kept, lost, survivors, beta):
     kept64 = tl.where(kept > 0, kept, 1.0).to(tl.float64)
     scale = beta * (lost.to(tl.float64) / kept64) * (survivors.to(tl.float64) / kept64)
-    scale = tl.where(scale < 3.4028234663852886e38, scale, 3.4028234663852886e38)
-    return tl.where(kept > 0, scale, 0.0).to(tl.float32)
+    # 2^170 times the smallest number of fp32 is beyond any `clip`.
+    scale = tl.where(scale < 1.496577676626845e51, scale, 1.496577676626845e51)
+    return tl.where(kept > 0, scale, 0.0)
+
+
+@triton.jit
+def _factors(x, scale, clip):
+    """min(1 + scale x, clip); scale fp64 [R]. Where it is beyond fp32, so may be survivors below fp32's normal numbers: 2^64 of it
+    goes to them."""
+    beyond = scale > 3.4028234663852886e38
+    by = tl.where(beyond, scale * 5.421010862427522e-20, scale).to(tl.float32)
+    lifted = x * tl.where(beyond, 18446744073709551616.0, 1.0).to(tl.float32)[:, None, None]
+    return tl.minimum(1.0 + by[:, None, None] * lifted, clip)
 
 
 @triton.jit
 def _squares(x, may, scale, clip):
-    f = tl.minimum(1.0 + scale[:, None, None] * x, clip)
+    f = _factors(x, scale, clip)
     return _sum(tl.where(may, f * f, 0.0))
 
 
@@ -100,7 +111,7 @@ def measure(
     table, count, low, high, first, counts, scales, partial, beta, clip,
     STEPS: tl.constexpr, TYPE: tl.constexpr, ALIGNED: tl.constexpr, WHOLE: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """counts int32 [cells]: survivors; scales fp32 [rows]: factor = 1 + scale * importance; partial fp64 [groups]: sum of
+    """counts int32 [cells]: survivors; scales fp64 [rows]: factor = 1 + scale * importance; partial fp64 [groups]: sum of
     their squares, NaN where something is no importance. WHOLE: a row is one cell."""
     group = tl.program_id(0).to(tl.int64) + first
     tensor = _tensor(table, count, low, high, group, FIRST_GROUP, STEPS)
@@ -196,7 +207,7 @@ def write(
     begin = tl.load(cell, mask=here, other=0)[:, None] + (tl.cumsum(ones, 1) - ones)
     below = (1 << tl.arange(0, 8)) - 1
     places = begin[:, :, None] + set_bits(bytes_[:, :, None] & below[None, None, :])
-    f = tl.minimum(1.0 + scale[:, None, None] * x, clip) * tl.load(normalisers + tensor)
+    f = _factors(x, scale, clip) * tl.load(normalisers + tensor)
     out = tl.load(outs + tensor).to(tl.pointer_type(tl.float32))
     tl.store(out + places, f, mask=_may(bytes_) & (places < tl.load(outs + count + tensor)))
 
@@ -251,7 +262,7 @@ class Call:
         counts = torch.empty(cell_at, dtype=torch.int32, **like)
         partial = torch.empty(group_at, dtype=torch.float64, **like)
         self.starts = torch.empty(cell_at, dtype=torch.int64, **like)
-        self.scales = torch.empty(row_at, dtype=torch.float32, **like)
+        self.scales = torch.empty(row_at, dtype=torch.float64, **like)
         self.normalisers = torch.empty(n, dtype=torch.float32, **like)
         found = torch.empty(2, n, dtype=torch.int64, **like)
         with torch.cuda.device_of(importance[0]):

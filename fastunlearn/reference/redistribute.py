@@ -29,6 +29,13 @@ def redistribution(importance: Tensor, may: Tensor, beta: float, clip: float) ->
     x = importance if importance.dtype == torch.float64 else importance.float()
     kept = x.where(may, 0).sum(1, dtype=torch.float64)
     lost = x.where(~may, 0).sum(1, dtype=torch.float64)
-    scale = (beta * (lost / kept) * (may.sum(1) / kept)).where(kept > 0, 0).clamp(max=LARGEST)
-    factors = (1 + scale.to(x.dtype)[:, None] * x).clamp(max=clip)[may]
+    # 1e290: infinite times 0 would be NaN; the product with what can stand beside it is clipped all the same.
+    ratio = (beta * lost / kept).where(kept > 0, 0).clamp(max=1e290)
+    scale = (ratio * (may.sum(1) / kept)).where(ratio > 0, 0)
+    if bool((scale > LARGEST).any()):
+        # A row whose survivors are near the smallest numbers: r is in range, only its factors are not.
+        r = (ratio * may.sum(1))[:, None] * (x / kept.where(kept > 0, 1)[:, None])
+    else:
+        r = scale.to(x.dtype)[:, None] * x
+    factors = (1 + r).clamp(max=clip)[may]
     return (factors / factors.double().square().mean().sqrt()).to(x.dtype)

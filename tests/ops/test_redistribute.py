@@ -32,13 +32,17 @@ def closed_form(importance: torch.Tensor, may: torch.Tensor, beta: float, clip: 
     return torch.from_numpy(f / rms)
 
 
-def _inputs(shapes, density=0.5, dtypes=(torch.float32,), beta=1.0, clip=5.0, device="cpu", seed=0, zeros=0.0):
+def _inputs(
+    shapes, density=0.5, dtypes=(torch.float32,), beta=1.0, clip=5.0, device="cpu", seed=0, zeros=0.0, kept=1.0
+):
+    """`kept`: what the importance of survivors is multiplied by."""
     generator = torch.Generator().manual_seed(seed)
     out = {"importance": [], "may": [], "bits": [], "beta": beta, "clip": clip}
     for i, shape in enumerate(shapes):
         x = torch.randn(shape, generator=generator).square() * 10 ** (i % 5 - 2.0)
-        x = torch.where(torch.rand(shape, generator=generator) < zeros, 0.0, x).to(dtypes[i % len(dtypes)])
+        x = torch.where(torch.rand(shape, generator=generator) < zeros, 0.0, x)
         may = torch.rand(shape, generator=generator) < density
+        x = torch.where(may, x.double() * kept, x.double()).to(dtypes[i % len(dtypes)])
         out["importance"].append(x.to(device))
         out["may"].append(may.to(device))
         out["bits"].append(_packed(may).bits.to(device))
@@ -72,6 +76,11 @@ class TestRedistribution(OpProof):
         "empty masks": _case([(5, 16), (4, 9)], density=0.0),
         "full masks": _case([(5, 16), (4, 9)], density=1.1),
         "no importance": _case([(20, 30), (6, 64)], zeros=0.95),
+        # What their importance is multiplied by has no place in fp32: the factors have.
+        "survivors of next to nothing": _case([(7, 40), (9, 136), (33, 7)], kept=1e-43),
+        "survivors of almost nothing": _case(
+            [(7, 40), (9, 136), (3, 2049)], dtypes=[torch.float32, torch.bfloat16], kept=1e-38
+        ),
         "nothing": _case([(0, 8), (3, 0), (0,)]),
         "nothing beside": _case([(0, 8), (4, 8), (3, 0)]),
         "scalar": _case([()], density=1.1),
@@ -86,8 +95,8 @@ class TestRedistribution(OpProof):
         "many units": _case([(2000, 136), (700, 300), (16, 64)]),
         "many small": _case([(16, 24)] * 20),
     }
-    few = ("one", "list", "ragged", "empty masks", "full masks", "no importance", "nothing", "nothing beside", "halves",
-           "bf16", "weak", "many tiles")  # fmt: skip
+    few = ("one", "list", "ragged", "empty masks", "full masks", "no importance", "survivors of next to nothing", "nothing",
+           "nothing beside", "halves", "bf16", "weak", "many tiles")  # fmt: skip
     aot = [
         Aot(
             f"fastunlearn.kernels.redistribute:{name}",
@@ -103,9 +112,9 @@ class TestRedistribution(OpProof):
         ]
         for name, signature in {
             "measure": {"table": "*i64", "count": "i32", "low": "i32", "high": "i32", "first": "i32", "counts": "*i32",
-                        "scales": "*fp32", "partial": "*fp64", "beta": "fp32", "clip": "fp32"},
+                        "scales": "*fp64", "partial": "*fp64", "beta": "fp32", "clip": "fp32"},
             "write": {"table": "*i64", "outs": "*i64", "count": "i32", "low": "i32", "high": "i32", "first": "i32",
-                      "starts": "*i64", "scales": "*fp32", "normalisers": "*fp32", "clip": "fp32"},
+                      "starts": "*i64", "scales": "*fp64", "normalisers": "*fp32", "clip": "fp32"},
         }.items()
     ] + [
         Aot(
