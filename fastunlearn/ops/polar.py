@@ -38,7 +38,7 @@ def polar(M: Tensor, *, method: Method = "newton-schulz", steps: int = 10) -> Te
     Args:
         M: [..., p, q]; float16 and bfloat16 are computed in float32.
         method: "newton-schulz": products alone, for singular values down to 1e-5 of the norm in ten steps (float32: 1e-4 in nine; in
-            directions without a singular value rounding then leaves up to 1e-3); "svd": exact, slow on a GPU.
+            directions without a singular value rounding then leaves up to 3e-3); "svd": exact, slow on a GPU.
         steps: at most, of the iteration; each is the best odd quintic for what the steps before left.
 
     Returns:

@@ -7,7 +7,9 @@ With Sigma = W W^T and Sigma_0 = W_0 W_0^T the nested roots of ScaPre's geometry
 with Q the polar factor of W_0^T W, and (1 - t) W + t W_0 Q is the point t on the geodesic between them.
 
 The iteration X <- a X + b X X^T X + c (X X^T)^2 X drives singular values to 1. Its coefficients are, step by step, those of the
-odd quintic that comes closest to 1 on the interval in which the values are by then (found by Remez exchange).
+odd quintic that comes closest to 1 on the interval in which the values are by then (found by Remez exchange). At the interval's upper
+end its slope is up to 26, and beyond it nothing holds: rounding that takes a value there grows from step to step, by 3e6 in the first
+six, and then without end. The intervals are therefore wider than the values, by `MARGIN`.
 """
 
 from __future__ import annotations
@@ -17,6 +19,12 @@ from functools import cache
 
 import torch
 from torch import Tensor
+
+#: In units of an interval's upper end. A step adds terms of up to 50 times its result (8.5 x, 25 x^3, 19 x^5), of n x n matrices, so
+#: that its rounding is about 50 sqrt(n) eps: 4e-4 in float32 for n = 4096. The last step leaves less than 1e-9 more. Of the margins
+#: near it, 2e-3 is the one that keeps 1, the value of a matrix of one row or rank, above 0.6 on its way through nine steps: what falls
+#: low and comes back (to 0.015 with 1e-3) brings the rounding of the larger number with it.
+MARGIN = {torch.float32: 2e-3, torch.float64: 1e-9}
 
 
 def _closest(low: float, high: float) -> tuple[float, float, float]:
@@ -42,23 +50,27 @@ def _closest(low: float, high: float) -> tuple[float, float, float]:
     return a, b, c
 
 
-def _schedule_from(low: float, steps: int) -> tuple[list[tuple[float, float, float]], float]:
+def _schedule_from(low: float, steps: int, margin: float) -> tuple[list[tuple[float, float, float]], float]:
     """Coefficients of `steps` steps for singular values in [low, 1], and how far from 1 they leave them."""
-    high, found = 1.0, []
+    high, found = 1 + margin, []
     for _ in range(steps):
         a, b, c = _closest(low, high)
         found.append((a, b, c))
         low = min(a * x + b * x**3 + c * x**5 for x in (low, high))
-        high = 2 - low
+        high = (2 - low) * (1 + margin)
     return found, 1 - low
 
 
 @cache
-def schedule(steps: int, floor: float) -> tuple[tuple[float, float, float], ...]:
-    """At most `steps` steps that bring the widest interval [low, 1], low >= floor, to within 1e-7 of 1."""
+def schedule(steps: int, floor: float, margin: float) -> tuple[tuple[float, float, float], ...]:
+    """At most `steps` steps that bring the widest interval [low, 1], low >= floor, to within 1e-7 of 1.
+
+    Args:
+        margin: by which share of its upper end each step's interval is wider than what the steps before leave.
+    """
 
     def left(low: float) -> float:
-        return _schedule_from(low, steps)[1]
+        return _schedule_from(low, steps, margin)[1]
 
     tight, wide = 0.9, floor
     if left(wide) <= 1e-7:
@@ -66,8 +78,8 @@ def schedule(steps: int, floor: float) -> tuple[tuple[float, float, float], ...]
     for _ in range(0 if tight == wide else 40):
         middle = (tight * wide) ** 0.5
         tight, wide = (middle, wide) if left(middle) <= 1e-7 else (tight, middle)
-    enough = next((n for n in range(1, steps) if _schedule_from(tight, n)[1] <= 1e-7), steps)
-    return tuple(_schedule_from(tight, enough)[0])
+    enough = next((n for n in range(1, steps) if _schedule_from(tight, n, margin)[1] <= 1e-7), steps)
+    return tuple(_schedule_from(tight, enough, margin)[0])
 
 
 def symmetric(A: Tensor, C: Tensor | None = None, b: float = 0.0, c: float = 1.0) -> Tensor:
@@ -90,7 +102,7 @@ def newton_schulz(M: Tensor, steps: int, symmetric: Callable[..., Tensor] = symm
     # Entries of size 1, or the norms below leave the range of their type.
     top = X.abs().amax((-2, -1), keepdim=True)
     X = X / torch.where(top > 0, top, 1.0)
-    # The values lie in (0, 1]: ||M||_2^2 <= ||M||_1 ||M||_inf, and never above the Frobenius norm.
+    # The values lie in (0, 1], to within rounding: ||M||_2^2 <= ||M||_1 ||M||_inf, and never above the Frobenius norm.
     sums = X.abs()
     norm = (sums.sum(-1).amax(-1) * sums.sum(-2).amax(-1)).sqrt()
     norm = torch.minimum(norm, X.flatten(-2).norm(dim=-1))[..., None, None]
@@ -98,7 +110,7 @@ def newton_schulz(M: Tensor, steps: int, symmetric: Callable[..., Tensor] = symm
     lead, shape = X.shape[:-2], X.shape
     X = X.reshape(-1, *shape[-2:])
     # What rounding leaves in directions without a value grows as the smallest values do: float32 stops at 1e-4.
-    for a, b, c in schedule(steps, 1e-9 if X.dtype == torch.float64 else 1e-4):
+    for a, b, c in schedule(steps, 1e-9 if X.dtype == torch.float64 else 1e-4, MARGIN[X.dtype]):
         G = symmetric(X)
         P = symmetric(G, G, b, c)
         X = torch.baddbmm(X, P, X, beta=a)

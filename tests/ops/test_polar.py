@@ -118,7 +118,39 @@ def test_the_steps_are_the_best_quintics():
         assert peaks[0] > 0 > peaks[3]
         assert abs(e.max() + e.min()) < 1e-6
     for steps in (1, 5, 10, 20):
-        assert len(reference.schedule(steps, 1e-4)) == min(steps, 9)
+        assert len(reference.schedule(steps, 1e-4, reference.MARGIN[torch.float32])) == min(steps, 9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_what_rounding_takes_beyond_an_interval_comes_back(dtype):
+    """The quintics grow without bound outside: of what a product may add to the largest value, nothing is left."""
+    margin = reference.MARGIN[dtype]
+    generator = torch.Generator().manual_seed(0)
+    for first in (1 - 0.9 * margin, 1.0, 1 + 0.9 * margin):
+        x = torch.cat([torch.linspace(0.01, 1.0, 10_001, dtype=torch.float64)[:-1], torch.tensor([first]).double()])
+        for a, b, c in reference.schedule(10, 1e-4, margin):
+            x = a * x + b * x**3 + c * x**5
+            x = x * (1 + 0.9 * margin * (2 * torch.rand(x.shape, generator=generator, dtype=torch.float64) - 1))
+        assert (x - 1).abs().max() <= margin
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_one_value_alone(backend):
+    """What a matrix of one row or rank is divided by is its singular value to within rounding: the end of the first interval."""
+    if backend == "triton":
+        pytest.importorskip("triton")
+        if torch.cuda.is_available():
+            pytest.skip("runs Triton's interpreter")
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(2000 if backend == "reference" else 100, 1, 16, generator=generator)
+    columns = torch.randn(len(rows), 5, 1, generator=generator)
+    with fastunlearn.backend(backend):
+        # The rounding of one step, whose terms are up to 50 times its result.
+        torch.testing.assert_close(ops.polar(rows), rows / rows.norm(dim=-1, keepdim=True), rtol=0, atol=50 * 6e-8)
+        got = ops.polar(columns * rows)
+    # Rounding of the product is a value of up to 6e-8, and nine steps make 5e4 times of the smallest.
+    want = columns / columns.norm(dim=1, keepdim=True) * (rows / rows.norm(dim=-1, keepdim=True))
+    torch.testing.assert_close(got, want, rtol=0, atol=3e-3)
 
 
 def test_zero_and_empty():
