@@ -414,13 +414,14 @@ double sumsq_unit(const Work& work, int64_t t, int64_t unit) {
     } else {
       for (int k = 0; k < n; ++k) g[k] = to_float(grad[i + k]);
     }
-    // Sixteen running sums a block in a fixed order: the result does not depend on the number of threads.
-    float sums[16] = {};
+    // Sixteen running sums a block in a fixed order: the result does not depend on the number of threads. In
+    // fp64, as squares of numbers below 1e-19 and above 1e19 leave the range of fp32.
+    double sums[16] = {};
     int k = 0;
     for (; k + 16 <= n; k += 16)
-      for (int lane = 0; lane < 16; ++lane) sums[lane] += g[k + lane] * g[k + lane];
-    for (; k < n; ++k) sums[k % 16] += g[k] * g[k];
-    for (int lane = 0; lane < 16; ++lane) total += double(sums[lane]);
+      for (int lane = 0; lane < 16; ++lane) sums[lane] += double(g[k + lane]) * double(g[k + lane]);
+    for (; k < n; ++k) sums[k % 16] += double(g[k]) * double(g[k]);
+    for (int lane = 0; lane < 16; ++lane) total += sums[lane];
   }
   return total;
 }

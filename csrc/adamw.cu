@@ -195,13 +195,22 @@ __global__ void __launch_bounds__(kWarps * 32) masked_sumsq_kernel(Work work, do
       count = list_bits(read_word(bits, start, lane, numel), lane, lists[warp]);
       if (count < n) list = lists[warp];
     }
-    // At most 32 squares a lane in fp32, the rest in fp64.
+    // At most 32 squares a lane in fp32, the rest in fp64, which not every GPU is quick at.
     float sum = 0;
     for (int i = lane; i < count; i += 32) {
       const float g = to_float(grads[start + (list ? list[i] : i)]);
       sum += g * g;
     }
-    total += double(sum);
+    double squares = double(sum);
+    // What fp32 has lost of a sum in between, 32 squares below 2^-126 at most, is less than its rounding.
+    if (sum < 0x1p-90f || sum > 0x1p127f) {
+      squares = 0;
+      for (int i = lane; i < count; i += 32) {
+        const double g = double(to_float(grads[start + (list ? list[i] : i)]));
+        squares += g * g;
+      }
+    }
+    total += squares;
     __syncwarp();
   }
   for (int d = 16; d > 0; d /= 2) total += __shfl_xor_sync(kAll, total, d);

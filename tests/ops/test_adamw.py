@@ -252,7 +252,7 @@ class TestNorm(Masked):
     aot = (
         Aot(
             "fastunlearn.kernels.adamw:masked_sumsq_kernel",
-            {"table": "*i64", "block_tensor": "*i32", "first_block": "*i64", "partial": "*fp32"},
+            {"table": "*i64", "block_tensor": "*i32", "first_block": "*i64", "partial": "*fp64"},
             {"G": "tl.bfloat16", "BLOCK_SIZE": 1024},
         ),
     )
@@ -266,6 +266,29 @@ class TestNorm(Masked):
     def library_calls(self, args):
         bits = [BitMask.pack(m).bits for m in args["masks"]]
         yield torch.ops.fastunlearn.masked_grad_norm.default, (args["grads"], bits)
+
+
+@pytest.mark.parametrize(("backend", "isa"), [("reference", 99), *(("native", i) for i in (0, 3, 99)), ("triton", 99)])
+def test_norms_whose_squares_are_beyond_fp32(backend, isa):
+    """Gradients from the smallest of fp32 to near its largest, in blocks of their own and beside others."""
+    all_ = 10 ** torch.linspace(-44, 37, 2500)
+    before = fastunlearn._native._C.set_isa_level(isa)
+    try:
+        with fastunlearn.backend(backend):
+            for g in (
+                torch.tensor([1e-45]),
+                torch.tensor([2e38, 1e38]),
+                all_[:400],
+                all_[:1100],
+                all_,
+                all_.bfloat16(),
+            ):
+                for may in (None, torch.arange(len(g)) % 3 == 0):
+                    want = (g if may is None else g[may]).double().square().sum().sqrt()
+                    got = ops.masked_grad_norm([torch.zeros(1030), g], [None, may])
+                    torch.testing.assert_close(got, want.float(), rtol=3e-7, atol=0)
+    finally:
+        fastunlearn._native._C.set_isa_level(before)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
