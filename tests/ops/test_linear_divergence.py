@@ -45,6 +45,11 @@ class TestLinearDivergence(LinearLossProof):
         f"{k}{rest}" for k in KINDS for rest in (", chunks", ", trained", ", blocks", ", capped", ", wide", ", none counts", ", fp16")
     )  # fmt: skip
     differences = tuple(f"{k}{rest}" for k in KINDS for rest in (", chunks", ", trained", ", blocks", ", capped"))
+    cancelling = (
+        case(kind="pdu", shape=(1, 5), width=9, vocabulary=33, dtype=torch.bfloat16, trains="hw", bias=True, ignored=0,
+             reduction="token", bytes_=300, spread=8),
+        *(case(kind=kind, dtype=torch.bfloat16, trains="hwb", bias=True, bytes_=SMALL) for kind in KINDS),
+    )  # fmt: skip
     aot = [
         Aot(
             "fastunlearn.kernels.linear_divergence:rows",
