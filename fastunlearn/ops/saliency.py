@@ -108,8 +108,9 @@ def saliency_accumulate_(
         "signed"       g               SalUn: select with `topk_mask(scores, ..., key="abs")`, which takes |sum of g|
         "weight_grad"  |w g|           SNIP
 
-    Arithmetic is fp32 whatever the types of g and w. A gradient that is None (a parameter that the loss does not reach) is
-    skipped, as torch's optimisers do: its scores stay as they are. Of a DTensor this process's part is taken.
+    Arithmetic is fp32 whatever the types of g and w; a square is rounded before it is added, or both in one instruction (FMA),
+    which shows where it is beyond fp32 and the score is far below 0. A gradient that is None (a parameter that the loss does
+    not reach) is skipped, as torch's optimisers do: its scores stay as they are. Of a DTensor this process's part is taken.
 
     Args:
         scores: float32 tensors, changed in place; distinct memory.

@@ -38,7 +38,12 @@ def test_saliency(draw: Draw) -> None:
         args["grads"][missing], want[missing] = None, before[missing]
     got = on(draw.backend, lambda: ops.saliency_accumulate_(args["scores"], args["grads"], args["weights"], kind))
     assert got is args["scores"]
-    for g, w, b in zip(got, want, before):
+    for g, w, b, a in zip(got, want, before, added):
+        if kind == "square":
+            # A square beyond fp32 is infinite where it is rounded before it is added, and finite where both are one
+            # instruction: -inf + 1e60 is NaN or -inf, -3e38 + 4e38 is inf or 1e38.
+            fused = torch.isclose(g, (b + a).float(), rtol=2.5e-7, atol=0, equal_nan=True)
+            w = torch.where(a.float().isinf() & fused, g.double(), w)
         near(g, w, 2.5e-7 * (b.abs() + (w - b).abs()) + TINY)
 
 
@@ -129,9 +134,7 @@ def test_grad_norm(draw: Draw) -> None:
     assert isinstance(got, type) == gaps
     if gaps:
         return
-    # 3e38 squared is beyond fp32, not beyond fp64: infinite on some backends.
-    if want < 1e18 or not want.isfinite():
-        near(got, want, 1e-5 * want.abs())
+    near(got, want, 1e-5 * want.abs())
 
 
 @fuzz("gram", backends=("native", "reference", "triton"))

@@ -156,6 +156,19 @@ def test_nan_and_infinities_pass_through(backend):
         assert got[1:3].tolist() == [float("inf"), -float("inf")]
 
 
+@pytest.mark.parametrize("backend", ["reference", "native", "triton"])
+def test_squares_beyond_fp32(backend):
+    """Rounded before they are added (infinite), or added as they are: in vectors and behind the last of them."""
+    inf, nan = float("inf"), float("nan")
+    scores = torch.tensor([-inf, -3e38, 1.0, inf, nan])[:, None].repeat(1, 37)
+    grads = torch.tensor([1e30, 2e19, 1e30, 1e30, 0.0])[:, None].expand(5, 37)
+    with fastunlearn.backend(backend):
+        (got,) = ops.saliency_accumulate_([scores], [grads], kind="square")
+    for row, want in zip(got, [(nan, -inf), (inf, 1e38), (inf,), (inf,), (nan,)], strict=True):
+        each = torch.stack([torch.isclose(row, torch.tensor(w), rtol=1e-6, atol=0, equal_nan=True) for w in want])
+        assert bool(each.any(0).all()), row
+
+
 def test_every_half_is_widened_exactly():
     every = torch.arange(-(2**15), 2**15, dtype=torch.int16)
     for dtype in (torch.float16, torch.bfloat16):
