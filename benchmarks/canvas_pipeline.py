@@ -18,7 +18,9 @@ import torch
 from benchmarks import RESULTS, machine
 from benchmarks.train_canvas import PAIRS, accuracy, sample
 from fastunlearn.data import canvas
+from fastunlearn.evaluation.canvas_rows import weights_of
 from fastunlearn.evaluation.classifiers import Classifier, load_classifiers
+from fastunlearn.evaluation.worlds import canvas_world
 from fastunlearn.pipelines import CANVAS, load_pipeline, pipeline_folder
 from fastunlearn.report.grid import draw_grid
 
@@ -85,6 +87,7 @@ def run(seed: int = 0, seeds: int = 4, steps: int = 10, guidance: float = 3.0) -
     Args:
         seeds: pictures of every pair from the pipeline.
     """
+    facts = machine.meta(torch.device("cpu"))  # before the grid is written: of the tree that is measured
     pipe = load_pipeline(CANVAS, device="cpu")
     judges = load_classifiers(device="cpu")
     style = torch.tensor([canvas.THEMES.index(s) for s, _ in PAIRS])
@@ -108,8 +111,8 @@ def run(seed: int = 0, seeds: int = 4, steps: int = 10, guidance: float = 3.0) -
         for k, t, names in (("style", style, canvas.THEMES), ("object", object, canvas.OBJECTS))
     }
     files = [f for f in Path(pipeline_folder(CANVAS)).rglob("*") if f.is_file()]
-    facts = machine.meta(torch.device("cpu"))
     meta = {
+        **{name: digest[:12] for name, digest in weights_of(pipe, canvas_world()).items()},
         "styles": len(canvas.STYLES),
         "objects": len(canvas.OBJECTS),
         "parameters": sum(p.numel() for m in (pipe.unet, pipe.vae, pipe.text_encoder) for p in m.parameters()),

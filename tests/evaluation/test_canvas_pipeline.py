@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -35,6 +37,10 @@ def test_uce_erases_a_style_of_the_canvas_pipeline(tmp_path):
         )["rows"][-1]
         for name in ("none", "uce")
     )  # fmt: skip
+    # What is published was measured on what is shipped.
+    published = Path(__file__).parents[2] / "benchmarks" / "results" / "quality" / "canvas.json"
+    weights = json.loads((tmp_path / "canvas.json").read_text())["meta"]["weights"]
+    assert weights.startswith(json.loads(published.read_text())["meta"]["weights"])
     assert none["style accuracy"] >= 95
     assert none["object accuracy"] >= 95
     assert none["all valid"] >= 85
