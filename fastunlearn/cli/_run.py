@@ -348,7 +348,6 @@ def unlearn(
 
     check_processes(config)
     # With an overwritten folder, a resumed run needs the checkpoints of the one before.
-
     folder = claim_output(
         config.output_dir, overwrite=config.overwrite_output_dir, resume=resumes_in(config.output_dir, resume)
     )
