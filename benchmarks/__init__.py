@@ -1,7 +1,7 @@
 """Benchmarks: every op beside its peers and beside what the hardware allows.
 
     python -m benchmarks run [--ops mask topk] [--device cpu|cuda] [--out FILE] [--quick] [--cases TEXT]
-    python -m benchmarks table [--check]      tables of README.md, between its markers
+    python -m benchmarks table [--check]      tables of README.md, between its markers, and of results/README.md
     python -m benchmarks plot                 benchmarks/results/plots/<device>-<op>.svg, -roofline.svg, -memory.svg
     python -m benchmarks compare A.json B.json [--by 1.1]     what became slower, as Markdown; 1 where ours did (compare.py)
     python -m benchmarks cost --shapes canvas sd15 sdxl       seconds, memory, storage of every diffusion method (cost.py)

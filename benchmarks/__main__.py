@@ -256,7 +256,9 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--seconds", type=float, help="time of one provider in one case")
     p.add_argument("--total", type=float, help="start no new case after so many seconds")
     p.set_defaults(do=run)
-    p = commands.add_parser("table", help="write the tables into README.md")
+    p = commands.add_parser(
+        "table", help="write the tables into README.md, and every row into benchmarks/results/README.md"
+    )
     p.add_argument("--check", action="store_true", help="write nothing; fail when README.md is out of date")
     p.add_argument("--readme", default=str(ROOT / "README.md"))
     p.add_argument("--results", default=str(RESULTS))

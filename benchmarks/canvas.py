@@ -5,7 +5,8 @@
 
 The first writes benchmarks/results/quality/canvas.json: a row of every method and target (targets are drawn by the seed, the same
 for every method), after every target, so that a run that stopped goes on. The second runs each method's grid, as many trials for
-each, on two styles and two objects that no table holds but one of all concepts, with a seed that no table uses, and writes every trial to
+each, on two styles and two objects that no table holds but one of all concepts, with a seed that no table uses (what a trainer draws to
+learn from is drawn once for all trials and methods, so that their seconds are without it), and writes every trial to
 benchmarks/results/quality/canvas_tuning.json. What `chosen` finds best there is what fastunlearn.methods.recipes uses.
 """
 
@@ -25,7 +26,7 @@ from benchmarks.__main__ import write_json
 from fastunlearn.evaluation.canvas import AnswerSettings, RealFeatures, evaluate, real_features
 from fastunlearn.evaluation.metrics import table_mean, worse_than_surrogate
 from fastunlearn.evaluation.worlds import Target, World, canvas_world
-from fastunlearn.methods.recipes import METHODS
+from fastunlearn.methods.recipes import METHODS, TRAINERS
 from fastunlearn.methods.resolved import resolved_settings
 from fastunlearn.pipelines import load_pipeline
 from fastunlearn.report.files import plain
@@ -153,22 +154,41 @@ def facts_of(world: World, settings: AnswerSettings, model: str, done: Mapping[s
 
 
 #: what makes two committed studies one
-SAME = ("model", "weights", "answer set", "seed theme", "targets", "targets' seed")
+SAME = ("model", "weights", "answer set", "seed theme")
 
 
 def committed(
     out: Path, facts: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], same: Sequence[str] = SAME
 ) -> list[dict[str, Any]]:
-    """Rows of methods that the committed table has and these rows lack; none where it is of another study: another of `same`."""
+    """Rows of methods and seeds that the committed table has and these rows lack; none where it is of another study: another of
+    `same`, or other targets of a seed."""
     if not out.is_file():
         return []
     old = json.loads(out.read_text())
     other = [key for key in same if old["meta"].get(key) != facts.get(key)]
+    here, there = _targets_of(rows), _targets_of(old["rows"])
+    other += [
+        f"choice of targets of seed {seed}" for seed in here if seed in there and set(here[seed]) != set(there[seed])
+    ]
     if other:
         _say(f"{out} held a study with another {other[0]}; it is replaced")
         return []
-    mine = {row["method"] for row in rows}
-    return [row for row in old["rows"] if row["method"] not in mine]
+    mine = {(row["method"], row["seed"]) for row in rows}
+    return [row for row in old["rows"] if (row["method"], row["seed"]) not in mine]
+
+
+def _targets_of(rows: Iterable[Mapping[str, Any]]) -> dict[int, list[str]]:
+    """seed -> names of its targets, in the rows' order."""
+    found: dict[int, list[str]] = {}
+    for row in rows:
+        mine = found.setdefault(row["seed"], [])
+        mine += [] if row["target"] in mine else [row["target"]]
+    return dict(sorted(found.items()))
+
+
+def _place(row: Mapping[str, Any]) -> tuple[int, int]:
+    """Of a row in the table: the untouched model first, then the methods in their order, each by seed."""
+    return [*METHODS].index(row["method"]) if row["method"] in METHODS else -1, row["seed"]
 
 
 def _whole(
@@ -197,8 +217,8 @@ def run(
 ) -> dict[str, Any]:  # fmt: skip
     """The table's study; `work` holds the evaluator's own file, with the counts.
 
-    The table holds every method that the work file has on all of this run's targets, and those that the table had before in the same
-    study: methods may be run one at a time.
+    The table holds every method that the work file has on all of this run's targets, and what the table had before in the same
+    study: methods and seeds may be run one at a time.
     """
     pipeline = load_pipeline(model, dtype=torch.float32)
     device = next(pipeline.unet.parameters()).device
@@ -214,10 +234,13 @@ def run(
                 stamp=_stamp(device), say=_say,
             )  # fmt: skip
         whole, left_out = _whole(done["rows"], targets, seed)
-        facts = {"targets": ", ".join(t.name for t in targets), "targets' seed": seed}
         rows = rows_of(whole)
-        rows += committed(out, facts_of(world, settings, model, done, rows) | facts, rows)
-        facts = facts_of(world, settings, model, done, rows) | facts
+        rows += committed(out, facts_of(world, settings, model, done, rows), rows)
+        rows.sort(key=_place)
+        named = {seed: ", ".join(names) for seed, names in _targets_of(rows).items()}
+        facts = facts_of(world, settings, model, done, rows) | {
+            "targets": "; ".join(named.values()), "targets' seed": ", ".join(map(str, named))
+        }  # fmt: skip
         share = load.share()
         facts |= {"other load, last run": f"{share:.0%}"} if share is not None else {}
         result = {"meta": facts, "rows": rows, "left_out": left_out}
@@ -231,12 +254,18 @@ def _say(line: str) -> None:
 
 def attempt(
     pipeline: Any, world: World, targets: Sequence[Target], method: str, given: Mapping[str, Any], *, name: str, seed: int,
-    settings: AnswerSettings, real: RealFeatures, output: Path, about: Mapping[str, Any],
+    settings: AnswerSettings, real: RealFeatures, output: Path, about: Mapping[str, Any], drawn: Path | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """All that `output` holds once it has the rows `name`: a method with `given` settings over its recipe's, on every target."""
+    """All that `output` holds once it has the rows `name`: a method with `given` settings over its recipe's, on every target.
+
+    Args:
+        drawn: where a trainer keeps the images that the model draws to learn from, and finds them again; its seconds are then
+            without them. None: every run draws its own.
+    """
+    kept = {} if drawn is None or method not in TRAINERS else {"cache_dir": str(drawn)}
 
     def unlearn(pipe: Any, world: Any, target: Any, seed: int) -> Any:
-        return METHODS[method](pipe, world, target, seed, **given)
+        return METHODS[method](pipe, world, target, seed, **given, **kept)
 
     device = next(pipeline.unet.parameters()).device
     return evaluate(
@@ -259,13 +288,14 @@ def tune(methods: Sequence[str], *, model: str, work: Path, out: Path, seed: int
             name = f"{method} {number}"
             done = attempt(
                 pipeline, world, targets, method, trial, name=name, seed=seed, settings=TUNING_SETTINGS, real=real,
-                output=work / "canvas-tuning.json", about={"model": model},
+                output=work / "canvas-tuning.json", about={"model": model}, drawn=work / "drawn",
             )  # fmt: skip
             mine = [row for row in done["rows"] if row["method"] == name]
             rows += [row | {"method": method, "settings": trial} for row in mine]
     meta = facts_of(world, TUNING_SETTINGS, model, done, rows) | {
         "targets": ", ".join(t.name for t in targets),
         "methods' seed": seed,
+        "seconds": "of trainers without the images they learn from, which are drawn once",
     }
     short = rows_of(rows)
     result = {"meta": meta, "rows": committed(out, meta, short) + short}

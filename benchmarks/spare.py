@@ -56,7 +56,7 @@ SCHEMES: dict[str, dict[str, Any]] = {
     "importance": {"timesteps": "importance"},
 }
 #: beside what makes two canvas studies one
-SAME = (*canvas.SAME, "attacks", "recipe", "machine", "torch")
+SAME = (*canvas.SAME, "targets", "attacks", "recipe", "machine", "torch")
 KINDS = ("style", "object")
 #: the untouched model among the methods
 UNTOUCHED = "none"

@@ -7,11 +7,14 @@ one line a method, means over the targets, every target in a fold; or spare-time
 a mask density and a factor of the forget term; or tofu, sau-evidence: one line a method, means over seeds, every
 run in a fold; or cost: a table for each model and machine; or hamu-images, hamu-language: a table for each answer of the study, every
 run in a fold; or large, processes, plans: whole models (benchmarks/large_tables.py); or hardening: cases, kills, memory.
+
+README.md has the blocks without their folds, each with a link in its place to benchmarks/results/README.md, which has them whole.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +25,12 @@ from benchmarks.spec import FLOOR
 
 MARKERS = re.compile(r"(<!-- benchmarks:begin ([\w.-]+) -->\n)(.*?)(<!-- benchmarks:end -->)", re.DOTALL)
 NOT_MEASURED = "Not measured yet.\n"
+FOLD = re.compile(r"<details><summary>(.*?)</summary>\n.*?</details>\n", re.DOTALL)
+ALL_HEAD = """# Every row
+
+The tables of the project's README with what they leave out: each provider, each target, each run. Written by `python -m benchmarks table`
+from the files beside it, which hold the numbers in full.
+"""
 #: marker -> study
 TOFU = {"tofu": "tofu", "sau-evidence": "sau_evidence"}
 HAMU = {"hamu-images": "hamu_images", "hamu-language": "hamu_language"}
@@ -358,12 +367,20 @@ def block(name: str, folder: Path) -> str:
     )
 
 
+def _whole_page(names: Sequence[str], results: Path) -> str:
+    """Of benchmarks/results/README.md: every block that has a fold, whole."""
+    found = {name: block(name, results) for name in dict.fromkeys(names)}
+    return ALL_HEAD + "".join(f"\n## {name}\n\n{text}" for name, text in found.items() if FOLD.search(text))
+
+
 def update(readme: Path, results: Path, write: bool = True) -> list[str]:
-    """Brings the marked blocks of a file up to date; the names of those that were not."""
+    """Brings the marked blocks of a file, and the page of every row in `results`, up to date; the names of those that were not."""
     text, stale = readme.read_text(), []
+    page = results / "README.md"
+    link = Path(os.path.relpath(page, readme.parent)).as_posix()
 
     def replace(match: re.Match[str]) -> str:
-        new = block(match[2], results)
+        new = FOLD.sub(lambda fold: f"[{fold[1]}]({link}#{match[2]}).\n", block(match[2], results))
         if new != match[3]:
             stale.append(match[2])
         return match[1] + new + match[4]
@@ -373,4 +390,9 @@ def update(readme: Path, results: Path, write: bool = True) -> list[str]:
         raise ValueError(f"{readme}: a benchmarks:begin marker without its benchmarks:end")
     if write and stale:
         readme.write_text(fresh)
+    whole = _whole_page([match[2] for match in MARKERS.finditer(text)], results)
+    if not page.is_file() or page.read_text() != whole:
+        stale.append(link)
+        if write:
+            page.write_text(whole)
     return stale

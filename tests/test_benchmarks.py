@@ -354,11 +354,19 @@ def test_tables_round_trip(tmp_path: Path, result: dict, capsys: pytest.CaptureF
     text = readme.read_text()
     assert "tiny: small, fp32" in text
     assert "**missed**" in text
-    assert "wrong result, not timed" in text
+    assert "<details>" not in text
+    assert "[Every provider](results/README.md#ops-cpu)" in text
+    whole = (tmp_path / "results" / "README.md").read_text()
+    assert "## ops-cpu\n" in whole
+    assert "wrong result, not timed" in whole
     assert tables.NOT_MEASURED in text
     assert text.startswith("# x\n")
     assert "text\n" in text
     assert cli.main(["table", "--check", *where]) == 0
+    (tmp_path / "results" / "README.md").write_text("old")
+    assert cli.main(["table", "--check", *where]) == 1
+    assert cli.main(["table", *where]) == 0
+    assert (tmp_path / "results" / "README.md").read_text() == whole
     slower = copy.deepcopy(result)
     slower["rows"][0]["ms_p50"] *= 3
     cli.write_json(tmp_path / "results" / "some-cpu.json", slower)

@@ -137,6 +137,11 @@ def test_a_method_run_later_joins_the_table(tiny, tmp_path):
     assert methods(canvas.run(["none"], out=out, **arguments, **work)).count("none") == 2
     # Another study replaces the file, and says so.
     assert methods(canvas.run(["none"], out=out, **(arguments | {"styles": 1}), **work)) == ["none", "uce"]
+    # Another seed draws other targets, and joins.
+    both = canvas.run(["uce"], out=out, **(arguments | {"styles": 1, "seed": 4}), **work)
+    assert [(row["method"], row["seed"]) for row in both["rows"]] == [("none", 3), ("uce", 3), ("uce", 4)]
+    drawn = [row["target"] for row in both["rows"][1:]]
+    assert (both["meta"]["targets' seed"], both["meta"]["targets"]) == ("3, 4", "; ".join(drawn))
 
 
 def methods_of(result):
