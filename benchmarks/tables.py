@@ -1,6 +1,6 @@
 """The tables of README.md, generated from benchmarks/results/ between markers.
 
-Markers: `<!-- benchmarks:begin NAME -->` ... `<!-- benchmarks:end -->`. NAME is ops-cpu, ops-cuda (the newest result of that
+Markers: `<!-- benchmarks:begin NAME -->` ... `<!-- benchmarks:end -->`. NAME is ops-cpu, ops-cuda (each op's newest result on that
 kind of device) or ops-<slug> (benchmarks/results/<slug>.json): times, targets, every row in a fold; or quality-<study>, for
 short demo or prune: the rows of benchmarks/results/quality/<study>.json; or scapre: a table for each part of its study; or canvas:
 one line a method, means over the targets, every target in a fold; or spare-timesteps, spare-tradeoff: likewise, one line a scheme or
@@ -44,11 +44,27 @@ def load(results: Path) -> dict[str, dict[str, Any]]:
     return {slug: result for slug, result in found.items() if not result["meta"].get("quick")}
 
 
-def _pick(results: dict[str, dict[str, Any]], which: str) -> dict[str, Any] | None:
-    if which in results:
-        return results[which]
-    kind = [r for r in results.values() if r["meta"]["device_type"] == which]
-    return max(kind, key=lambda r: r["meta"]["date"], default=None)
+def op_date(result: dict[str, Any], op: str) -> str:
+    """When an op of a result was measured."""
+    return str(result["meta"].get("updated", {}).get(op, result["meta"])["date"])
+
+
+def part(result: dict[str, Any], ops: Sequence[str]) -> dict[str, Any]:
+    """What a result has of these ops."""
+    updated = {op: note for op, note in result["meta"].get("updated", {}).items() if op in ops}
+    meta = {**result["meta"], "updated": updated}
+    return {"meta": meta, **{key: [row for row in result[key] if row["op"] in ops] for key in ("rows", "targets")}}
+
+
+def newest(results: dict[str, dict[str, Any]], kind: str) -> list[dict[str, Any]]:
+    """Of a kind of device, each op's newest run: a part of a result for each machine, that with most ops first."""
+    last: dict[str, str] = {}
+    for slug, result in results.items():
+        for op in dict.fromkeys(row["op"] for row in result["rows"]) if result["meta"]["device_type"] == kind else ():
+            if op not in last or op_date(results[last[op]], op) < op_date(result, op):
+                last[op] = slug
+    chosen = {slug: sorted(op for op in last if last[op] == slug) for slug in set(last.values())}
+    return [part(results[slug], ops) for slug, ops in sorted(chosen.items(), key=lambda item: (-len(item[1]), item[0]))]
 
 
 def ms(value: float | None) -> str:
@@ -77,7 +93,7 @@ def groups(result: dict[str, Any]) -> dict[tuple[str, str, str], list[dict[str, 
 
 
 def is_ours(provider: str) -> bool:
-    return provider == "fastunlearn" or provider.startswith("fastunlearn-")
+    return provider == "fastunlearn" or provider.startswith(("fastunlearn-", "fastunlearn, "))
 
 
 def best_peer(rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
@@ -90,19 +106,27 @@ def best_peer(rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
     return min(peers, key=lambda r: r["ms_p50"], default=None)
 
 
-def heading(meta: dict[str, Any]) -> str:
-    """One line: which machine, which versions, which rates."""
-    rates = f"copy {meta['copy_gbps']:.4g} GB/s, matmul {meta['matmul_tflops']:.3g} TFLOP/s"
+def heading(meta: dict[str, Any], ops: Sequence[str] = ()) -> str:
+    """One line: which machine, which versions, which rates, which commits.
+
+    Args:
+        ops: of the rows; where all were measured again, only those runs are named.
+    """
+    again = meta.get("updated", {})
+    notes = [again[op] for op in ops if op in again]
+    notes += [meta] if len(notes) < len(ops) or not ops else []
+
+    def span(key: str, digits: str = "") -> str:
+        found = sorted({note[key] for note in notes})
+        ends = dict.fromkeys(format(value, digits) for value in (found[0], found[-1]))
+        return " to ".join(ends)
+
+    commits = " and ".join(dict.fromkeys(note["commit"] for note in sorted(notes, key=lambda note: note["date"])))
+    rates = f"copy {span('copy_gbps', '.4g')} GB/s, matmul {meta['matmul_tflops']:.3g} TFLOP/s"
     threads = f", {meta['threads']} threads" if meta["device_type"] == "cpu" else f", driver {meta['driver']}"
     versions = f"torch {meta['torch']}" + (f", triton {meta['triton']}" if meta["device_type"] == "cuda" else "")
-    later = "".join(
-        f" {op}: measured again at commit {note['commit']}, {note['date']}, copy {note['copy_gbps']:.4g} GB/s."
-        for op, note in meta.get("updated", {}).items()
-    )
-    return (
-        f"{meta['device']}{threads}; {versions}; {rates}, measured in the same run; commit {meta['commit']}, {meta['date']}."
-        + later
-    )
+    runs = "run" if len(notes) == 1 else "runs"
+    return f"{meta['device']}{threads}; {versions}; {rates}, measured in the same {runs}; commit {commits}, {span('date')}."
 
 
 def _targets(result: dict[str, Any]) -> list[str]:
@@ -273,10 +297,8 @@ def canvas_block(path: Path, first: str = "method") -> str:
     return "\n".join(out) + "\n"
 
 
-def ops_block(result: dict[str, Any] | None) -> str:
+def ops_block(result: dict[str, Any]) -> str:
     """One line a case: ours, the share of the hardware limit, the best peer; then the targets; every row in a fold."""
-    if result is None:
-        return NOT_MEASURED
     short, full = [], []
     for (op, case, dtype), rows in groups(result).items():
         mine = next((r for r in rows if r["provider"] == "fastunlearn"), None)
@@ -304,7 +326,7 @@ def ops_block(result: dict[str, Any] | None) -> str:
                     ms(r["limit_ms"]),
                 ]
             )
-    lines = [heading(result["meta"]), ""]
+    lines = [heading(result["meta"], list(dict.fromkeys(row["op"] for row in result["rows"]))), ""]
     lines += markdown(
         ["op: case, dtype", "fastunlearn, ms", "of the limit", "best peer, ms", "speed-up", "peak MiB, ours / peer"],
         short,
@@ -338,7 +360,9 @@ def block(name: str, folder: Path) -> str:
     """
     kind, _, which = name.partition("-")
     if kind == "ops" and which:
-        return ops_block(_pick(load(folder), which))
+        results = load(folder)
+        parts = [results[which]] if which in results else newest(results, which)
+        return "\n".join(map(ops_block, parts)) or NOT_MEASURED
     if name == "scapre":
         return parts_block(folder / "quality" / "scapre.json")
     if name == "canvas":

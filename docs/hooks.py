@@ -290,23 +290,19 @@ def _tables() -> Any:
 def results(*ops: str) -> str:
     """Of each op and kind of device the newest committed run; every number comes from its file."""
     tables = _tables()
-    runs = sorted(tables.load(RESULTS).values(), key=lambda run: run["meta"]["date"], reverse=True)
+    found = tables.load(RESULTS)
     out = []
     for op in ops:
         if not (ROOT / "benchmarks" / "ops" / f"{op}.py").is_file():
             raise KeyError(f"no benchmark of {op}")
         for kind, where in (("cpu", "CPU"), ("cuda", "GPU")):
-            run = next(
-                (r for r in runs if r["meta"]["device_type"] == kind and any(row["op"] == op for row in r["rows"])),
-                None,
-            )
+            run = next((r for r in tables.newest(found, kind) if any(row["op"] == op for row in r["rows"])), None)
             out += [f"**{op}, {where}**", ""]
             if run is None:
                 out += ["Not measured yet.", ""]
                 continue
-            part = {"meta": run["meta"], **{k: [x for x in run[k] if x["op"] == op] for k in ("rows", "targets")}}
             # Markdown inside of HTML is read only where it says so.
-            out += [tables.ops_block(part).replace("<details>", '<details markdown="1">'), ""]
+            out += [tables.ops_block(tables.part(run, [op])).replace("<details>", '<details markdown="1">'), ""]
     return "\n".join(out)
 
 
