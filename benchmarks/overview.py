@@ -76,7 +76,8 @@ def _panels(
             if number % columns == 0:
                 axis.set_ylabel(y)
         meta = result["meta"]
-        figure.suptitle(f"{title} - {meta['device']}, commit {meta['commit']}, {meta['date']}", fontsize=9)
+        _, commits, dates = tables.made(meta, [*points(result)])
+        figure.suptitle(f"{title} - {meta['device']}, commit {commits}, {dates}", fontsize=9)
         handles, labels = axes.flat[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=8)
         path.parent.mkdir(parents=True, exist_ok=True)

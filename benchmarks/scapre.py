@@ -296,7 +296,7 @@ def plot(result: dict[str, Any], path: Any) -> None:
         axis.set_xscale("log")
         axis.set_xlabel("concepts")
         axis.set_title(what, fontsize=9, loc="left")
-        axis.legend(fontsize=7)
+        axis.legend(fontsize=7, loc="lower center", bbox_to_anchor=(0.5, 1.06), ncols=2, frameon=False)
         axis.spines[["top", "right"]].set_visible(False)
     left.set_yscale("log")
     figure.suptitle(f"{result['meta']['model']} - {result['meta']['machine']}", fontsize=9)

@@ -106,27 +106,29 @@ def best_peer(rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
     return min(peers, key=lambda r: r["ms_p50"], default=None)
 
 
-def heading(meta: dict[str, Any], ops: Sequence[str] = ()) -> str:
-    """One line: which machine, which versions, which rates, which commits.
+def made(meta: dict[str, Any], ops: Sequence[str] = ()) -> tuple[list[dict[str, Any]], str, str]:
+    """The runs of these ops in a result, their commits, from when to when.
 
     Args:
-        ops: of the rows; where all were measured again, only those runs are named.
+        ops: where all of them were measured again, only those runs count.
     """
     again = meta.get("updated", {})
-    notes = [again[op] for op in ops if op in again]
-    notes += [meta] if len(notes) < len(ops) or not ops else []
+    runs = [again[op] for op in ops if op in again]
+    runs += [meta] if len(runs) < len(ops) or not ops else []
+    runs.sort(key=lambda run: run["date"])
+    commits = " and ".join(dict.fromkeys(run["commit"] for run in runs))
+    return runs, commits, " to ".join(dict.fromkeys((runs[0]["date"], runs[-1]["date"])))
 
-    def span(key: str, digits: str = "") -> str:
-        found = sorted({note[key] for note in notes})
-        ends = dict.fromkeys(format(value, digits) for value in (found[0], found[-1]))
-        return " to ".join(ends)
 
-    commits = " and ".join(dict.fromkeys(note["commit"] for note in sorted(notes, key=lambda note: note["date"])))
-    rates = f"copy {span('copy_gbps', '.4g')} GB/s, matmul {meta['matmul_tflops']:.3g} TFLOP/s"
+def heading(meta: dict[str, Any], ops: Sequence[str] = ()) -> str:
+    """One line: which machine, which versions, which rates, which commits."""
+    runs, commits, dates = made(meta, ops)
+    copy = sorted({format(run["copy_gbps"], ".4g") for run in runs}, key=float)
+    rates = f"copy {' to '.join(dict.fromkeys((copy[0], copy[-1])))} GB/s, matmul {meta['matmul_tflops']:.3g} TFLOP/s"
     threads = f", {meta['threads']} threads" if meta["device_type"] == "cpu" else f", driver {meta['driver']}"
     versions = f"torch {meta['torch']}" + (f", triton {meta['triton']}" if meta["device_type"] == "cuda" else "")
-    runs = "run" if len(notes) == 1 else "runs"
-    return f"{meta['device']}{threads}; {versions}; {rates}, measured in the same {runs}; commit {commits}, {span('date')}."
+    which = "run" if len(runs) == 1 else "runs"
+    return f"{meta['device']}{threads}; {versions}; {rates}, measured in the same {which}; commit {commits}, {dates}."
 
 
 def _targets(result: dict[str, Any]) -> list[str]:

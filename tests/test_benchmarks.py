@@ -374,6 +374,33 @@ def test_tables_round_trip(tmp_path: Path, result: dict, capsys: pytest.CaptureF
     capsys.readouterr()
 
 
+def test_each_op_is_shown_of_its_newest_run(tmp_path: Path):
+    def run(date: str, ops_: dict[str, float], **updated: str) -> dict:
+        meta = {"device": f"made on {date}", "device_type": "cpu", "threads": 1, "torch": "2", "copy_gbps": 10.0}
+        meta |= {"matmul_tflops": 1.0, "commit": f"c{date}", "date": date, "quick": False}
+        meta["updated"] = {op: {"commit": f"u{when}", "date": when, "copy_gbps": 20.0} for op, when in updated.items()}
+        row = {"case": "c", "dtype": "fp32", "provider": "fastunlearn", "limit_ms": 1.0, "correct": True, "peak_mib": 0}
+        rows = [row | {"op": op, "ms_p20": ms, "ms_p50": ms, "ms_p80": ms} for op, ms in ops_.items()]
+        return {"meta": meta, "rows": rows, "targets": [], "left_out": []}
+
+    results = {
+        "a": run("2026-01-01", {"gram": 1.25, "nm": 2.25, "sid": 3.25}, sid="2026-01-05"),
+        "b": run("2026-01-03", {"gram": 4.25, "sid": 5.25, "topk": 6.25, "mask": 7.25}),
+    }
+    for slug, result in results.items():
+        cli.write_json(tmp_path / f"{slug}.json", result)
+    text = tables.block("ops-cpu", tmp_path)
+    first, second = text.split("made on 2026-01-01")
+    assert "copy 10 GB/s, matmul 1 TFLOP/s, measured in the same run; commit c2026-01-03, 2026-01-03." in first
+    assert [number in first for number in ("4.25", "6.25", "7.25", "5.25", "2.25")] == [True, True, True, False, False]
+    assert "copy 10 to 20 GB/s" in second
+    assert "commit c2026-01-01 and u2026-01-05, 2026-01-01 to 2026-01-05." in second
+    assert [number in second for number in ("2.25", "3.25", "1.25")] == [True, True, False]
+    alone = tables.heading(results["a"]["meta"], ["sid"])
+    assert alone.endswith("copy 20 GB/s, matmul 1 TFLOP/s, measured in the same run; commit u2026-01-05, 2026-01-05.")
+    assert tables.block("ops-cuda", tmp_path) == tables.NOT_MEASURED
+
+
 def test_a_floor_is_never_the_best_peer():
     rows = [
         {"provider": p, "ms_p50": v} for p, v in [(FLOOR + "read", 1.0), ("fastunlearn-triton", 2.0), ("peer", 3.0)]
