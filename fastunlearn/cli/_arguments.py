@@ -21,7 +21,7 @@ import sys
 import textwrap
 import types
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import Any, Literal, NoReturn, Union
@@ -469,6 +469,7 @@ def parse(
     epilog: str = "",
     required: Iterable[str] = (),
     aliases: Mapping[str, str] = ALIASES,
+    defaults: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None,
 ) -> tuple[Any, ...]:
     """Instances of the dataclasses, from a command line and the yaml files it names.
 
@@ -478,6 +479,7 @@ def parse(
         prog: the command, for messages.
         required: fields that must be given though the dataclass has a default.
         aliases: short name -> field; those without a field here are left out.
+        defaults: what was given, by field -> values of fields that were not, before those of the dataclasses.
 
     Returns:
         One instance of each, in order.
@@ -503,6 +505,8 @@ def parse(
             raise _UsageError(f"missing: {names}")
     except _UsageError as error:
         fail(prog, str(error))
+    if defaults is not None:
+        values = {**defaults(values), **values}
     out = []
     for owner in dataclass_types:
         mine = {name: value for name, value in values.items() if arguments[name].owner is owner}

@@ -84,8 +84,13 @@ def command(
     prog = f"fastunlearn {method}"
 
     def run() -> int:
-        classes = (EditArguments, _diffusion.PipelineArguments, _diffusion.OutputArguments, config_class)
-        asked, pipeline_arguments, output, config = parse(classes, argv, prog, epilog=example, description=description)
+        classes = (
+            EditArguments, _diffusion.PipelineArguments, _diffusion.RecipeArguments, _diffusion.OutputArguments, config_class
+        )  # fmt: skip
+        asked, pipeline_arguments, _, output, config = parse(
+            classes, argv, prog, epilog=example, description=description,
+            defaults=_diffusion.canvas_defaults(method, lambda given: read_names(given["edit_concepts"], "edit_concepts")[0]),
+        )  # fmt: skip
         edits, own = read_names(asked.edit_concepts, "edit_concepts")
         given = guides_of(own, asked.guide_concepts, "guide_concepts")
         kept = None if asked.preserve_concepts is None else read_names(asked.preserve_concepts, "preserve_concepts")[0]

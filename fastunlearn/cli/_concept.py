@@ -71,10 +71,13 @@ def erase(
     """
     from fastunlearn.cli import _diffusion
 
-    classes = (ConceptArguments, _diffusion.PipelineArguments, _diffusion.ReportArguments, config_class)
-    asked, pipeline_arguments, drawn, config = parse(
+    classes = (
+        ConceptArguments, _diffusion.PipelineArguments, _diffusion.RecipeArguments, _diffusion.ReportArguments, config_class
+    )  # fmt: skip
+    asked, pipeline_arguments, _, drawn, config = parse(
         classes, argv, prog, description=description, epilog=epilog,
         required=("output_dir",), aliases={"model": "model_name_or_path", "output": "output_dir"},
+        defaults=_diffusion.canvas_defaults(method, lambda given: [given["erase_concept"]]),
     )  # fmt: skip
     if pipeline_arguments.device is not None and pipeline_arguments.device != str(config.device).split(":")[0]:
         raise ValueError(

@@ -17,7 +17,7 @@ from fastunlearn.cli._run import shown_command, versions
 from fastunlearn.data.images import latents_of_folder
 from fastunlearn.evaluation.worlds import Concepts, Target, canvas_concepts
 from fastunlearn.localize.text_paths import denoiser_of, text_paths
-from fastunlearn.methods.recipes import concept_template
+from fastunlearn.methods.recipes import SMALL, concept_template, world_settings
 from fastunlearn.parametrize.partial_unet import load_partial_unet, save_partial_unet
 from fastunlearn.pipelines import CANVAS, is_canvas, load_pipeline, save_pipeline_folder
 from fastunlearn.report.cost import MIB, measured
@@ -77,6 +77,57 @@ class PipelineArguments:
     def concepts(self) -> Concepts | None:
         """The canvas' styles and objects, of any pipeline that draws it; None for another model."""
         return canvas_concepts() if is_canvas(self.model_name_or_path) else None
+
+
+@dataclass
+class RecipeArguments:
+    """Where settings come from."""
+
+    canvas_settings: bool = field(
+        default=True,
+        metadata={
+            "help": "On the canvas, settings that are not given are those of its table (fastunlearn.methods.recipes); false: the method's "
+            "own, as on any other model."
+        },
+    )
+
+
+def canvas_defaults(
+    method: str, names: Callable[[Mapping[str, Any]], Sequence[str]]
+) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
+    """For `parse`: what the canvas' table runs a method with, for the kind of concept that is erased.
+
+    Nothing where another model, a preset (SalUn's recipe) or `canvas_settings=false` is given, or names that are not all styles or all objects (they are
+    refused later, or have a template); no number of steps where epochs are given.
+
+    Args:
+        names: what was given -> the concepts.
+    """
+
+    def chosen(given: Mapping[str, Any]) -> dict[str, Any]:
+        wanted = given.get("canvas_settings", True) and not {"preset", "recipe"} & {*given}
+        if not wanted or not is_canvas(given.get("model_name_or_path", CANVAS)):
+            return {}
+        try:
+            kinds = {canvas_concepts().target(name).kind for name in names(given)}
+        except (ValueError, OSError):
+            return {}
+        if len(kinds) != 1:
+            return {}
+        # Without saliency SPARE is plain LoRA self-distillation.
+        variant = given.get("variant", "per_weight")
+        own = world_settings("canvas", "lora" if variant == "dense" else method, kinds.pop()) or {}
+        if variant == "per_module":
+            own = {name: value for name, value in own.items() if name in SMALL}
+        if "num_train_epochs" in given:
+            own.pop("max_steps", None)
+        added = {name: value for name, value in own.items() if name not in given}
+        if added:
+            said = " ".join(f"{name}={value}" for name, value in added.items())
+            print(f"canvas: {said} (as in its table; canvas_settings=false: the method's own)", flush=True)
+        return added
+
+    return chosen
 
 
 @dataclass

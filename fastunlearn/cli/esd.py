@@ -9,7 +9,7 @@ from fastunlearn.cli import _concept, _run
 PROG = "fastunlearn esd"
 EXAMPLE = """\
 example:
-  fastunlearn esd --erase_concept "Pop Art" --output out train_method=x max_steps=200
+  fastunlearn esd --erase_concept "Pop Art" --output out
   fastunlearn esd --model CompVis/stable-diffusion-v1-4 --erase_concept "Van Gogh" --template "{}" --output out
 
 train_method=x, u, all are the authors' ESD-x, ESD-u and all weights (fastunlearn.methods.esd)."""

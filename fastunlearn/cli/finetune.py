@@ -45,9 +45,12 @@ def main(argv: Sequence[str]) -> int:
         from fastunlearn.cli import _diffusion
         from fastunlearn.methods.finetune_surrogate import FinetuneConfig, finetune_surrogate
 
-        classes = (FinetuneArguments, _diffusion.PipelineArguments, _diffusion.OutputArguments, FinetuneConfig)
-        asked, pipeline_arguments, output, config = parse(
+        classes = (
+            FinetuneArguments, _diffusion.PipelineArguments, _diffusion.RecipeArguments, _diffusion.OutputArguments, FinetuneConfig
+        )  # fmt: skip
+        asked, pipeline_arguments, _, output, config = parse(
             classes, argv, PROG, epilog=EXAMPLE,
+            defaults=_diffusion.canvas_defaults("finetune", lambda given: [given["erase_concept"]]),
             description="Fine-tunes a pipeline's U-Net until a concept's prompts draw a surrogate and all others what they drew.",
         )  # fmt: skip
         prompts = _diffusion.prompts_of(

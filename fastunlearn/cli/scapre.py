@@ -101,8 +101,12 @@ def main(argv: Sequence[str]) -> int:
                 metadata={"help": "Folder for the weights that changed and metrics.json; needed but by a dry run."},
             )
 
-        asked, pipeline_arguments, output, config = parse(
-            (ScaPreArguments, _diffusion.PipelineArguments, OutputArguments, ScaPreConfig), argv, PROG, epilog=EXAMPLE,
+        classes = (
+            ScaPreArguments, _diffusion.PipelineArguments, _diffusion.RecipeArguments, OutputArguments, ScaPreConfig
+        )  # fmt: skip
+        asked, pipeline_arguments, _, output, config = parse(
+            classes, argv, PROG, epilog=EXAMPLE,
+            defaults=_diffusion.canvas_defaults("scapre", lambda given: read_names(given["concepts"], "concepts")[0]),
             description="Edits what a denoiser reads of the text (keys and values of a U-Net's cross-attention; the text "
             "embedders of SD 3 and FLUX) so that concepts are drawn as their anchors; one solve, however many there are.",
         )  # fmt: skip

@@ -9,7 +9,7 @@ from fastunlearn.cli import _concept, _run
 PROG = "fastunlearn spare"
 EXAMPLE = """\
 example:
-  fastunlearn spare --erase_concept "Pop Art" --output out max_steps=100 learning_rate=1e-3
+  fastunlearn spare --erase_concept "Pop Art" --output out
   fastunlearn spare --model CompVis/stable-diffusion-v1-4 --erase_concept "Van Gogh" --surrogate_concept "a photographer" \\
       --retain_concepts Monet Picasso --template "a painting by {}" --output out preset=tutorial sparsity_inclusiveness=0.5
 

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 
 EXAMPLE = """\
 example:
-  fastunlearn uce --edit_concepts "Pop Art" --output out tokens=all
+  fastunlearn uce --edit_concepts "Pop Art" --output out
   fastunlearn uce --model CompVis/stable-diffusion-v1-4 --edit_concepts "Van Gogh" --guide_concepts art \\
       --preserve_concepts Monet Picasso --template "{}" --output out
   fastunlearn uce --model stabilityai/stable-diffusion-xl-base-1.0 --edit_concepts concepts.txt --guide_concepts art --output out
 
-Names and defaults are those of the authors' code (fastunlearn.methods.uce)."""
+Names and defaults are those of the authors' code (fastunlearn.methods.uce); on the canvas settings are those of its table."""
 
 
 def main(argv: Sequence[str]) -> int:

@@ -96,6 +96,31 @@ def test_baselines_write_what_moved(canvas, tmp_path, command, more):
         assert not any("attn2." in name for name in moved)
 
 
+def test_on_the_canvas_settings_are_those_of_its_table(tmp_path, capsys):
+    from fastunlearn.cli._diffusion import canvas_defaults
+    from fastunlearn.methods.recipes import DEFAULTS, OWN, SMALL
+
+    def given(method, **values):
+        return canvas_defaults(method, lambda v: v["names"])({"names": ["Pop Art"]} | values)
+
+    tables = {m: SMALL | OWN.get(m, {}) | DEFAULTS[m]["style"] for m in ("spare", "lora", "salun")}
+    assert given("spare") == tables["spare"]
+    assert capsys.readouterr().out.startswith("canvas: max_steps=100 per_device_train_batch_size=8 ")
+    fewer = given("spare", max_steps=3, learning_rate=1e-5)
+    assert fewer == {n: v for n, v in tables["spare"].items() if n not in ("max_steps", "learning_rate")}
+    assert "max_steps" not in given("spare", num_train_epochs=2.0)
+    assert given("spare", variant="dense") == {n: v for n, v in tables["lora"].items() if n != "variant"}
+    assert set(given("spare", variant="per_module")) <= set(SMALL)
+    assert given("salun") == tables["salun"]
+    assert given("uce", names=["Cat"]) == DEFAULTS["uce"]["object"]
+    capsys.readouterr()
+    # Nothing where something else was asked for, or nobody knows the kind; what is wrong is said later.
+    assert given("spare", preset="tutorial") == given("salun", recipe="unlearncanvas") == {}
+    assert given("spare", canvas_settings=False) == given("spare", model_name_or_path=str(tmp_path)) == {}
+    assert given("uce", names=["Cat", "Pop Art"]) == given("uce", names=["nonsense"]) == {}
+    assert capsys.readouterr().out == ""
+
+
 def test_ablation_keeps_its_anchors_where_nothing_is_named(canvas, tmp_path, monkeypatch):
     from fastunlearn.methods.concept_ablation import ConceptAblationTrainer
 
