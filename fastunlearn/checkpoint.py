@@ -597,8 +597,11 @@ class OutputFolder:
         path: the folder.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], *, overwrite: bool = False, resume: bool = False):
+    def __init__(
+        self, folder: str | os.PathLike[str], *, overwrite: bool = False, resume: bool = False, resumable: bool = True
+    ):
         self.path = Path(folder).expanduser()
+        self._ways = "or resume or overwrite it" if resumable else "or overwrite it"
         self.overwrite = overwrite
         self.resume = resume
         self._lock: int | None = None
@@ -634,7 +637,7 @@ class OutputFolder:
         if there:
             shown = ", ".join(there[:3]) + (", ..." if len(there) > 3 else "")
             raise FileExistsError(
-                f"output: {self.path} holds something already ({shown}); choose another folder, or resume or overwrite it"
+                f"output: {self.path} holds something already ({shown}); choose another folder, {self._ways}"
             )
 
     def _flock(self, descriptor: int) -> None:
@@ -720,18 +723,21 @@ def _leftover(name: str) -> bool:
     return re.fullmatch(r"\..+\.\d+\.tmp", name) is not None
 
 
-def claim_output(folder: str | os.PathLike[str], *, overwrite: bool = False, resume: bool = False) -> OutputFolder:
+def claim_output(
+    folder: str | os.PathLike[str], *, overwrite: bool = False, resume: bool = False, resumable: bool = True
+) -> OutputFolder:
     """The output folder of a run, locked while the `with` lasts.
 
     The lock is the kernel's (flock on folder/.lock): a run that is killed gives it back. A folder that holds something is
     refused; with `overwrite` or `resume` it is taken as it is, but for what a killed save left half written and, with
-    `overwrite`, the Trainer's `checkpoint-<step>` folders of the run before. No other file is removed.
+    `overwrite`, the Trainer's `checkpoint-<step>` folders of the run before. No other file is removed. `resumable`: whether a
+    message may name that way.
 
     Raises (on entering):
         BlockingIOError: another run writes there. FileExistsError: it holds something. NotADirectoryError: it is a file.
         OSError: it cannot be made.
     """
-    return OutputFolder(folder, overwrite=overwrite, resume=resume)
+    return OutputFolder(folder, overwrite=overwrite, resume=resume, resumable=resumable)
 
 
 def dense_weights(source: str | os.PathLike[str], shapes: Mapping[str, Any]) -> Mapping[str, Tensor]:

@@ -100,7 +100,7 @@ def _check_output(path: Path, to: str, source: Source, overwrite: bool) -> Path:
         raise ValueError(f"output: {path} holds the run itself; choose another folder")
     file = to in ("diffusers", "kohya", "partial")
     if file and path.suffix != ".safetensors":
-        claim_output(path, overwrite=overwrite).check()
+        claim_output(path, overwrite=overwrite, resumable=False).check()
         path = path / (f"{source.part}.safetensors" if to == "partial" else LORA)
     if file:
         if path.exists() and not overwrite:
@@ -108,7 +108,7 @@ def _check_output(path: Path, to: str, source: Source, overwrite: bool) -> Path:
         return path
     if path.suffix == ".safetensors":
         raise ValueError(f"output: {to} is a folder, not a file; got {path}")
-    claim_output(path, overwrite=overwrite).check()
+    claim_output(path, overwrite=overwrite, resumable=False).check()
     if (
         to == "merged"
         and not source.language
@@ -190,7 +190,7 @@ def _size(path: Path) -> str:
 
 def _files_into(path: Path, overwrite: bool, write: Callable[[Path], None]) -> None:
     """Files that `write` leaves in an empty folder, moved into `path`."""
-    with claim_output(path, overwrite=overwrite):
+    with claim_output(path, overwrite=overwrite, resumable=False):
         temporary = path / f".export.{os.getpid()}.tmp"
         try:
             temporary.mkdir()

@@ -98,7 +98,7 @@ def command(
             raise ValueError(f"preserve_concepts: {method} preserves nothing by name; lamb holds on to the rest")
         concepts = pipeline_arguments.concepts
         if concepts is not None:
-            targets = [concepts.target(name) for name in edits]
+            targets = [concepts.target(name, "edit_concepts") for name in edits]
             edits = [target.name for target in targets]
             if asked.guide_concepts is None:
                 named = zip(given, targets)

@@ -249,7 +249,7 @@ def prompts_of(
         ValueError: unknown names; no surrogate where the canvas gives none.
     """
     if concepts is not None and not template:
-        target = concepts.target(erase)
+        target = concepts.target(erase, "erase_concept")
         if surrogate is None and retain is None:
             return Prompts(
                 concepts.forget_prompts(target), concepts.surrogate_prompts(target), concepts.retain_prompts(target)
@@ -316,7 +316,7 @@ def edit(
         closed_form: the method asks for what the denoiser reads of the text alone: SDXL, SD 3 and FLUX will do.
         about: into metrics.json and the file's metadata.
     """
-    with claim_output(output_arguments.output_dir, overwrite=output_arguments.overwrite) as output:
+    with claim_output(output_arguments.output_dir, overwrite=output_arguments.overwrite, resumable=False) as output:
         print(f"loading {pipeline_arguments.model_name_or_path} ...", flush=True)
         pipeline = pipeline_arguments.load(trained=True, drawn=not closed_form)
         pictures = Pictures(output_arguments, pipeline_arguments, pipeline, forget, retain)

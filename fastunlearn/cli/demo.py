@@ -290,7 +290,7 @@ def run(options: argparse.Namespace, autocast: torch.dtype | None, machine: str)
     forget, keep = options.split
     seconds: dict[str, float] = {}
     stages: dict[str, Stage] = {}
-    with claim_output(options.output):
+    with claim_output(options.output, resumable=False):
         files = {
             "forget": forget.rows(),
             "retain": keep.rows(),

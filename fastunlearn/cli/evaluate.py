@@ -131,7 +131,7 @@ def _targets(asked: EvaluateArguments, concepts: Any) -> list[Any]:
     if asked.targets is None:
         return concepts.draw_targets(asked.styles, asked.objects, asked.seed)
     names = [*concepts.styles, *concepts.objects] if asked.targets == ["all"] else asked.targets
-    return [concepts.target(name) for name in names]
+    return [concepts.target(name, "targets") for name in names]
 
 
 def main(argv: Sequence[str]) -> int:

@@ -103,7 +103,7 @@ def _run(args: PruneArguments, command: str) -> None:
     numbers = {name: getattr(args, name) for name in ("damping", "block_size", "batch_size")}
     pattern = check_options(args.method, args.pattern, args.scope, **numbers)
     needs_text = args.method != "magnitude"
-    with claim_output(args.output_dir, overwrite=args.overwrite) as output:
+    with claim_output(args.output_dir, overwrite=args.overwrite, resumable=False) as output:
         texts = calibration_texts(args.calibration_dataset, split=args.calibration_split, column=args.text_column)
         forget_rows = load_rows(args.forget_dataset, split=args.forget_split) if args.forget_dataset else []
         measured = (

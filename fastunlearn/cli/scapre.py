@@ -117,7 +117,7 @@ def main(argv: Sequence[str]) -> int:
         kept = None if asked.preserve is None else read_names(asked.preserve, "preserve")[0]
         known = pipeline_arguments.concepts
         if known is not None:
-            targets = [known.target(name) for name in names]
+            targets = [known.target(name, "concepts") for name in names]
             names = [target.name for target in targets]
             if asked.anchors is None:
                 given = [_diffusion.default_surrogate(known, t) if a is None else a for a, t in zip(given, targets)]

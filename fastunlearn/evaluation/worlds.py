@@ -105,8 +105,11 @@ class Concepts:
         """Number of the target among themes or objects."""
         return (self.themes if target.kind == "style" else self.objects).index(target.name)
 
-    def target(self, name: str) -> Target:
+    def target(self, name: str, what: str = "target") -> Target:
         """The style or object of that name; case and underscores do not matter.
+
+        Args:
+            what: the argument it came in by, for messages.
 
         Raises:
             ValueError: unknown (the closest and all names are in the message), or the surrogate style.
@@ -115,12 +118,12 @@ class Concepts:
         plain |= {n.lower().replace("_", " "): Target("object", n) for n in self.objects}
         key = str(name).lower().replace("_", " ").strip()
         if key == self.seed_theme.lower().replace("_", " "):
-            raise ValueError(f"target: {self.seed_theme} is the style that others are replaced by; it cannot be erased")
+            raise ValueError(f"{what}: {self.seed_theme} is the style that others are replaced by; it cannot be erased")
         if key not in plain:
             near = closest(key, [target.name for target in plain.values()])
             hint = f"{near} " if near.startswith("did you mean") else ""
             raise ValueError(
-                f"target: {name!r} is unknown; {hint}styles: {', '.join(self.styles)}; objects: {', '.join(self.objects)}"
+                f"{what}: {name!r} is unknown; {hint}styles: {', '.join(self.styles)}; objects: {', '.join(self.objects)}"
             )
         return plain[key]
 
