@@ -24,11 +24,51 @@ WARPS = 8
 # factors, as the bits of fp32 numbers.
 SIZE = tl.constexpr(0)
 FIRST = tl.constexpr(1)
+BITS = tl.constexpr(2)
 CODES = tl.constexpr(3)
 PARAM = tl.constexpr(4)
 INDEX = tl.constexpr(5)
 KEYS = tl.constexpr(6)
 ROWS = tl.constexpr(7)
+
+
+@triton.jit
+def _block(
+    table, count, tensor, places, mask, numel, GROUPS: tl.constexpr, P: tl.constexpr, CODE: tl.constexpr, HAS_BITS: tl.constexpr,
+    STOCHASTIC: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """WHOLE: every entry is there and may move."""
+    may = _may(table, count, tensor, places, mask, numel, HAS_BITS)
+    codes = tl.load(table + CODES * count + tensor)
+    change = tl.zeros([BLOCK], tl.float32)
+    for group in tl.static_range(GROUPS):
+        address = tl.load(table + (ROWS + group) * count + tensor)
+        bits = tl.load(table + (ROWS + GROUPS + group) * count + tensor)
+        factor = bits.to(tl.int32).to(tl.float32, bitcast=True)
+        # What counts for nothing is not read: it may be no gradient at all, or not finite.
+        if (address != 0) & (bits != 0):
+            change += factor * _load(address, places, may, (codes >> (2 * group)) & 3, CODE, ALIGNED, WHOLE)
+    param = tl.load(table + PARAM * count + tensor).to(tl.pointer_type(P))
+    if ALIGNED:
+        param = tl.multiple_of(param, 16)
+    param += places
+    if WHOLE:
+        before = tl.load(param)
+    else:
+        before = tl.load(param, mask=may, other=0.0)
+    after = before.to(tl.float32) + change
+    if STOCHASTIC:
+        index = tl.load(table + INDEX * count + tensor) + places
+        keys = (table + KEYS * count + tensor).to(tl.pointer_type(tl.int32))
+        out = _to_bfloat16(after, _random(index, index, keys), True)
+    elif tl.bfloat16 == P:
+        out = _to_bfloat16(after, 0, False)
+    else:
+        out = after.to(P)
+    if WHOLE:
+        tl.store(param, out)
+    else:
+        tl.store(param, out, mask=may)
 
 
 @triton.jit(do_not_specialize=["count"])
@@ -42,27 +82,14 @@ def _combine(
     places = start + tl.arange(0, BLOCK)
     numel = tl.load(table + SIZE * count + tensor)
     mask = places < numel
-    may = _may(table, count, tensor, places, mask, numel, HAS_BITS)
-    codes = tl.load(table + CODES * count + tensor)
-    change = tl.zeros([BLOCK], tl.float32)
-    for group in tl.static_range(GROUPS):
-        address = tl.load(table + (ROWS + group) * count + tensor)
-        factor = tl.load(table + (ROWS + GROUPS + group) * count + tensor)
-        # What counts for nothing is not read: it may be no gradient at all, or not finite.
-        here = may & (places < tl.where((address != 0) & (factor != 0), numel, 0))
-        factor = factor.to(tl.int32).to(tl.float32, bitcast=True)
-        change += factor * _load(address, places, here, (codes >> (2 * group)) & 3, CODE, ALIGNED, False)
-    param = tl.load(table + PARAM * count + tensor).to(tl.pointer_type(P)) + places
-    after = tl.load(param, mask=may, other=0.0).to(tl.float32) + change
-    if STOCHASTIC:
-        index = tl.load(table + INDEX * count + tensor) + places
-        keys = (table + KEYS * count + tensor).to(tl.pointer_type(tl.int32))
-        out = _to_bfloat16(after, _random(index, index, keys), True)
-    elif tl.bfloat16 == P:
-        out = _to_bfloat16(after, 0, False)
+    # Loads without a mask are 16 bytes wide.
+    whole = start + BLOCK <= numel
+    if HAS_BITS:
+        whole = whole & (tl.load(table + BITS * count + tensor) == 0)
+    if whole:
+        _block(table, count, tensor, places, mask, numel, GROUPS, P, CODE, False, STOCHASTIC, ALIGNED, BLOCK, True)
     else:
-        out = after.to(P)
-    tl.store(param, out, mask=may)
+        _block(table, count, tensor, places, mask, numel, GROUPS, P, CODE, HAS_BITS, STOCHASTIC, ALIGNED, BLOCK, False)
 
 
 def combine_(
