@@ -1,8 +1,9 @@
 """Products with a compressed N:M weight that is never written (the maths: fastunlearn/reference/nm_linear.py), for few tokens.
 
-`product` reads a tile's bits and from them knows where its values lie: the groups before it hold KEEP values each, and within a
-group the set bits count. It multiplies by W^T or, backward, by W. `gradient` makes a tile of dy^T x and stores what has its bit
-set. What several programs add up to they leave side by side in fp32, and `finish` adds it in one order: the same bits every time.
+`product` reads a tile's bits and its values, and deals the values out in registers; where a byte of bits holds no whole groups, the bits
+say where the values lie: the groups before it hold KEEP values each, and within a group the set bits count. It multiplies by W^T or,
+backward, by W. `gradient` makes a tile of dy^T x and stores what has its bit set. What several programs add up to they leave side by
+side in fp32, and `finish` adds it in one order: the same bits every time.
 
 A tile of the weight is [M, N / 8, 8]: a byte of the mask is read once for its eight entries.
 """
@@ -71,14 +72,68 @@ def _survivors(bits, row, col0, rows, width, KEEP: tl.constexpr, GROUP: tl.const
 
 
 @triton.jit
+def _entry(v0, v1, v2, v3, bytes_, rank, place: tl.constexpr, PER: tl.constexpr):
+    """(entries at one place of every byte, values before the next place); rank: values before this one."""
+    w = v0
+    if PER >= 2:
+        w = tl.where(rank == 0, v0, v1)
+    if PER == 4:
+        w = tl.where(rank < 2, w, tl.where(rank == 2, v2, v3))
+    bit = (bytes_ >> place) & 1
+    return tl.where(bit != 0, w, 0.0), rank + bit
+
+
+@triton.jit
+def _dealt(v, bytes_, PER: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
+    """Values [M, N / 8 * PER] of bytes [M, N / 8] that hold PER each, at their columns: [M, N]; 0 where the bit is not set.
+
+    A thread has whole bytes and their values: all of it happens in its registers.
+    """
+    if PER == 4:
+        even, odd = tl.split(tl.reshape(v, (M, N // 8, 2, 2)))
+        v0, v2 = tl.split(even)
+        v1, v3 = tl.split(odd)
+    elif PER == 2:
+        v0, v1 = tl.split(tl.reshape(v, (M, N // 8, 2)))
+        v2, v3 = v0, v0
+    else:
+        v0, v1, v2, v3 = v, v, v, v
+    w0, rank = _entry(v0, v1, v2, v3, bytes_, bytes_ * 0, 0, PER)
+    w1, rank = _entry(v0, v1, v2, v3, bytes_, rank, 1, PER)
+    w2, rank = _entry(v0, v1, v2, v3, bytes_, rank, 2, PER)
+    w3, rank = _entry(v0, v1, v2, v3, bytes_, rank, 3, PER)
+    w4, rank = _entry(v0, v1, v2, v3, bytes_, rank, 4, PER)
+    w5, rank = _entry(v0, v1, v2, v3, bytes_, rank, 5, PER)
+    w6, rank = _entry(v0, v1, v2, v3, bytes_, rank, 6, PER)
+    w7, rank = _entry(v0, v1, v2, v3, bytes_, rank, 7, PER)
+    even = tl.join(tl.join(w0, w4), tl.join(w2, w6))
+    odd = tl.join(tl.join(w1, w5), tl.join(w3, w7))
+    return tl.reshape(tl.join(even, odd), (M, N))
+
+
+@triton.jit
 def _weight(
     values, bits, row, col0, rows, width, kept,
     KEEP: tl.constexpr, GROUP: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """A tile of the dense weight [M, N], 0 outside of it."""
-    places, may = _survivors(bits, row, col0, rows, width, KEEP, GROUP, M, N)
-    w = tl.load(values + (row * kept)[:, None, None] + places, mask=may & (places < kept), other=0.0)
-    return tl.reshape(w, (M, N))
+    PER: tl.constexpr = 8 * KEEP // GROUP
+    if (8 % GROUP == 0) and ((PER == 1) | (PER == 2) | (PER == 4)):
+        # Where a byte's values lie does not depend on its bits: both are read at once, as wide as they lie.
+        here = row < rows
+        byte = col0 // 8 + tl.arange(0, N // 8)
+        inside = here[:, None] & (byte < width)[None, :]
+        bytes_ = tl.load(bits + (row * width)[:, None] + byte[None, :], mask=inside, other=0).to(tl.int32)
+        place = col0 // 8 * PER + tl.arange(0, N // 8 * PER)
+        v = tl.load(
+            values + (row * kept)[:, None] + place[None, :], mask=here[:, None] & (place < kept)[None, :], other=0.0
+        )
+        w = _dealt(v, bytes_, PER, M, N)
+    else:
+        places, may = _survivors(bits, row, col0, rows, width, KEEP, GROUP, M, N)
+        w = tl.load(values + (row * kept)[:, None, None] + places, mask=may & (places < kept), other=0.0)
+        w = tl.reshape(w, (M, N))
+    return w
 
 
 @triton.jit(do_not_specialize=["tokens", "chunk"])
