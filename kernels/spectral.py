@@ -8,6 +8,8 @@ Products without such an epilogue (back from the eigenbasis, the shared Cholesky
 
 from __future__ import annotations
 
+from array import array
+
 import torch
 import triton
 import triton.language as tl
@@ -92,21 +94,25 @@ def rotate(
     return E, sums.sum(0, dtype=torch.float64).T if traces else None
 
 
-# Columns of the table, one line a tile of rows: addresses of weight, product and matrix, first row, rows of the weight.
-COLUMNS = tl.constexpr(5)
+# Columns of the table, one line a tile of rows: addresses of weight, product and matrix, first row, rows of the weight, where its sums go.
+COLUMNS = tl.constexpr(6)
 TRACE_M = 64
 
 
 @triton.jit
 def _trace(
-    table, sums, d, CODE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    table, sums, d, CODE: tl.constexpr, ALIGNED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """sums fp32 [tiles of rows, tiles of columns]: of W (W A) over the tile; CODE: 0 fp32, 1 fp16, 2 bf16."""
+    """sums fp32 [places, tiles of columns]: of W (W A) over the tile; CODE: 0 fp32, 1 fp16, 2 bf16; ALIGNED: addresses are multiples
+    of 16 bytes."""
     tile, tile_n = tl.program_id(0).to(tl.int64), tl.program_id(1)
     element = tl.float32 if CODE == 0 else tl.float16 if CODE == 1 else tl.bfloat16
     weight = tl.load(table + tile * COLUMNS).to(tl.pointer_type(element))
     product = tl.load(table + tile * COLUMNS + 1).to(tl.pointer_type(element))
     matrix = tl.load(table + tile * COLUMNS + 2).to(tl.pointer_type(element))
+    if ALIGNED:
+        # Addresses from a table say nothing of themselves, and loads are as wide as is known to be right.
+        weight, product, matrix = tl.multiple_of(weight, 16), tl.multiple_of(product, 16), tl.multiple_of(matrix, 16)
     row = tl.load(table + tile * COLUMNS + 3) + tl.arange(0, BLOCK_M)
     here = row < tl.load(table + tile * COLUMNS + 4)
     col = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -126,7 +132,8 @@ def _trace(
     whole = here[:, None] & there[None, :]
     w = tl.load(weight + place, mask=whole, other=0.0).to(tl.float32)
     tl.store(product + place, acc.to(element), mask=whole)
-    tl.store(sums + tile * tl.num_programs(1) + tile_n, tl.sum(tl.sum(w * acc, 1), 0))
+    own = tl.load(table + tile * COLUMNS + 5)
+    tl.store(sums + own * tl.num_programs(1) + tile_n, tl.sum(tl.sum(w * acc, 1), 0))
 
 
 def spectral_trace(weights: list[Tensor], A: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -134,24 +141,33 @@ def spectral_trace(weights: list[Tensor], A: Tensor) -> tuple[Tensor, list[Tenso
     if not weights:
         return A.new_zeros(0), []
     d, device = A.shape[-1], A.device
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "spectral_trace: called while a CUDA graph is captured; its table of addresses is uploaded anew by every call and would be "
+            "stale when the graph is replayed. Call it outside the graph"
+        )
     weights, A = [w.contiguous() for w in weights], A.contiguous()
     products = [torch.empty_like(w) for w in weights]
     each = [A[i] if A.dim() == 3 else A for i in range(len(weights))]
-    lines, owner = [], []
+    # Every weight has as many places for sums as the highest: those that nobody writes stay 0.
+    most = triton.cdiv(max(w.shape[0] for w in weights), TRACE_M)
+    lines = array("q")
     for i, (w, p, a) in enumerate(zip(weights, products, each)):
-        for first in range(0, w.shape[0], TRACE_M):
-            lines.append([w.data_ptr(), p.data_ptr(), a.data_ptr(), first, w.shape[0]])
-            owner.append(i)
+        for tile, first in enumerate(range(0, w.shape[0], TRACE_M)):
+            lines.extend((w.data_ptr(), p.data_ptr(), a.data_ptr(), first, w.shape[0], i * most + tile))
     if not lines:
         return A.new_zeros(len(weights)), products
-    sums = torch.empty(len(lines), triton.cdiv(d, BLOCK_N), dtype=torch.float32, device=device)
+    table = torch.frombuffer(lines, dtype=torch.int64)
+    if device.type == "cuda":
+        # From pinned memory the copy is queued and the host does not wait for the device.
+        table = table.pin_memory().to(device, non_blocking=True)
+    columns = triton.cdiv(d, BLOCK_N)
+    sums = torch.zeros(len(weights) * most, columns, dtype=torch.float32, device=device)
     code = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}[A.dtype]
     options = tuned("spectral.trace", f"{d}, {code}", device, num_warps=8, num_stages=3)
     with torch.cuda.device_of(A):
-        _trace[tuple(sums.shape)](
-            torch.tensor(lines, dtype=torch.int64).to(device), sums, d, code, TRACE_M, BLOCK_N, BLOCK_K, **options,
+        _trace[(len(lines) // COLUMNS.value, columns)](
+            table, sums, d, code, all(t.data_ptr() % 16 == 0 for t in (*weights, *products, *each)), TRACE_M, BLOCK_N, BLOCK_K, **options,
         )  # fmt: skip
-    # Sums of a weight's tiles as one product: the same order in every run.
-    member = torch.zeros(len(weights), len(lines), dtype=torch.float64)
-    member[owner, range(len(lines))] = 1
-    return (member.to(device) @ sums.sum(1, dtype=torch.float64)).to(A.dtype), products
+    # Sums of a weight's tiles in one order: the same in every run.
+    return sums.view(len(weights), -1).sum(1, dtype=torch.float64).to(A.dtype), products

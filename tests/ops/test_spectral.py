@@ -406,7 +406,7 @@ class TestSpectralTrace(OpProof):
         Aot(
             "fastunlearn.kernels.spectral:_trace",
             {"table": "*i64", "sums": "*fp32", "d": "i32"},
-            {"CODE": code, "BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_K": 32},
+            {"CODE": code, "ALIGNED": True, "BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_K": 32},
             {"num_warps": 8, "num_stages": 3},
         )
         for code in (0, 1, 2)
