@@ -1,8 +1,9 @@
-"""Mutual information of rows and concepts, and entropies of rows (maths: reference/informax.py): no activation is written to memory.
+"""Mutual information of rows and concepts, and entropies of rows (maths: reference/informax.py).
 
-A program takes a tile of rows through a run of concepts, GROUP at a time: one product, then, within registers, how many samples
-of its concept an activation exceeds. That it exceeds the lower median of n is to exceed more than (n - 1) // 2 of them, so
-nothing is sorted; the counts of the samples above give the mutual information by look-up.
+Activations are the vendor's product, WORKSPACE bytes of them at a time, of concepts' samples and their negatives in one: equal samples
+have equal activations. A program takes a tile of rows through a run of concepts; a thread has all samples of its rows in registers,
+and counts how many of them each exceeds. That a sample exceeds the lower median of n is to exceed more than (n - 1) // 2 of
+them, so nothing is sorted; the counts of the samples above give the mutual information by look-up.
 """
 
 from __future__ import annotations
@@ -15,62 +16,56 @@ from torch import Tensor
 from fastunlearn.reference.informax import ROUNDING as UNITS
 from fastunlearn.reference.informax import information_table
 
-#: entries of one comparison of all samples with all, in registers
-COMPARED = 32768
+#: activations of one concept that a thread has in registers
+HELD = 64
+#: bytes of activations in memory at once
+WORKSPACE = 2**28
 ROUNDING = tl.constexpr(UNITS * 2.0**-23)
 LARGEST = tl.constexpr(3.4028234663852886e38)
 
 
 @triton.jit
 def _informax(
-    weights, positives, negatives, table, out, rows, d, m, n1, n0, own,
-    run, BINARY: tl.constexpr, REDUCE: tl.constexpr, GROUP: tl.constexpr, SAMPLES: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+    activations, table, out, rows, m, n1, n0, own, run, BINARY: tl.constexpr, REDUCE: tl.constexpr, SLOTS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """REDUCE 0: out [rows, m]; 1 the largest, 2 the sum of each run of `run` concepts: out [runs, rows]. own: stride of the
-    negatives between concepts, 0 where they are shared."""
-    row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    first = tl.program_id(1) * run
+    """activations [samples, rows]: n1 samples of each of m concepts, then n0 others of each, or of all (own: n0, or 0).
+    REDUCE 0: out [m, rows]; 1 the largest, 2 the sum of each run of `run` concepts: out [runs, rows]."""
+    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     here = row < rows
-    k = tl.arange(0, BLOCK_K)
-    column = tl.arange(0, GROUP * SAMPLES)
-    sample, within = column % SAMPLES, column // SAMPLES
-    slot = tl.arange(0, SAMPLES)
+    first = tl.program_id(1) * run
+    slot = tl.arange(0, SLOTS)[:, None]
     n = n1 + n0
+    one = slot < n1
+    other = (slot >= n1) & (slot < n)
     total = tl.zeros([BLOCK_M], tl.float32)
-    for start in range(first, tl.minimum(first + run, m), GROUP):
-        concept = (start + within).to(tl.int64)
-        there = (concept < tl.minimum(first + run, m)) & (sample < n)
-        is_one = sample < n1
-        at = tl.where(is_one, (concept * n1 + sample) * d, concept * own + (sample - n1).to(tl.int64) * d)
-        acc = tl.zeros([BLOCK_M, GROUP * SAMPLES], tl.float32)
-        for begin in range(0, d, BLOCK_K):
-            inside = begin + k < d
-            a = tl.load(
-                weights + row[:, None] * d + (begin + k)[None, :], mask=here[:, None] & inside[None, :], other=0.0
-            )
-            place = at[None, :] + (begin + k)[:, None]
-            x = tl.load(positives + place, mask=inside[:, None] & (there & is_one)[None, :], other=0.0)
-            x += tl.load(negatives + place, mask=inside[:, None] & (there & (sample >= n1))[None, :], other=0.0)
-            acc = tl.dot(a, x, acc, input_precision="tf32x3")
-        act = tl.reshape(acc, [BLOCK_M, GROUP, SAMPLES])
-        one = (slot < n1)[None, None, :]
-        other = ((slot >= n1) & (slot < n))[None, None, :]
+    zero = tl.full([], 0, tl.int64)
+    for concept in range(first, tl.minimum(first + run, m)):
+        others = m * n1 + concept * own - n1
+        place = slot + tl.where(one, concept * n1, others)
+        # What is no sample is exceeded by none.
+        filler = float("inf") if BINARY else 0.0
+        inside = (slot < n) & here[None, :]
+        act = tl.load(activations + place.to(tl.int64) * rows + row[None, :], mask=inside, other=filler)
         if BINARY:
-            exceeds = (act[:, :, :, None] > act[:, :, None, :]) & (slot < n)[None, None, None, :]
-            z = tl.sum(exceeds.to(tl.int32), 3) > (n - 1) // 2
-            ones = tl.sum((z & one).to(tl.int32), 2)
-            others = tl.sum((z & other).to(tl.int32), 2)
-            mi = tl.load(table + ones * (n0 + 1) + others)
+            ones = tl.zeros([BLOCK_M], tl.int32)
+            zeros = tl.zeros([BLOCK_M], tl.int32)
+            for i in range(n):
+                at = (i + tl.where(i < n1, concept * n1, others)).to(tl.int64)
+                a = tl.load(activations + at * rows + row, mask=here, other=0.0)
+                above = (tl.sum((a[None, :] > act).to(tl.int32), 0) > (n - 1) // 2).to(tl.int32)
+                ones += tl.where(i < n1, above, 0)
+                zeros += tl.where(i < n1, 0, above)
+            mi = tl.load(table + ones * (n0 + 1) + zeros)
         else:
             p = (n1 * 1.0) / n
-            mean1 = tl.sum(tl.where(one, act, 0.0), 2) / n1
-            mean0 = tl.sum(tl.where(other, act, 0.0), 2) / n0
-            off1 = tl.where(one, act - mean1[:, :, None], 0.0)
-            off0 = tl.where(other, act - mean0[:, :, None], 0.0)
-            spread = (tl.sum(off1 * off1, 2) + tl.sum(off0 * off0, 2)) / n
+            mean1 = tl.sum(tl.where(one, act, 0.0), 0) / n1
+            mean0 = tl.sum(tl.where(other, act, 0.0), 0) / n0
+            off1 = tl.where(one, act - mean1[None, :], 0.0)
+            off0 = tl.where(other, act - mean0[None, :], 0.0)
+            spread = (tl.sum(off1 * off1, 0) + tl.sum(off0 * off0, 0)) / n
             gap = tl.abs(mean1 - mean0)
-            scale = tl.max(tl.where(one | other, tl.abs(act), 0.0), 2)
+            scale = tl.max(tl.abs(act), 0)
             gap = tl.where(gap > ROUNDING * scale, gap, 0.0)
             signal = p * (1 - p) * gap * gap
             ratio = tl.where(signal > 0, signal / tl.maximum(spread, 1.1754943508222875e-38), 0.0)
@@ -79,14 +74,12 @@ def _informax(
             y = 1.0 + ratio
             log = tl.where(y == 1.0, ratio, tl.log(y) * (ratio / tl.where(y == 1.0, 1.0, y - 1.0)))
             mi = 0.5 * log
-        which = start + tl.arange(0, GROUP)
-        real = (which < tl.minimum(first + run, m))[None, :]
         if REDUCE == 0:
-            tl.store(out + row[:, None] * m + which[None, :], mi, mask=here[:, None] & real)
+            tl.store(out + (zero + concept) * rows + row, mi, mask=here)
         elif REDUCE == 1:
-            total = tl.maximum(total, tl.max(tl.where(real, mi, 0.0), 1))
+            total = tl.maximum(total, mi)
         else:
-            total += tl.sum(tl.where(real, mi, 0.0), 1)
+            total += mi
     if REDUCE != 0:
         tl.store(out + tl.program_id(1).to(tl.int64) * rows + row, total, mask=here)
 
@@ -95,25 +88,34 @@ def informax(weights: Tensor, positives: Tensor, negatives: Tensor, estimator: s
     """As `fastunlearn.reference.informax.informax`; all float32, at most 64 samples a concept."""
     (rows, d), (m, n1, _), n0 = weights.shape, positives.shape, negatives.shape[1]
     device = weights.device
-    samples = max(16, triton.next_power_of_2(n1 + n0))
-    group = max(1, 64 // samples)
-    block = max(16, min(128, COMPARED // (group * samples * samples))) if estimator == "binary" else 64
+    shared = len(negatives) == 1
+    each = n1 if shared else n1 + n0
+    at_once = min(m, max(1, WORKSPACE // (4 * max(1, rows) * each)))
+    slots = max(16, triton.next_power_of_2(n1 + n0))
+    block = 128 * HELD // slots
     tiles = triton.cdiv(rows, block)
     # Runs of concepts, as many as fill the device.
-    runs = max(1, min(triton.cdiv(m, group), triton.cdiv(1024, max(1, tiles))))
-    run = triton.cdiv(triton.cdiv(m, runs), group) * group
-    runs = triton.cdiv(m, run)
+    run = triton.cdiv(at_once, max(1, min(at_once, triton.cdiv(2048, max(1, tiles)))))
+    starts = range(0, m, at_once)
+    runs = [triton.cdiv(min(at_once, m - start), run) for start in starts]
     kind = {"none": 0, "max": 1, "mean": 2}[reduce]
-    out = torch.empty((rows, m) if kind == 0 else (runs, rows), dtype=torch.float32, device=device)
+    out = torch.empty(m if kind == 0 else sum(runs), rows, dtype=torch.float32, device=device)
     table = information_table(n1, n0).float().to(device)
-    own = 0 if len(negatives) == 1 else n0 * d
-    if rows:
+    memory = torch.empty(rows * (at_once * each + (n0 if shared else 0)), dtype=torch.float32, device=device)
+    at = 0
+    for start, parts in zip(starts, runs if rows else ()):
+        own = slice(start, min(start + at_once, m))
+        rest = negatives[0] if shared else negatives[own].reshape(-1, d)
+        samples = torch.cat([positives[own].reshape(-1, d), rest])
+        activations = memory[: rows * len(samples)].view(len(samples), rows)
+        torch.mm(samples, weights.T, out=activations)
         with torch.cuda.device_of(weights):
-            _informax[(tiles, runs)](
-                weights, positives.contiguous(), negatives.contiguous(), table, out, rows, d, m, n1, n0, own,
-                run, estimator == "binary", kind, group, samples, block, 32, num_warps=4, num_stages=2,
+            _informax[(tiles, parts)](
+                activations, table, out[start if kind == 0 else at :], rows, own.stop - start, n1, n0, 0 if shared else n0, run,
+                estimator == "binary", kind, slots, block, num_warps=4,
             )  # fmt: skip
-    return out if kind == 0 else out.amax(0) if kind == 1 else out.sum(0) / m
+        at += parts
+    return out.T.contiguous() if kind == 0 else out.amax(0) if kind == 1 else out.sum(0) / m
 
 
 #: bins that the kernel counts in registers

@@ -88,14 +88,12 @@ class TestInformax(OpProof):
     aot = [
         Aot(
             "fastunlearn.kernels.informax:_informax",
-            {"weights": "*fp32", "positives": "*fp32", "negatives": "*fp32", "table": "*fp32", "out": "*fp32", "rows": "i64",
-             "d": "i32", "m": "i32", "n1": "i32", "n0": "i32", "own": "i32", "run": "i32"},
-            {"BINARY": binary, "REDUCE": kind, "GROUP": group, "SAMPLES": samples, "BLOCK_M": block, "BLOCK_K": 32},
-            {"num_warps": 4, "num_stages": 2},
+            {"activations": "*fp32", "table": "*fp32", "out": "*fp32", "rows": "i32", "m": "i32", "n1": "i32", "n0": "i32",
+             "own": "i32", "run": "i32"},
+            {"BINARY": binary, "REDUCE": kind, "SLOTS": slots, "BLOCK_M": 8192 // slots},
+            {"num_warps": 4},
         )
-        for binary, kind, group, samples, block in [
-            (True, 1, 4, 16, 32), (True, 0, 1, 64, 16), (False, 2, 4, 16, 64), (False, 0, 2, 32, 64),
-        ]
+        for binary, kind, slots in [(True, 1, 16), (True, 0, 64), (False, 2, 16), (False, 0, 32)]
     ]  # fmt: skip
 
     def run(self, args):
@@ -222,6 +220,17 @@ def test_rows_in_chunks(monkeypatch):
     monkeypatch.setattr(reference, "CHUNK", 200)
     assert torch.equal(TestInformax().run(args), want)
     assert torch.equal(ops.row_entropy(args["weights"], args["positives"]), entropy)
+
+
+@pytest.mark.parametrize("case", ["mean", "many concepts", "gaussian max", "none"])
+def test_concepts_in_chunks(case, monkeypatch):
+    """As many activations at once as fit the workspace of the kernels."""
+    kernels = pytest.importorskip("fastunlearn.kernels.informax")
+    args = TestInformax.cases[case]("cpu")
+    rows, n1 = sum(len(w) for w in args["weights"]), args["positives"].shape[1]
+    monkeypatch.setattr(kernels, "WORKSPACE", 4 * rows * n1 * 3)
+    with fastunlearn.backend("triton"):
+        torch.testing.assert_close(TestInformax().run(args), TestInformax().oracle(args).float(), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("bins", [2, 20])
