@@ -182,17 +182,27 @@ void bind_nm(py::module_& m) {
 
 void bind_masked_lora(py::module_& m) {
   m.def(
-      "masked_lora_weight_cpu",
-      [](Address weight, int weight_dtype, Address delta, Address bits, int64_t rows, int64_t cols,
-         float scale, Address out, int out_dtype) {
-        FU_CALL(masked_lora_weight, at<const void>(weight), weight_dtype, at<const float>(delta),
-                at<const uint8_t>(bits), rows, cols, scale, at<void>(out), out_dtype);
+      "masked_lora_effective_cpu",
+      [](Address weight, int weight_dtype, Address A, Address B, Address bits, int64_t rows, int64_t cols,
+         int64_t rank, float scale, Address out, int out_dtype) {
+        FU_CALL(masked_lora_effective, at<const void>(weight), weight_dtype, at<const float>(A),
+                at<const float>(B), at<const uint8_t>(bits), rows, cols, rank, scale, at<void>(out),
+                out_dtype);
       },
       no_gil);
   m.def(
       "masked_lora_keep_cpu",
       [](Address x, int dtype, Address bits, int64_t rows, int64_t cols) {
         FU_CALL(masked_lora_keep, at<void>(x), dtype, at<const uint8_t>(bits), rows, cols);
+      },
+      no_gil);
+  m.def("masked_lora_strips", [](int64_t cols) { return fu::ceil_div(cols, fu::masked_lora::strip(cols)); });
+  m.def(
+      "masked_lora_contract_cpu",
+      [](Address G, int dtype, Address A, Address B, Address bits, int64_t rows, int64_t cols, int64_t rank,
+         Address partial, Address dA, Address dB) {
+        FU_CALL(masked_lora_contract, at<const void>(G), dtype, at<const float>(A), at<const float>(B),
+                at<const uint8_t>(bits), rows, cols, rank, at<float>(partial), at<float>(dA), at<float>(dB));
       },
       no_gil);
 }

@@ -58,17 +58,38 @@ inline Float16 load_lanes(const f16* p) {
 #endif
 }
 
-// Zeros where the bit is not set, whatever stood there (NaN too). `bits`: two bytes.
-inline Float16 keep_lanes(const uint8_t* bits, const Float16& x) {
+#if !defined(__AVX512F__)
+// All bits of a lane where its bit is set. `bits`: two bytes.
+inline Word16 lanes_set(const uint8_t* bits) {
   uint16_t word;
   memcpy(&word, bits, 2);
-#if defined(__AVX512F__)
-  return as<Float16>(_mm512_maskz_mov_ps(__mmask16(word), as<__m512>(x)));
-#else
   const Word16 place = {1,      1 << 1, 1 << 2,  1 << 3,  1 << 4,  1 << 5,  1 << 6,  1 << 7,
                         1 << 8, 1 << 9, 1 << 10, 1 << 11, 1 << 12, 1 << 13, 1 << 14, 1 << 15};
   const Word16 set = (Word16{} + word) & place;
-  return as<Float16>(as<Word16>(x) & as<Word16>(set == place));
+  return as<Word16>(set == place);
+}
+#endif
+
+// Zeros where the bit is not set, whatever stood there (NaN too). `bits`: two bytes.
+inline Float16 keep_lanes(const uint8_t* bits, const Float16& x) {
+#if defined(__AVX512F__)
+  uint16_t word;
+  memcpy(&word, bits, 2);
+  return as<Float16>(_mm512_maskz_mov_ps(__mmask16(word), as<__m512>(x)));
+#else
+  return as<Float16>(as<Word16>(x) & lanes_set(bits));
+#endif
+}
+
+// `yes` where the bit is set, `no` elsewhere, bit for bit. `bits`: two bytes.
+inline Float16 choose_lanes(const uint8_t* bits, const Float16& yes, const Float16& no) {
+#if defined(__AVX512F__)
+  uint16_t word;
+  memcpy(&word, bits, 2);
+  return as<Float16>(_mm512_mask_mov_ps(as<__m512>(no), __mmask16(word), as<__m512>(yes)));
+#else
+  const Word16 set = lanes_set(bits);
+  return as<Float16>((as<Word16>(yes) & set) | (as<Word16>(no) & ~set));
 #endif
 }
 

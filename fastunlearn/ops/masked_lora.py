@@ -41,7 +41,7 @@ def _unsupported(weight: Tensor, adapter: Adapter) -> dict[str, str]:
     if weight.dtype not in cpu.DTYPES:
         why = f"weight is {weight.dtype}; kernels take float32, float16 and bfloat16"
         return {"native": why, "triton": why}
-    if _native._C is not None and not hasattr(_native._C, "masked_lora_weight_cpu"):
+    if _native._C is not None and not hasattr(_native._C, "masked_lora_effective_cpu"):
         out["native"] = "fastunlearn._C was built from older sources: reinstall the package"
     if adapter.rank > _KERNEL_RANK:
         out["triton"] = f"rank {adapter.rank}; kernels take ranks up to {_KERNEL_RANK}"

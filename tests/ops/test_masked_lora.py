@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fastunlearn
 from fastunlearn import BitMask, ops
+from fastunlearn.ops import _masked_lora_cpu as cpu
 from fastunlearn.ops.mask import rows_cols
 from tests.proof import Aot, OpProof, assert_derived, assert_equal, convert
 
@@ -548,6 +549,24 @@ def test_rank_beyond_the_kernels():
     with fastunlearn.backend("native"):
         y = ops.masked_lora_linear(args["x"], args["weight"], args["A"], args["B"], _mask(args), 0.6, args["bias"])
     torch.testing.assert_close(y.double(), TestMaskedLoraLinear().oracle(args)[0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("rank", [3, 16, 20])
+def test_threads_do_not_change_the_bits(rank):
+    """Columns are summed in strips, whoever sums them."""
+    args = _inputs(64, 300, 700, rank)
+    G = torch.randn(300, 700)
+    threads, results = torch.get_num_threads(), []
+    adapter = cpu.Adapter(args["A"], args["B"], args["mask"], 0.6, 1)
+    try:
+        for n in (1, 2, 3):
+            torch.set_num_threads(n)
+            sums = cpu.contract(G.clone(), adapter) if rank <= cpu._THIN else ()
+            results.append([cpu.weight(args["weight"], adapter, torch.float32), *sums])
+    finally:
+        torch.set_num_threads(threads)
+    assert_equal(results[1], results[0])
+    assert_equal(results[2], results[0])
 
 
 def test_second_derivatives_are_refused():
