@@ -42,7 +42,18 @@ DEFAULTS: dict[str, dict[str, dict[str, Any]]] = {
     "rece": {"style": {"tokens": "all"}, "object": {"tokens": "all"}},
     "speed": {"style": {"tokens": "all"}, "object": {"tokens": "all"}},
     "scapre": {"style": {}, "object": {}},
-    **{name: {"style": {}, "object": {}} for name in ("spare", "lora", "esd", "ablation", "salun")},
+    "spare": {
+        kind: {
+            "learning_rate": rate,
+            "r": 16,
+            "lora_alpha": 16.0,
+            "target_modules": ["all"],
+            "sparsity_inclusiveness": 0.1,
+            "bf16": True,
+        }
+        for kind, rate in (("style", 1e-3), ("object", 3e-3))
+    },
+    **{name: {"style": {}, "object": {}} for name in ("lora", "esd", "ablation", "salun")},
 }
 #: methods that are a trainer: module, config, trainer; and what a pipeline of 64 x 64 pixels asks of all of them
 TRAINERS: dict[str, tuple[str, str, str]] = {
