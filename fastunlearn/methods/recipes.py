@@ -49,6 +49,8 @@ DEFAULTS: dict[str, dict[str, dict[str, Any]]] = {
             "lora_alpha": 16.0,
             "target_modules": ["all"],
             "sparsity_inclusiveness": 0.1,
+            "max_steps": 100,
+            "per_device_train_batch_size": 8,
             "bf16": True,
         }
         for kind, rate in (("style", 1e-3), ("object", 3e-3))
