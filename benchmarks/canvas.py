@@ -307,7 +307,8 @@ def tune(methods: Sequence[str], *, model: str, work: Path, out: Path, seed: int
 
 
 def chosen_of(tuning: Mapping[str, Any], method: str, kind: str) -> dict[str, Any]:
-    """The settings of a kind of target with the highest mean of UA, IRA and CRA.
+    """The settings of a kind of target with the highest mean of UA, IRA and CRA; of equals those whose erased prompts draw most that is
+    recognisable, then those that store least.
 
     A trial that failed on a target comes after all others, and before those one that draws noise on a target by
     `worse_than_surrogate`: what the unedited model's own surrogate pictures would be called counts against none.
@@ -317,11 +318,12 @@ def chosen_of(tuning: Mapping[str, Any], method: str, kind: str) -> dict[str, An
         if row["method"] == method and row["kind"] == kind:
             trials.setdefault(json.dumps(row["settings"]), []).append(row)
 
-    def score(rows: list[dict[str, Any]]) -> tuple[bool, bool, float]:
+    def score(rows: list[dict[str, Any]]) -> tuple[bool, bool, float, float, float]:
         if any("failed" in row for row in rows):
-            return False, False, 0.0
+            return False, False, 0.0, 0.0, 0.0
         means = table_mean(rows, METRICS)
-        return True, not any(map(worse_than_surrogate, rows)), sum(means.values()) / len(METRICS)
+        valid, stored = (sum(row.get(name) or 0.0 for row in rows) / len(rows) for name in ("valid", "storage_mib"))
+        return True, not any(map(worse_than_surrogate, rows)), sum(means.values()) / len(METRICS), valid, -stored
 
     if not trials:
         raise ValueError(f"tuning: no trial of {method} on a {kind}")

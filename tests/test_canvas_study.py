@@ -242,6 +242,11 @@ def test_the_best_trial_is_chosen():
     assert canvas.chosen_of({"rows": rows[2:]}, "uce", "style") == {"lamb": 3}
     half = [failed | {"settings": {"lamb": 3}}, *rows[2:]]
     assert canvas.chosen_of({"rows": [row("style", 1, 0.0, 0.0), *half]}, "uce", "style") == {"lamb": 1}
+    # Of equals what draws more that is recognisable, then what stores less.
+    equal = [row("style", 5, 90.0, 95.0) | {"storage_mib": 1.0}, row("style", 6, 90.0) | {"storage_mib": 3.0}]
+    assert canvas.chosen_of({"rows": equal}, "uce", "style") == {"lamb": 6}
+    equal += [row("style", 7, 90.0) | {"storage_mib": 2.0}]
+    assert canvas.chosen_of({"rows": equal}, "uce", "style") == {"lamb": 7}
     with pytest.raises(ValueError, match="no trial of finetune on a style"):
         canvas.chosen_of({"rows": rows}, "finetune", "style")
 

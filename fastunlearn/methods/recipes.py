@@ -44,16 +44,16 @@ DEFAULTS: dict[str, dict[str, dict[str, Any]]] = {
     "scapre": {"style": {}, "object": {}},
     "spare": {
         kind: {
-            "learning_rate": rate,
+            "learning_rate": 3e-3,
             "r": 16,
             "lora_alpha": 16.0,
-            "target_modules": ["all"],
-            "sparsity_inclusiveness": 0.1,
+            "target_modules": None,
+            "sparsity_inclusiveness": 0.5,
             "max_steps": 100,
             "per_device_train_batch_size": 8,
             "bf16": True,
         }
-        for kind, rate in (("style", 1e-3), ("object", 3e-3))
+        for kind in ("style", "object")
     },
     **{name: {"style": {}, "object": {}} for name in ("lora", "esd", "ablation", "salun")},
 }
