@@ -52,28 +52,44 @@ def _tensor(table, count, low, high, item, field, STEPS: tl.constexpr):
 
 @triton.jit
 def _tile(
-    table, count, tensor, row, rows, cols, start, TYPE: tl.constexpr, ALIGNED: tl.constexpr, R: tl.constexpr, C: tl.constexpr
+    table, count, tensor, first, rows, cols, start, TYPE: tl.constexpr, ALIGNED: tl.constexpr, R: tl.constexpr, C: tl.constexpr
 ):  # fmt: skip
-    """(importance, what is no entry as 0 [R, C / 8, 8]; bytes of the mask [R, C / 8])."""
+    """(importance, what is no entry as 0 [R, C / 8, 8]; bytes of the mask [R, C / 8]) from row `first` and column `start` on."""
     importance = tl.load(table + IMPORTANCE * count + tensor).to(tl.pointer_type(TYPE))
-    if ALIGNED:
-        importance = tl.multiple_of(importance, 16)
-        cols = tl.multiple_of(cols, 8)
     bits = tl.load(table + BITS * count + tensor).to(tl.pointer_type(tl.uint8))
-    byte = start // 8 + tl.arange(0, C // 8)
     width = (cols + 7) // 8
-    inside = (row < rows)[:, None] & (byte < width)[None, :]
-    bytes_ = tl.load(bits + row[:, None] * width + byte[None, :], mask=inside, other=0).to(tl.int32)
-    col = start + tl.arange(0, C // 8)[:, None] * 8 + tl.arange(0, 8)[None, :]
-    entry = (row < rows)[:, None, None] & (col < cols)[None, :, :]
-    places = row[:, None, None] * cols + col[None, :, :]
-    x = tl.load(importance + places, mask=entry, other=0.0).to(tl.float32)
+    # Places within a tile take 32 bits: of rows that are longer than a tile it has one.
+    height = tl.minimum(rows - first, R).to(tl.int32)
+    inner = tl.minimum(cols - start, C).to(tl.int32)
+    if ALIGNED:
+        # What is read from a table says nothing of itself, and loads are as wide as is known to be right.
+        importance = tl.multiple_of(importance, 16)
+        cols = cols // 8 * 8
+        inner = inner // 8 * 8
+    row = tl.arange(0, R)
+    byte = tl.arange(0, C // 8)
+    inside = (row < height)[:, None] & (byte < (inner + 7) // 8)[None, :]
+    at = (row * width.to(tl.int32))[:, None] + byte[None, :]
+    bytes_ = tl.load(bits + (first * width + start // 8) + at, mask=inside, other=0).to(tl.int32)
+    col = byte[:, None] * 8 + tl.arange(0, 8)[None, :]
+    entry = (row < height)[:, None, None] & (col < inner)[None, :, :]
+    at = (row * cols.to(tl.int32))[:, None, None] + col[None, :, :]
+    x = tl.load(importance + (first * cols + start) + at, mask=entry, other=0.0).to(tl.float32)
     return x, bytes_
 
 
 @triton.jit
 def _may(bytes_):
     return ((bytes_[:, :, None] >> tl.arange(0, 8)[None, None, :]) & 1) != 0
+
+
+@triton.jit
+def _before(bytes_):
+    """Set bits of a byte before each of its places: eight numbers of four bits."""
+    ones = (bytes_ | (bytes_ << 12)) & 0x000F000F
+    ones = (ones | (ones << 6)) & 0x03030303
+    ones = (ones | (ones << 3)) & 0x11111111
+    return ones * 0x11111110
 
 
 @triton.jit
@@ -102,8 +118,8 @@ def _factors(x, scale, clip):
 
 @triton.jit
 def _squares(x, may, scale, clip):
-    f = _factors(x, scale, clip)
-    return _sum(tl.where(may, f * f, 0.0))
+    f = tl.where(may, _factors(x, scale, clip), 0.0)
+    return _sum(f * f)
 
 
 @triton.jit(do_not_specialize=["count", "low", "high", "first"])
@@ -117,18 +133,19 @@ def measure(
     tensor = _tensor(table, count, low, high, group, FIRST_GROUP, STEPS)
     rows = tl.load(table + ROWS * count + tensor)
     cols = tl.load(table + COLS * count + tensor)
-    row = (group - tl.load(table + FIRST_GROUP * count + tensor)) * R + tl.arange(0, R)
+    first_row = (group - tl.load(table + FIRST_GROUP * count + tensor)) * R
+    row = first_row + tl.arange(0, R)
     here = row < rows
     cell = counts + tl.load(table + FIRST_CELL * count + tensor)
     scale_to = scales + tl.load(table + FIRST_ROW * count + tensor) + row
     if WHOLE:
-        x, bytes_ = _tile(table, count, tensor, row, rows, cols, 0, TYPE, ALIGNED, R, C)
+        x, bytes_ = _tile(table, count, tensor, first_row, rows, cols, 0, TYPE, ALIGNED, R, C)
         may = _may(bytes_)
         survivors = tl.sum(set_bits(bytes_), 1)
         tl.store(cell + row, survivors, mask=here)
         kept = _sum(tl.where(may, x, 0.0))
         lost = _sum(tl.where(may, 0.0, x))
-        wrong = _sum(tl.where((x >= 0) & (x < float("inf")), 0, 1))
+        least = tl.min(tl.min(x, 2), 1)
         scale = _scale(kept, lost, survivors, beta)
         squares = _squares(x, may, scale, clip).to(tl.float64)
     else:
@@ -136,24 +153,24 @@ def measure(
         kept = tl.zeros([R], tl.float32)
         lost = tl.zeros([R], tl.float32)
         survivors = tl.zeros([R], tl.int32)
-        wrong = tl.zeros([R], tl.int32)
+        least = tl.zeros([R], tl.float32)
         for chunk in range(0, chunks):
-            x, bytes_ = _tile(table, count, tensor, row, rows, cols, chunk * C, TYPE, ALIGNED, R, C)
+            x, bytes_ = _tile(table, count, tensor, first_row, rows, cols, chunk * C, TYPE, ALIGNED, R, C)
             may = _may(bytes_)
             these = tl.sum(set_bits(bytes_), 1)
             tl.store(cell + row * chunks + chunk, these, mask=here)
             survivors += these
             kept += _sum(tl.where(may, x, 0.0))
             lost += _sum(tl.where(may, 0.0, x))
-            wrong += _sum(tl.where((x >= 0) & (x < float("inf")), 0, 1))
+            least = tl.minimum(least, tl.min(tl.min(x, 2), 1))
         scale = _scale(kept, lost, survivors, beta)
         squares = tl.zeros([R], tl.float64)
         for chunk in range(0, chunks):
-            x, bytes_ = _tile(table, count, tensor, row, rows, cols, chunk * C, TYPE, ALIGNED, R, C)
+            x, bytes_ = _tile(table, count, tensor, first_row, rows, cols, chunk * C, TYPE, ALIGNED, R, C)
             squares += _squares(x, _may(bytes_), scale, clip).to(tl.float64)
     tl.store(scale_to, scale, mask=here)
-    # A row whose sum is beyond fp32 has no factors either.
-    good = (wrong == 0) & (kept < float("inf")) & (lost < float("inf"))
+    # NaN and infinite ones are in the sums; a row whose sum is beyond fp32 has no factors either.
+    good = (least >= 0) & (kept < float("inf")) & (lost < float("inf"))
     tl.store(partial + group, tl.sum(tl.where(good, squares, float("nan")), 0))
 
 
@@ -198,18 +215,21 @@ def write(
     chunks = (cols + C - 1) // C
     tile -= tl.load(table + FIRST_TILE * count + tensor)
     chunk = tile % chunks
-    row = tile // chunks * R + tl.arange(0, R)
+    first_row = tile // chunks * R
+    row = first_row + tl.arange(0, R)
     here = row < rows
-    x, bytes_ = _tile(table, count, tensor, row, rows, cols, chunk * C, TYPE, ALIGNED, R, C)
+    x, bytes_ = _tile(table, count, tensor, first_row, rows, cols, chunk * C, TYPE, ALIGNED, R, C)
     cell = starts + tl.load(table + FIRST_CELL * count + tensor) + row * chunks + chunk
     scale = tl.load(scales + tl.load(table + FIRST_ROW * count + tensor) + row, mask=here, other=0.0)
     ones = set_bits(bytes_)
-    begin = tl.load(cell, mask=here, other=0)[:, None] + (tl.cumsum(ones, 1) - ones)
-    below = (1 << tl.arange(0, 8)) - 1
-    places = begin[:, :, None] + set_bits(bytes_[:, :, None] & below[None, None, :])
+    begin = tl.load(cell, mask=here, other=0)
+    upto = tl.cumsum(ones, 1) - ones
+    places = upto[:, :, None] + ((_before(bytes_)[:, :, None] >> (4 * tl.arange(0, 8))[None, None, :]) & 15)
+    # Of a result that is too short nothing beyond its end is written.
+    room = tl.minimum(tl.maximum(tl.load(outs + count + tensor) - begin, 0), C).to(tl.int32)
     f = _factors(x, scale, clip) * tl.load(normalisers + tensor)
-    out = tl.load(outs + tensor).to(tl.pointer_type(tl.float32))
-    tl.store(out + places, f, mask=_may(bytes_) & (places < tl.load(outs + count + tensor)))
+    out = tl.load(outs + tensor).to(tl.pointer_type(tl.float32)) + begin
+    tl.store(out[:, None, None] + places, f, mask=_may(bytes_) & (places < room[:, None, None]))
 
 
 def _shape(cols: int, tile: int) -> tuple[bool, int, int]:
