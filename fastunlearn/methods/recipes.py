@@ -37,7 +37,7 @@ DEFAULTS: dict[str, dict[str, dict[str, Any]]] = {
         kind: {"train_method": "xattn", "learning_rate": 3e-3, "max_steps": 100, "batch_size": 8, "bf16": True}
         for kind in ("style", "object")
     },
-    "uce": {kind: {"tokens": "all", "lamb": 0.1} for kind in ("style", "object")},
+    "uce": {kind: {"tokens": "all", "lamb": 0.1, "erase_scale": 10.0} for kind in ("style", "object")},
     "time": {"style": {}, "object": {}},
     "rece": {"style": {"tokens": "all"}, "object": {"tokens": "all"}},
     "speed": {"style": {"tokens": "all"}, "object": {"tokens": "all"}},
