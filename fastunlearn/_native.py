@@ -6,7 +6,7 @@ A missing or broken module never fails `import fastunlearn`: the reason is kept 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from types import ModuleType
@@ -58,6 +58,22 @@ def in_memory(tensor: Tensor) -> Tensor:
     if tensor.is_contiguous() and not tensor.is_neg():
         return tensor
     return tensor.contiguous().resolve_neg()
+
+
+#: bytes from which on a tensor's new memory is asked for in huge pages
+_HUGE = 1 << 22
+
+
+def fresh(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """An empty row-major tensor whose every entry is about to be written: a large one on a CPU in huge pages, where there are any.
+
+    Memory that was never touched comes page by page: of 4 KiB that takes longer than all that most passes do with it.
+    """
+    out = torch.empty(shape, dtype=dtype, device=device)
+    if device.type == "cpu" and out.nbytes >= _HUGE and hasattr(_C, "huge_pages"):
+        assert _C is not None
+        _C.huge_pages(out.data_ptr(), out.nbytes)
+    return out
 
 
 def library() -> ModuleType:

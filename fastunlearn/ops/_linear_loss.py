@@ -15,8 +15,7 @@ What happens inside the buffer is the op's own: rows_ and block_ of reference/<o
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -24,12 +23,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastunlearn import _backend
+from fastunlearn import _backend, _native
 
 IGNORED = -100
 #: bytes of the logits in memory at once
 BUDGET = {"cpu": 256 * 2**20, "cuda": 512 * 2**20}
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+#: bytes of logits that a thread of a CPU takes through the loss at once
+_CACHED = 2**20
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def _even(total: int, most: int, multiple: int) -> int:
 def _buffer(rows: int, cols: int, like: Tensor) -> Tensor:
     """[rows, cols] whose rows begin on multiples of 128 bytes: products with any vocabulary are those of a round one."""
     step = 128 // like.element_size()
-    return like.new_empty(rows, -(-cols // step) * step)[:, :cols]
+    return _native.fresh((rows, -(-cols // step) * step), like.dtype, like.device)[:, :cols]
 
 
 def _product(out: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -95,6 +95,18 @@ def _chunk(head: Head, code: ModuleType, spec: Spec) -> int:
     """Tokens whose logits are in memory at once."""
     bytes_ = head.weight.shape[0] * head.weight.element_size() * code.buffers(spec, head.weight)
     return _even(len(head.hidden), max(_budget(head.hidden.device) // bytes_, 1), 64)
+
+
+def _few_rows(logits: Tensor) -> Iterator[slice]:
+    """Rows of a chunk that are taken through the loss at once: on a CPU few enough for all that is made of them to stay in its cache.
+
+    Whole chunks would go through memory with every step, and most of that memory would be touched for the first time.
+    """
+    n, columns = logits.shape
+    row = max(columns, 1) * logits.element_size()
+    step = n if logits.is_cuda else _CACHED * torch.get_num_threads() // row
+    for start in range(0, n, max(step, 1)):
+        yield slice(start, min(start + step, n))
 
 
 def _accumulate(total: Tensor, a: Tensor, b: Tensor) -> None:
@@ -146,7 +158,10 @@ def forward(
             assert head.ref_hidden is not None
             assert head.ref_weight is not None
             reference = _product(other[: here.stop - start], head.ref_hidden[here], head.ref_weight, head.ref_bias)
-        code.rows_(logits, reference, labels[here], value[here], stats[here], spec, fused or kept)
+        for rows in _few_rows(logits):
+            at = slice(start + rows.start, start + rows.stop)
+            other_rows = None if reference is None else reference[rows]
+            code.rows_(logits[rows], other_rows, labels[at], value[at], stats[at], spec, fused or kept)
         if grad_hidden is not None:
             torch.mm(logits, head.weight, out=grad_hidden[here])
     return Result(value, stats, grad_hidden, buffer if kept else None)
@@ -210,7 +225,9 @@ def backward(
                 reference = _product(
                     other[:, : here.stop - start], head.ref_hidden, head.ref_weight[here], bias
                 )  # fmt: skip
-            code.block_(g, reference, labels, stats, start, vocabulary, spec)
+            for rows in _few_rows(g):
+                other_rows = None if reference is None else reference[rows]
+                code.block_(g[rows], other_rows, labels[rows], stats[rows], start, vocabulary, spec)
         if grad_hidden is not None:
             _accumulate(grad_hidden, g, head.weight[here])
         if grad_weight is not None:
@@ -438,71 +455,6 @@ _linear_loss_op.register_autograd(_backward_op, setup_context=_setup_context)
 
 
 # ---- what both public ops do ---------------------------------------------------------------------------------------------
-
-
-def _check_tensor(name: str, value: Any, dims: Callable[[int], bool], wanted: str) -> None:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: want a tensor, got {type(value).__name__}")
-    if hasattr(value, "to_local"):
-        raise TypeError(
-            f"{name}: a DTensor; gather it first (full_tensor()): the softmax runs over the whole vocabulary"
-        )
-    if value.dtype not in _DTYPES or value.layout != torch.strided:
-        raise TypeError(f"{name}: want a dense tensor of float32, float16, bfloat16 or float64, got {value.dtype}, {value.layout}")  # fmt: skip
-    if not dims(value.dim()):
-        raise ValueError(f"{name}: want {wanted}, got {tuple(value.shape)}")
-
-
-def number(name: str, value: Any, wanted: str, ok: Callable[[float], bool]) -> float:
-    """A finite float; else an error that says what is wanted."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{name}: want {wanted}, got {type(value).__name__}")
-    if not math.isfinite(value) or not ok(value):
-        raise ValueError(f"{name}: want {wanted}, got {value}")
-    return float(value)
-
-
-def check(prefix: str, hidden: Any, weight: Any, bias: Any, labels: Any) -> None:
-    """Shapes, types and devices of one head.
-
-    Raises:
-        TypeError, ValueError: naming the argument.
-    """
-    _check_tensor(f"{prefix}hidden", hidden, lambda d: d >= 2, "[..., tokens, width]")
-    _check_tensor(f"{prefix}weight", weight, lambda d: d == 2, "[vocabulary, width]")
-    if weight.shape[0] < 1 or weight.shape[1] != hidden.shape[-1]:
-        raise ValueError(
-            f"{prefix}weight: want [vocabulary, {hidden.shape[-1]}] for {prefix}hidden {tuple(hidden.shape)}, got {tuple(weight.shape)}"
-        )
-    if bias is not None:
-        _check_tensor(f"{prefix}bias", bias, lambda d: d == 1, "[vocabulary]")
-        if len(bias) != len(weight):
-            raise ValueError(f"{prefix}bias: want [{len(weight)}], as {prefix}weight has rows, got {tuple(bias.shape)}")
-    for name, other in ((f"{prefix}weight", weight), (f"{prefix}bias", bias)):
-        if other is not None and other.dtype != hidden.dtype:
-            raise TypeError(f"{name}: {other.dtype}, but {prefix}hidden is {hidden.dtype}; want one of them for both")
-    if not isinstance(labels, Tensor) or labels.dtype not in (torch.int64, torch.int32):
-        got = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
-        raise TypeError(f"labels: want an int64 tensor, got {got}")
-    if labels.shape != hidden.shape[:-1]:
-        raise ValueError(
-            f"labels: want {tuple(hidden.shape[:-1])}, one for each hidden state of {prefix}hidden, got {tuple(labels.shape)}"
-        )
-    for name, other in ((f"{prefix}weight", weight), (f"{prefix}bias", bias), ("labels", labels)):
-        if other is not None and other.device != hidden.device:
-            raise ValueError(f"{name}: on {other.device}, but {prefix}hidden is on {hidden.device}")
-
-
-def cast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """In autocast's type, as F.linear would have them."""
-    first = tensors[0]
-    if not isinstance(first, Tensor) or not torch.is_autocast_enabled(first.device.type):
-        return tensors
-    dtype = torch.get_autocast_dtype(first.device.type)
-    return tuple(
-        t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64 else t
-        for t in tensors
-    )
 
 
 def reduced(spec: Spec, head: Head, labels: Tensor, reduction: str) -> tuple[Tensor, Tensor]:

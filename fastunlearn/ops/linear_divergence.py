@@ -7,7 +7,8 @@ import difflib
 from torch import Tensor
 
 from fastunlearn import _backend
-from fastunlearn.ops._linear_loss import Head, Spec, cast, check, number, reduced
+from fastunlearn.ops._linear_checks import cast, check, number
+from fastunlearn.ops._linear_loss import Head, Spec, reduced
 from fastunlearn.ops.linear_nll import check_reduction, transform
 
 _OP = _backend.register("linear_divergence", triton=("cuda",))

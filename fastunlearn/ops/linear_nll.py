@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from fastunlearn import _backend
-from fastunlearn.ops._linear_loss import Head, Spec, cast, check, number, reduced
+from fastunlearn.ops._linear_checks import cast, check, number
+from fastunlearn.ops._linear_loss import Head, Spec, reduced
 
 _OP = _backend.register("linear_nll", triton=("cuda",))
 REDUCTIONS = ("sequence", "token")
