@@ -89,25 +89,27 @@ def convolution(
 ):  # fmt: skip
     """grad [n, rows, out_height, out_width], x [n, channels, height, width], by their strides; cols = channels * KY * KX."""
     tile, part = tl.program_id(0), tl.program_id(1)
-    row = tl.load(places + 2 * tile).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    col = tl.load(places + 2 * tile + 1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    row = (tl.load(places + 2 * tile) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
+    col = tl.load(places + 2 * tile + 1) * BLOCK + tl.arange(0, BLOCK)
     tap = col % (KY * KX)
-    channel_at = (col // (KY * KX)) * x_c
     tap_y, tap_x = (tap // KX) * dilation_y - padding_y, (tap % KX) * dilation_x - padding_x
+    # An address is that of the pixel under the first tap and the way from there, known before the loop: places are divided
+    # and compared in 32 bits, and an entry costs one addition of 64.
+    x += (col // (KY * KX)).to(tl.int64) * x_c + tap_y.to(tl.int64) * x_y + tap_x.to(tl.int64) * x_x
     acc = tl.zeros([BLOCK, BLOCK], tl.float32)
     for t0 in range(part * chunk, tl.minimum(part * chunk + chunk, tokens), T):
-        t = (t0 + tl.arange(0, T)).to(tl.int64)
+        t = t0 + tl.arange(0, T)
         image, place = t // (out_height * out_width), t % (out_height * out_width)
         oy, ox = place // out_width, place % out_width
+        at = image.to(tl.int64) * grad_n + oy.to(tl.int64) * grad_y + ox.to(tl.int64) * grad_x
         dy = tl.load(
-            grad + (image * grad_n + oy * grad_y + ox * grad_x)[:, None] + (row * grad_c)[None, :],
-            mask=(t < tokens)[:, None] & (row < rows)[None, :],
-            other=0.0,
+            grad + at[:, None] + (row * grad_c)[None, :], mask=(t < tokens)[:, None] & (row < rows)[None, :], other=0.0
         )
-        y = (oy * stride_y)[:, None] + tap_y[None, :]
-        w = (ox * stride_x)[:, None] + tap_x[None, :]
+        top, left = oy * stride_y, ox * stride_x
+        y, w = top[:, None] + tap_y[None, :], left[:, None] + tap_x[None, :]
         seen = (y >= 0) & (y < height) & (w >= 0) & (w < width) & (t < tokens)[:, None] & (col < cols)[None, :]
-        v = tl.load(x + (image * x_n)[:, None] + channel_at[None, :] + y * x_y + w * x_x, mask=seen, other=0.0)
+        at = image.to(tl.int64) * x_n + top.to(tl.int64) * x_y + left.to(tl.int64) * x_x
+        v = tl.load(x[None, :] + at[:, None], mask=seen, other=0.0)
         acc += tl.dot(tl.trans(dy), v, input_precision=PRECISION)
     _keep(out, partial, acc, row, col, tile, part, tiles, rows, cols, BLOCK, SPLIT, PACKED)
 
