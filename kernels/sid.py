@@ -21,14 +21,14 @@ def _difference(teacher, fake, noise, at, inside):
     return e - t, f - t
 
 
-@triton.jit(do_not_specialize=["size", "chunk", "alpha"])
-def sums(teacher, fake, noise, out, size, chunk, alpha, BLOCK: tl.constexpr):
-    """out fp32 [n, parts, 2] of inputs [n, size]. Grid: n, parts."""
+@triton.jit(do_not_specialize=["blocks", "alpha"])
+def sums(teacher, fake, noise, out, size, blocks, alpha, BLOCK: tl.constexpr):
+    """out fp32 [n, parts, 2] of inputs [n, size], a part so many blocks. Grid: n, parts."""
     row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     distance = tl.zeros([BLOCK], tl.float32)
     product = tl.zeros([BLOCK], tl.float32)
-    for start in range(part * chunk, tl.minimum(part * chunk + chunk, size), BLOCK):
-        i = start + tl.arange(0, BLOCK)
+    for block in range(part * blocks, tl.minimum(part * blocks + blocks, tl.cdiv(size, BLOCK))):
+        i = block * BLOCK + tl.arange(0, BLOCK)
         u, v = _difference(teacher, fake, noise, row * size + i, i < size)
         distance += tl.abs(u)
         product += v * (u - alpha * v)
@@ -37,7 +37,7 @@ def sums(teacher, fake, noise, out, size, chunk, alpha, BLOCK: tl.constexpr):
     tl.store(out + at + 1, tl.sum(product, 0))
 
 
-@triton.jit(do_not_specialize=["size", "alpha"])
+@triton.jit(do_not_specialize=["alpha"])
 def gradients(teacher, fake, noise, factor, of_teacher, of_fake, size, alpha, BLOCK: tl.constexpr):
     """Of both networks' outputs. factor fp32 [n]. Grid: n, blocks."""
     row = tl.program_id(0).to(tl.int64)
@@ -54,10 +54,10 @@ def sid_sums(teacher: Tensor, fake: Tensor, noise: Tensor, alpha: float) -> Tens
     """[n, size] each, row-major -> fp32 [n, 2]."""
     n, size = teacher.shape
     parts = max(1, min(triton.cdiv(_PROGRAMS, n), triton.cdiv(size, 4 * _BLOCK)))
-    chunk = triton.cdiv(triton.cdiv(size, parts), _BLOCK) * _BLOCK
+    blocks = triton.cdiv(triton.cdiv(size, parts), _BLOCK)
     out = torch.empty(n, parts, 2, dtype=torch.float32, device=teacher.device)
     with torch.cuda.device_of(teacher):
-        sums[(n, parts)](teacher, fake, noise, out, size, chunk, alpha, BLOCK=_BLOCK, num_warps=4)
+        sums[(n, parts)](teacher, fake, noise, out, size, blocks, alpha, BLOCK=_BLOCK, num_warps=4)
     return out.sum(1)
 
 

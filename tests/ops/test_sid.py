@@ -71,7 +71,7 @@ class TestSidLoss(OpProof):
         )
         for dtype in ("bf16", "fp16", "fp32")
         for name, rest in [
-            ("sums", {"out": "*fp32", "chunk": "i32"}),
+            ("sums", {"out": "*fp32", "blocks": "i32"}),
             ("gradients", {"factor": "*fp32", "of_teacher": f"*{dtype}", "of_fake": f"*{dtype}"}),
         ]
     ]
