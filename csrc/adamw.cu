@@ -125,8 +125,14 @@ __global__ void __launch_bounds__(kWarps * 32) masked_update_kernel(Work work) {
   const int64_t begin = (unit - work.first_unit[t]) * kUnit;
   const int64_t end = min(begin + kUnit, numel);
 
-  int64_t start = begin + warp * kBlock;
-  uint32_t next = bits && start < end ? read_word(bits, start, lane, numel) : 0;
+  // Bits and place of the next run are on their way while this one is worked on: where few entries move, a
+  // run's time is that of the loads that wait for one another.
+  int64_t start = begin + warp * kBlock, next_at = 0;
+  uint32_t next = 0;
+  if (bits && start < end) {
+    next = read_word(bits, start, lane, numel);
+    next_at = prefix[start / kBlock];
+  }
   for (; start < end; start += kWarps * kBlock) {
     const int n = int(min(kBlock, end - start));
     int count = n;
@@ -134,9 +140,12 @@ __global__ void __launch_bounds__(kWarps * 32) masked_update_kernel(Work work) {
     const uint16_t* list = nullptr;
     if (bits) {
       const uint32_t word = next;
+      at = next_at;
       const int64_t following = start + kWarps * kBlock;
-      if (following < end) next = read_word(bits, following, lane, numel);
-      at = prefix[start / kBlock];
+      if (following < end) {
+        next = read_word(bits, following, lane, numel);
+        next_at = prefix[following / kBlock];
+      }
       count = list_bits(word, lane, lists[warp]);
       if (count < n) list = lists[warp];
     }
