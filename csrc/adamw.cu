@@ -107,7 +107,8 @@ __global__ void __launch_bounds__(kWarps * 32) masked_update_kernel(Work work) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int64_t unit = blockIdx.x, t = work.unit_tensor[unit];
   const int64_t* row = work.table + t * kFields;
-  if (row[kParamType] != TypeOf<P>::value || row[kGradType] != TypeOf<G>::value) return;
+  // Both types at once: of loads that wait for one another a block has enough.
+  if ((row[kParamType] ^ TypeOf<P>::value) | (row[kGradType] ^ TypeOf<G>::value)) return;
   P* const params = reinterpret_cast<P*>(row[kParam]);
   const G* const grads = reinterpret_cast<const G*>(row[kGrad]);
   const uint8_t* const bits = reinterpret_cast<const uint8_t*>(row[kBits]);
