@@ -34,7 +34,7 @@ from fastunlearn.objectives.language import closest
 #: method -> its settings, by the kind of target
 DEFAULTS: dict[str, dict[str, dict[str, Any]]] = {
     "finetune": {
-        kind: {"train_method": "xattn", "learning_rate": 3e-3, "max_steps": 100, "batch_size": 8, "bf16": True}
+        kind: {"train_method": "xattn", "learning_rate": 1e-3, "max_steps": 100, "batch_size": 8, "bf16": True}
         for kind in ("style", "object")
     },
     "uce": {kind: {"tokens": "all", "lamb": 0.1, "erase_scale": 10.0} for kind in ("style", "object")},
