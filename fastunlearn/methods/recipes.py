@@ -4,10 +4,10 @@
 
 changes the pipeline in place, as `fastunlearn.evaluation.canvas.evaluate` wants it; those of `AT_ONCE` take several targets, too.
 Settings go by the world. Those of the canvas, `DEFAULTS`, are what `python -m benchmarks.canvas tune` finds best on targets that no
-table holds, for the methods in benchmarks/results/quality/canvas_tuning.json (whose trials are of the weights before the present ones); of the others
-they say little yet. A method that is a trainer (`TRAINERS`) has `SMALL` and `OWN` there instead of the settings of its own class, and
-`DEFAULTS` over both. Those of UnlearnCanvas, `UNLEARNCANVAS`, are its authors' as far as their code
-says; what it does not say is the class's own. A method without settings for a world wants them given.
+table holds, for the methods in benchmarks/results/quality/canvas_tuning.json; of the others they say little yet. A method that is a
+trainer (`TRAINERS`) has `SMALL` and `OWN` there instead of the settings of its own class, and `DEFAULTS` over both. Those of
+UnlearnCanvas, `UNLEARNCANVAS`, are its authors' as far as their code says; what it does not say is the class's own. A method without
+settings for a world wants them given.
 """
 
 from __future__ import annotations
