@@ -26,6 +26,7 @@
 #include "nm_tensor.h"
 #include "redistribute.h"
 #include "saliency.h"
+#include "sid.h"
 #include "topk.h"
 
 #if defined(FU_WITH_CUDA) && !defined(FU_HOST_SIMT)
@@ -33,6 +34,9 @@
 #endif
 #if defined(_OPENMP)
 #include <omp.h>
+#endif
+#if defined(__linux__)
+#include <sys/mman.h>
 #endif
 
 #if !defined(FU_MODULE)
@@ -414,6 +418,50 @@ void bind_topk(py::module_& m) {
 #endif
 }
 
+fu::sid::Inputs sid_inputs(Address teacher, Address fake, Address noise, int dtype, int noise_dtype,
+                           int64_t n, int64_t size, float alpha) {
+  return {at<const void>(teacher),
+          at<const void>(fake),
+          at<const void>(noise),
+          dtype,
+          noise_dtype,
+          n,
+          size,
+          alpha};
+}
+
+void bind_sid(py::module_& m) {
+  m.attr("sid_unit") = fu::sid::kUnit;
+  m.def(
+      "sid_sums_cpu",
+      [](Address teacher, Address fake, Address noise, int dtype, int noise_dtype, int64_t n, int64_t size,
+         float alpha, Address partial, Address out) {
+        FU_CALL(sid_sums, sid_inputs(teacher, fake, noise, dtype, noise_dtype, n, size, alpha),
+                at<double>(partial), at<float>(out));
+      },
+      no_gil);
+  m.def(
+      "sid_gradients_cpu",
+      [](Address teacher, Address fake, Address noise, int dtype, int noise_dtype, int64_t n, int64_t size,
+         float alpha, Address factor, Address of_teacher, Address of_fake) {
+        FU_CALL(sid_gradients, sid_inputs(teacher, fake, noise, dtype, noise_dtype, n, size, alpha),
+                at<const float>(factor), at<void>(of_teacher), at<void>(of_fake));
+      },
+      no_gil);
+}
+
+// Asks for huge pages behind memory that nobody has touched yet: then it costs a fifth to touch it.
+void huge_pages(Address first, int64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr Address kPage = 4096;
+  const Address begin = (first + kPage - 1) / kPage * kPage, end = (first + Address(bytes)) / kPage * kPage;
+  // Only advice: where the kernel has no huge pages nothing is lost.
+  if (begin < end) (void)madvise(at<void>(begin), end - begin, MADV_HUGEPAGE);
+#else
+  (void)first, (void)bytes;
+#endif
+}
+
 // The interface of this module; fastunlearn/_native.py (ABI) wants the same. Goes up when a signature
 // changes.
 constexpr int kAbi = 3;
@@ -463,6 +511,7 @@ PYBIND11_MODULE(FU_MODULE, m) {
   m.doc() = "C++ and CUDA kernels of fastunlearn; call them through fastunlearn.ops";
   m.def("build_info", &build_info);
   m.def("cuda_devices", &cuda_devices);
+  m.def("huge_pages", &huge_pages);
   m.def("set_isa_level", &fu::set_isa_level);
   bind_mask(m);
   bind_adamw(m);
@@ -473,5 +522,6 @@ PYBIND11_MODULE(FU_MODULE, m) {
   bind_nm_tensor(m);
   bind_redistribute(m);
   bind_saliency(m);
+  bind_sid(m);
   bind_topk(m);
 }

@@ -58,6 +58,17 @@ inline Float16 load_lanes(const f16* p) {
 #endif
 }
 
+// Rounded once, to nearest even.
+inline void store_lanes(const Float16& x, float* to) {
+  memcpy(to, &x, sizeof x);
+}
+template <class T>
+inline void store_lanes(const Float16& x, T* to) {
+  float lanes[kLanes];
+  memcpy(lanes, &x, sizeof x);
+  for (int l = 0; l < kLanes; ++l) to[l] = from_float<T>(lanes[l]);
+}
+
 #if !defined(__AVX512F__)
 // All bits of a lane where its bit is set. `bits`: two bytes.
 inline Word16 lanes_set(const uint8_t* bits) {

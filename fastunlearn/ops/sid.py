@@ -13,9 +13,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastunlearn import _backend, _native
+from fastunlearn.ops import _sid_cpu as cpu
 from fastunlearn.reference import sid as reference
 
-_OP = _backend.register("sid_loss", triton=("cuda",))
+_OP = _backend.register("sid_loss", native=("cpu",), triton=("cuda",))
 _KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -27,10 +28,16 @@ def _kernels() -> Any:
 
 def _backend_of(teacher: Tensor, fake: Tensor) -> Any:
     odd = next((t.dtype for t in (teacher, fake) if t.dtype not in _KERNEL_DTYPES), None)
-    unsupported = {"triton": f"predictions are {odd}; the kernel takes float32, float16 and bfloat16"} if odd else {}
-    if _backend.resolve(_OP, teacher.device, unsupported) == "triton" and teacher.numel():
-        return _kernels()
-    return reference
+    unsupported: dict[str, str] = {}
+    if odd:
+        why = f"predictions are {odd}; kernels take float32, float16 and bfloat16"
+        unsupported = {"native": why, "triton": why}
+    elif _native._C is not None and not hasattr(_native._C, "sid_sums_cpu"):
+        unsupported["native"] = "fastunlearn._C was built from older sources: reinstall the package"
+    backend = _backend.resolve(_OP, teacher.device, unsupported)
+    if backend == "reference" or not teacher.numel():
+        return reference
+    return _kernels() if backend == "triton" else cpu
 
 
 def _sums(teacher: Tensor, fake: Tensor, noise: Tensor, alpha: float) -> Tensor:

@@ -61,9 +61,10 @@ def test_labels_outside_the_vocabulary(draw: Draw) -> None:
         assert got is ValueError
 
 
-@fuzz("sid_loss", backends=("reference", "triton"))
+@fuzz("sid_loss", backends=("reference", "native", "triton"))
 def test_sid_loss(draw: Draw) -> None:
-    dtype = draw.pick(WIDE if draw.backend == "reference" else (torch.float32, torch.float16))
+    narrow = (torch.float32, torch.float16, *([torch.bfloat16] if draw.backend == "native" else []))
+    dtype = draw.pick(WIDE if draw.backend == "reference" else narrow)
     shape = (draw.integer(0, 4), *draw.shape(draw.integer(0, 2)))
     kinds = ("normal", "normal", "ties", "zeros")
     teacher, fake, noise = (draw.tensor(shape, dtype, kinds) for _ in range(3))

@@ -45,7 +45,7 @@ class TestSidLoss(OpProof):
     """Outputs: loss, gradients of the teacher's and the fake prediction."""
 
     op = "sid_loss"
-    backends = ("triton",)
+    backends = ("native", "triton")
     exact = False
     eps = 2e-6
     cases = {
@@ -113,10 +113,11 @@ class TestSidLoss(OpProof):
             return [out.detach(), *torch.autograd.grad(out, leaves, args["grad"])]
 
         torch._dynamo.reset()
-        with fastunlearn.backend("reference"):
-            got = both(torch.compile(loss, fullgraph=True, backend="aot_eager"))
-            assert fastunlearn.explain(self.op).last == "reference:cpu"
-            assert_equal(got, both(loss))
+        for backend in ("reference", "native"):
+            with fastunlearn.backend(backend):
+                got = both(torch.compile(loss, fullgraph=True, backend="aot_eager"))
+                assert fastunlearn.explain(self.op).last == f"{backend}:cpu"
+                assert_equal(got, both(loss))
 
     def library_calls(self, args):
         flat = [args[n].flatten(1) if args[n].dim() > 1 else args[n][:, None] for n in ("teacher", "fake", "noise")]
@@ -156,7 +157,7 @@ def test_a_constant_omega():
     assert not torch.allclose(ours, with_it)
 
 
-@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize("backend", ["reference", "native", "triton"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_equal_predictions(backend, dtype):
     """The loss is exactly 0, and what one network passes on is exactly the opposite of what the other does."""
@@ -169,13 +170,28 @@ def test_equal_predictions(backend, dtype):
     assert of_fake.abs().max() > 0
 
 
-@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize("backend", ["reference", "native", "triton"])
 def test_exact_teacher(backend):
     """Where the teacher is right omega is at its smallest, not zero."""
     args = _inputs(4, 3, 9, 9)
     args["noise"] = args["teacher"].clone()
     with fastunlearn.backend(backend):
         assert all(t.isfinite().all() for t in TestSidLoss().run(args))
+
+
+def test_threads_do_not_change_the_bits():
+    """Sums are of units of an image, in their order."""
+    args = _inputs(3, 70001)
+    threads, results = torch.get_num_threads(), []
+    try:
+        for n in (1, 2, 3):
+            torch.set_num_threads(n)
+            with fastunlearn.backend("native"):
+                results.append(TestSidLoss().run(args))
+    finally:
+        torch.set_num_threads(threads)
+    assert_equal(results[1], results[0])
+    assert_equal(results[2], results[0])
 
 
 def test_one_number_for_all_and_layouts():
