@@ -35,7 +35,7 @@ def unsupported() -> dict[str, str]:
 def gather_native(dense: Tensor, bits: Tensor, n: int, m: int, wrong_row: Tensor | None = None) -> Tensor:
     """dense [rows, cols] in row-major memory -> values. `wrong_row`: int64 scalar for the check of a mask on a GPU."""
     rows, cols = dense.shape
-    values = torch.empty(rows, cols // m * n, dtype=dense.dtype, device=dense.device)
+    values = _native.fresh((rows, cols // m * n), dense.dtype, dense.device)
     bits = bits.contiguous()
     where = (dense.data_ptr(), bits.data_ptr(), rows, cols, n, m, dense.element_size(), values.data_ptr())
     if _native.is_cuda(dense.device):
@@ -105,7 +105,7 @@ def _gather(dense: Tensor, bits: Tensor, n: int, m: int, check: bool) -> Tensor:
 def _expand(values: Tensor, bits: Tensor, cols: int, n: int, m: int) -> Tensor:
     if _backend.resolve(_OP, values.device, unsupported()) == "reference":
         return reference.nm_expand(values, bits, cols)
-    out = torch.empty(bits.shape[0], cols, dtype=values.dtype, device=values.device)
+    out = _native.fresh((bits.shape[0], cols), values.dtype, values.device)
     return expand_native(_native.in_memory(values), bits, n, m, out)
 
 

@@ -186,6 +186,18 @@ def test_right_density_and_wrong_groups():
         ops.nm_compress(torch.zeros(2, 8), mask, 2, 4)
 
 
+def test_results_that_are_asked_for_in_huge_pages():
+    """From four megabytes on, in both directions."""
+    dense = torch.randn(2050, 1024)
+    mask = ops.nm_mask(dense.abs(), 2, 4)
+    with fastunlearn.backend("native"):
+        tensor = ops.nm_compress(dense, mask, 2, 4)
+        again = tensor.to_dense()
+    assert tensor.values.nbytes > _native._HUGE
+    assert_equal(tensor.values, dense[mask.unpack()].view(2050, 512))
+    assert_equal(again, torch.where(mask.unpack(), dense, 0.0))
+
+
 @pytest.mark.parametrize("isa", [0, 3, 99])
 @pytest.mark.parametrize("size", [2, 4, 8])
 @pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 8), (8, 16), (3, 5)])
