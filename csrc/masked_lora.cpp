@@ -23,16 +23,6 @@ struct Factors {
   int64_t cols, rank;
 };
 
-inline void put(const Float16& x, float* to) {
-  memcpy(to, &x, sizeof x);
-}
-template <class T>
-inline void put(const Float16& x, T* to) {
-  float lanes[kLanes];
-  memcpy(lanes, &x, sizeof x);
-  for (int l = 0; l < kLanes; ++l) to[l] = from_float<T>(lanes[l]);
-}
-
 inline float total(const Float16& x) {
   using Half = float __attribute__((vector_size(kLanes * 2)));
   using Quarter = float __attribute__((vector_size(kLanes)));
@@ -58,7 +48,7 @@ void effective(const W* w, const Factors& f, const float* B, const uint8_t* bits
     }
     for (int r = 0; r < R; ++r) {
       const Float16 x = load_lanes(w + r * f.cols + j);
-      put(choose_lanes(bits + r * width + j / 8, x + scale * sum[r], x), out + r * f.cols + j);
+      store_lanes(choose_lanes(bits + r * width + j / 8, x + scale * sum[r], x), out + r * f.cols + j);
     }
   }
   for (; j < to; ++j)
@@ -107,7 +97,7 @@ void contract(const T* g, const float* A, const float* B, const uint8_t* bits, i
         dots[r][k] += x[r] * a;
         sum += B[r * rank + k] * x[r];
       }
-      put(sum, dA + k * cols + j);
+      store_lanes(sum, dA + k * cols + j);
     }
   }
   for (int r = 0; r < R; ++r)
