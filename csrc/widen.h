@@ -62,11 +62,26 @@ inline Float16 load_lanes(const f16* p) {
 inline void store_lanes(const Float16& x, float* to) {
   memcpy(to, &x, sizeof x);
 }
-template <class T>
-inline void store_lanes(const Float16& x, T* to) {
-  float lanes[kLanes];
-  memcpy(lanes, &x, sizeof x);
-  for (int l = 0; l < kLanes; ++l) to[l] = from_float<T>(lanes[l]);
+inline void store_words(const Word16& x, void* to) {
+  const Half16 narrow = __builtin_convertvector(x, Half16);
+  memcpy(to, &narrow, sizeof narrow);
+}
+// to_bf16 and to_f16, sixteen at once.
+inline void store_lanes(const Float16& x, bf16* to) {
+  const Word16 u = as<Word16>(x);
+  const Word16 nan = as<Word16>((u & 0x7fffffffu) > 0x7f800000u);
+  const Word16 rounded = (u + 0x7fffu + (u >> 16 & 1u)) >> 16, quiet = u >> 16 | 0x40u;
+  store_words((quiet & nan) | (rounded & ~nan), to);
+}
+inline void store_lanes(const Float16& x, f16* to) {
+  const Word16 u = as<Word16>(x), sign = u >> 16 & 0x8000u, a = u & 0x7fffffffu;
+  const Word16 normal = (a + 0xfffu + (a >> 13 & 1u) - 0x38000000u) >> 13;
+  const Word16 small = as<Word16>(as<Float16>(a) + 0.5f) - 0x3f000000u;
+  const Word16 nan = as<Word16>(a > 0x7f800000u);
+  const Word16 large = (nan & 0x7e00u) | (~nan & 0x7c00u);
+  const Word16 is_large = as<Word16>(a >= 0x47800000u), is_small = as<Word16>(a < 0x38800000u);
+  const Word16 finite = (is_small & small) | (~is_small & normal);
+  store_words(sign | (is_large & large) | (~is_large & finite), to);
 }
 
 #if !defined(__AVX512F__)
