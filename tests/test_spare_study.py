@@ -197,8 +197,8 @@ def test_pictures_before_and_after(tiny, tmp_path, monkeypatch, capsys):
     assert spare.pictures(["spare"], "Mosaic", 3, **arguments)["rows"] == result["rows"]
     assert tiny == [("Mosaic", 3)]
     with monkeypatch.context() as patch:
-        patch.setitem(DEFAULTS, "spare", {"style": {"r": 4}, "object": {}})
-        with pytest.raises(ValueError, match=r"holds spare on style Mosaic with settings\.r = none, this study has 4"):
+        patch.setitem(DEFAULTS, "spare", {"style": DEFAULTS["spare"]["style"] | {"r": 4}, "object": {}})
+        with pytest.raises(ValueError, match=r"holds spare on style Mosaic with settings\.r = 16, this study has 4"):
             spare.pictures(["spare"], "Mosaic", 3, **arguments)
     monkeypatch.setattr(canvas, "load_pipeline", lambda name, dtype: tiny_pipeline(seed=1))
     with pytest.raises(ValueError, match="holds a study with weights = "):

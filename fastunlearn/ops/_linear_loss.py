@@ -105,7 +105,8 @@ def _few_rows(logits: Tensor) -> Iterator[slice]:
     n, columns = logits.shape
     row = max(columns, 1) * logits.element_size()
     step = n if logits.is_cuda else _CACHED * torch.get_num_threads() // row
-    for start in range(0, n, max(step, 1)):
+    step = max(step, 1)
+    for start in range(0, n, step):
         yield slice(start, min(start + step, n))
 
 
