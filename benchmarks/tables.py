@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -393,10 +393,9 @@ def block(name: str, folder: Path) -> str:
     )
 
 
-def _whole_page(names: Sequence[str], results: Path) -> str:
+def _whole_page(blocks: Mapping[str, str]) -> str:
     """Of benchmarks/results/README.md: every block that has a fold, whole."""
-    found = {name: block(name, results) for name in dict.fromkeys(names)}
-    return ALL_HEAD + "".join(f"\n## {name}\n\n{text}" for name, text in found.items() if FOLD.search(text))
+    return ALL_HEAD + "".join(f"\n## {name}\n\n{text}" for name, text in blocks.items() if FOLD.search(text))
 
 
 def update(readme: Path, results: Path, write: bool = True) -> list[str]:
@@ -404,9 +403,10 @@ def update(readme: Path, results: Path, write: bool = True) -> list[str]:
     text, stale = readme.read_text(), []
     page = results / "README.md"
     link = Path(os.path.relpath(page, readme.parent)).as_posix()
+    blocks = {name: block(name, results) for name in dict.fromkeys(match[2] for match in MARKERS.finditer(text))}
 
     def replace(match: re.Match[str]) -> str:
-        new = FOLD.sub(lambda fold: f"[{fold[1]}]({link}#{match[2]}).\n", block(match[2], results))
+        new = FOLD.sub(lambda fold: f"[{fold[1]}]({link}#{match[2]}).\n", blocks[match[2]])
         if new != match[3]:
             stale.append(match[2])
         return match[1] + new + match[4]
@@ -416,7 +416,7 @@ def update(readme: Path, results: Path, write: bool = True) -> list[str]:
         raise ValueError(f"{readme}: a benchmarks:begin marker without its benchmarks:end")
     if write and stale:
         readme.write_text(fresh)
-    whole = _whole_page([match[2] for match in MARKERS.finditer(text)], results)
+    whole = _whole_page(blocks)
     if not page.is_file() or page.read_text() != whole:
         stale.append(link)
         if write:

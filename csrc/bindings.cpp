@@ -464,7 +464,7 @@ void huge_pages(Address first, int64_t bytes) {
 
 // The interface of this module; fastunlearn/_native.py (ABI) wants the same. Goes up when a signature
 // changes.
-constexpr int kAbi = 3;
+constexpr int kAbi = 4;
 
 py::dict build_info() {
   py::dict d;

@@ -15,7 +15,7 @@ import torch  # before _C: both then share the OpenMP runtime (and so the thread
 from torch import Tensor
 
 #: The interface of csrc/bindings.cpp (kAbi there) that this Python calls: both go up when a signature changes.
-ABI = 3
+ABI = 4
 
 
 def _stale(module: ModuleType) -> str | None:
@@ -70,8 +70,7 @@ def fresh(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Ten
     Memory that was never touched comes page by page: of 4 KiB that takes longer than all that most passes do with it.
     """
     out = torch.empty(shape, dtype=dtype, device=device)
-    if device.type == "cpu" and out.nbytes >= _HUGE and hasattr(_C, "huge_pages"):
-        assert _C is not None
+    if device.type == "cpu" and out.nbytes >= _HUGE and _C is not None:
         _C.huge_pages(out.data_ptr(), out.nbytes)
     return out
 

@@ -86,8 +86,8 @@ class RecipeArguments:
     canvas_settings: bool = field(
         default=True,
         metadata={
-            "help": "On the canvas, settings that are not given are those of its table (fastunlearn.methods.recipes); false: the method's "
-            "own, as on any other model."
+            "help": "On the canvas, settings that are not given are those of fastunlearn.methods.recipes, which its table is made with; "
+            "false: the method's own, as on any other model."
         },
     )
 
@@ -95,10 +95,10 @@ class RecipeArguments:
 def canvas_defaults(
     method: str, names: Callable[[Mapping[str, Any]], Sequence[str]]
 ) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
-    """For `parse`: what the canvas' table runs a method with, for the kind of concept that is erased.
+    """For `parse`: what fastunlearn.methods.recipes has for a method on the canvas, for the kind of concept that is erased.
 
-    Nothing where another model, a preset (SalUn's recipe) or `canvas_settings=false` is given, or names that are not all styles or all objects (they are
-    refused later, or have a template); no number of steps where epochs are given.
+    Nothing where another model, a preset (SalUn's recipe) or `canvas_settings=false` is given, or names that are not all styles or
+    all objects (they are refused later, or have a template); no number of steps where epochs are given.
 
     Args:
         names: what was given -> the concepts.
@@ -124,7 +124,7 @@ def canvas_defaults(
         added = {name: value for name, value in own.items() if name not in given}
         if added:
             said = " ".join(f"{name}={value}" for name, value in added.items())
-            print(f"canvas: {said} (as in its table; canvas_settings=false: the method's own)", flush=True)
+            print(f"canvas: {said} (the canvas' own settings; canvas_settings=false: the method's)", flush=True)
         return added
 
     return chosen

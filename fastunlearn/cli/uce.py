@@ -11,7 +11,7 @@ example:
       --preserve_concepts Monet Picasso --template "{}" --output out
   fastunlearn uce --model stabilityai/stable-diffusion-xl-base-1.0 --edit_concepts concepts.txt --guide_concepts art --output out
 
-Names and defaults are those of the authors' code (fastunlearn.methods.uce); on the canvas settings are those of its table."""
+Names and defaults are those of the authors' code (fastunlearn.methods.uce); on the canvas those of fastunlearn.methods.recipes."""
 
 
 def main(argv: Sequence[str]) -> int:

@@ -86,8 +86,6 @@ def _unsupported(x: Tensor, block: int) -> dict[str, str]:
     if x.dtype not in _KERNEL_DTYPES:
         why = f"x is {x.dtype}; kernels take float32, float16 and bfloat16"
         return {"native": why, "triton": why}
-    if _native._C is not None and not hasattr(_native._C, "block_weight_grad_cpu"):
-        out["native"] = "fastunlearn._C was built from older sources: reinstall the package"
     if block not in (64, 128):
         out["triton"] = f"block {block}; the kernel takes 64 and 128"
     return out

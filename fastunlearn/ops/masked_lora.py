@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from fastunlearn import _backend, _native
+from fastunlearn import _backend
 from fastunlearn.ops import _masked_lora_cpu as cpu
 from fastunlearn.ops._masked_lora_cpu import Adapter
 from fastunlearn.ops.mask import BitMask, rows_cols
@@ -41,8 +41,6 @@ def _unsupported(weight: Tensor, adapter: Adapter) -> dict[str, str]:
     if weight.dtype not in cpu.DTYPES:
         why = f"weight is {weight.dtype}; kernels take float32, float16 and bfloat16"
         return {"native": why, "triton": why}
-    if _native._C is not None and not hasattr(_native._C, "masked_lora_effective_cpu"):
-        out["native"] = "fastunlearn._C was built from older sources: reinstall the package"
     if adapter.rank > _KERNEL_RANK:
         out["triton"] = f"rank {adapter.rank}; kernels take ranks up to {_KERNEL_RANK}"
     if adapter.mask is not None and adapter.mask.dtype == torch.bool and adapter.block not in _KERNEL_BLOCKS:

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from fastunlearn import _backend, _native
 from fastunlearn.ops._dense_buffer import dense_buffer
 from fastunlearn.ops.nm import _check_memory
-from fastunlearn.ops.nm_tensor import NMTensor, _check_tensor, expand_native, gather_native, unsupported
+from fastunlearn.ops.nm_tensor import NMTensor, _check_tensor, expand_native, gather_native
 from fastunlearn.reference import nm_linear as reference
 
 _OP = _backend.register("nm_linear", triton=("cuda",), native=("cpu", "cuda"))
@@ -36,7 +36,7 @@ def _kernels() -> Any:
 
 
 def _resolve(x: Tensor) -> str:
-    without = unsupported()
+    without: dict[str, str] = {}
     if x.dtype not in _KERNEL_DTYPES:
         without["triton"] = f"x is {x.dtype}; the kernel takes float32, float16 and bfloat16"
     elif x.is_cuda and _backend.current_backend() == "auto" and not without and _native.unusable(x.device) is None:

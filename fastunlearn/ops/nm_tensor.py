@@ -25,13 +25,6 @@ SIZES = (2, 4, 8)
 _NO_ROW = 0x7F7F7F7F7F7F7F7F  # csrc/nm_tensor.h: kNoRow
 
 
-def unsupported() -> dict[str, str]:
-    """{"native": why not}, or nothing."""
-    if _native._C is not None and not hasattr(_native._C, "nm_gather_cpu"):
-        return {"native": "fastunlearn._C was built from older sources: reinstall the package"}
-    return {}
-
-
 def gather_native(dense: Tensor, bits: Tensor, n: int, m: int, wrong_row: Tensor | None = None) -> Tensor:
     """dense [rows, cols] in row-major memory -> values. `wrong_row`: int64 scalar for the check of a mask on a GPU."""
     rows, cols = dense.shape
@@ -72,7 +65,7 @@ def check_mask(bits: Tensor, cols: int, n: int, m: int, what: str) -> None:
     """
     row: int | None
     # No call of the op: a mask is looked at whatever backend was asked for.
-    native = _backend.current_backend() != "reference" and not unsupported()
+    native = _backend.current_backend() != "reference"
     if bits.device.type == "cpu" and native and _native.unusable(bits.device) is None:
         bits = bits.contiguous()
         row = _native.library().nm_first_wrong_row_cpu(bits.data_ptr(), bits.shape[0], cols, n, m)
@@ -85,7 +78,7 @@ def check_mask(bits: Tensor, cols: int, n: int, m: int, what: str) -> None:
 
 def _gather(dense: Tensor, bits: Tensor, n: int, m: int, check: bool) -> Tensor:
     """`check`: refuses a mask that is not n:m (and waits for the device to know)."""
-    if _backend.resolve(_OP, dense.device, unsupported()) == "reference":
+    if _backend.resolve(_OP, dense.device) == "reference":
         if check and (row := reference.first_wrong_row(bits, dense.shape[1], n, m)) is not None:
             raise _refuse(row, "mask", n, m)
         return reference.nm_gather(dense, bits, n, m)
@@ -103,7 +96,7 @@ def _gather(dense: Tensor, bits: Tensor, n: int, m: int, check: bool) -> Tensor:
 
 
 def _expand(values: Tensor, bits: Tensor, cols: int, n: int, m: int) -> Tensor:
-    if _backend.resolve(_OP, values.device, unsupported()) == "reference":
+    if _backend.resolve(_OP, values.device) == "reference":
         return reference.nm_expand(values, bits, cols)
     out = _native.fresh((bits.shape[0], cols), values.dtype, values.device)
     return expand_native(_native.in_memory(values), bits, n, m, out)

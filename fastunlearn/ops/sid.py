@@ -32,8 +32,6 @@ def _backend_of(teacher: Tensor, fake: Tensor) -> Any:
     if odd:
         why = f"predictions are {odd}; kernels take float32, float16 and bfloat16"
         unsupported = {"native": why, "triton": why}
-    elif _native._C is not None and not hasattr(_native._C, "sid_sums_cpu"):
-        unsupported["native"] = "fastunlearn._C was built from older sources: reinstall the package"
     backend = _backend.resolve(_OP, teacher.device, unsupported)
     if backend == "reference" or not teacher.numel():
         return reference

@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 import fastunlearn
-from fastunlearn import _native, ops
+from fastunlearn import ops
 from fastunlearn.reference import block_weight_grad as reference
 from tests.proof import Aot, OpProof, assert_derived, assert_equal, convert
 
@@ -340,24 +340,6 @@ def test_no_gradient_flows():
     args = _linear(40, 100, 130)
     args["x"].requires_grad_()
     assert not TestBlockWeightGrad().run(args).requires_grad
-
-
-def test_an_older_native_module(monkeypatch):
-    """Without this op it is said once, and everything works."""
-
-    class Older:
-        pass
-
-    monkeypatch.setattr(_native, "_C", Older())
-    fastunlearn._backend._ops["block_weight_grad"].warned.clear()
-    args = _linear(40, 100, 130)
-    with pytest.warns(fastunlearn.FallbackWarning, match="built from older sources"):
-        assert_derived(
-            TestBlockWeightGrad().run(args),
-            TestBlockWeightGrad().oracle(args),
-            TestBlockWeightGrad().oracle(args),
-            1e-5,
-        )
 
 
 G, X, M = torch.zeros(5, 100), torch.zeros(5, 130), torch.zeros(2, 3, dtype=torch.bool)
