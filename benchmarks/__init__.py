@@ -29,10 +29,10 @@ How it measures
   * On a GPU: CUDA events, the L2 cache overwritten before every run. On a CPU: perf_counter, the last-level cache filled with
     something else before every run, and memory as large as the run will allocate touched and freed, because a virtual machine's
     first use of a page costs many times a page fault. Results are freed outside the clock; fresh outputs (and their page faults) are inside.
-  * limit_ms: bytes that must be read and written / copy_gbps, or floating-point operations / matmul_tflops. copy_gbps is the
-    median of `copy_` of a large buffer (read and written bytes both count), sampled before and after every case of the run. A
-    pure read can beat a limit taken from a copy. Scattered access counts whole 32-byte sectors (64-byte lines on a CPU) that
-    hold a set bit (`spec.touched_bytes`).
+  * limit_ms: bytes that must be read and written / copy_gbps, or floating-point operations / matmul_tflops (parts in float32 or
+    float64: / matmul_tflops_by_dtype). copy_gbps is the median of `copy_` of a large buffer (read and written bytes both count),
+    sampled before and after every case of the run. A pure read can beat a limit taken from a copy. Scattered access counts whole
+    32-byte sectors (64-byte lines on a CPU) that hold a set bit (`spec.touched_bytes`).
   * peak_mib: peak memory above the inputs and the output, from before a provider builds its states (an optimiser's moments
     count) to the end of its first call, in runs apart from the timed ones, median of three where they are short; on a GPU torch's
     allocator statistics, on a CPU the high-water mark of the resident set, which sees C++ scratch too (machine.py) and is good

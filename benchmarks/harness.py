@@ -357,9 +357,20 @@ def run(ops: Sequence[Op], device: torch.device, settings: Settings) -> dict[str
             if r.provider.name == "fastunlearn"
         }
     rows, targets = [], []
+    rates: dict[str, float] = {}
+
+    def tflops(dtype: torch.dtype | None) -> float:
+        if dtype is None:
+            return float(facts["matmul_tflops"])
+        name = str(dtype).removeprefix("torch.")
+        if name not in rates:
+            rates[name] = round(machine.matmul_tflops(device, dtype), 4)
+            facts["matmul_tflops_by_dtype"] = rates
+        return rates[name]
+
     for op, case, runners, limit in done:
-        rate = (facts["copy_gbps"] or 1) * 1e6 if limit.kind == "bytes" else facts["matmul_tflops"] * 1e9
-        mine = [_row(op, case, r, limit.amount / rate, limit.kind) for r in runners]
+        limit_ms = limit.ms(facts["copy_gbps"] or 1, tflops)
+        mine = [_row(op, case, r, limit_ms, limit.kind) for r in runners]
         rows += mine
         for target in op.targets:
             if target.device == device.type and target.case in case.name:

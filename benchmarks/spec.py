@@ -47,10 +47,19 @@ class Case:
 
 @dataclass(frozen=True)
 class Limit:
-    """What the hardware has to do at the least: bytes read and written, or floating-point operations."""
+    """What the hardware has to do at the least: bytes read and written, or floating-point operations.
+
+    Operations at the rate of `machine.matmul_tflops` (bf16 on a GPU, fp32 on a CPU), or by the type whose rate counts: {float64: ...}.
+    """
 
     kind: Literal["bytes", "flops"]
-    amount: float
+    amount: float | Mapping[torch.dtype | None, float]
+
+    def ms(self, copy_gbps: float, tflops: Callable[[torch.dtype | None], float]) -> float:
+        """Milliseconds at these rates; `tflops(None)` is the usual one."""
+        if isinstance(self.amount, Mapping):
+            return sum(count / tflops(dtype) for dtype, count in self.amount.items()) / 1e9
+        return self.amount / (copy_gbps * 1e6 if self.kind == "bytes" else tflops(None) * 1e9)
 
 
 #: Names of inputs are the op's own; `case` and `device` are always there.

@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -85,7 +86,7 @@ def result() -> dict:
 @pytest.fixture
 def quick_rates(monkeypatch: pytest.MonkeyPatch):
     """What a run measures beside the op, small."""
-    monkeypatch.setattr(machine, "matmul_tflops", lambda device: 1.0)
+    monkeypatch.setattr(machine, "matmul_tflops", lambda device, dtype=None: {None: 1.0, torch.float64: 0.5}[dtype])
     monkeypatch.setattr(machine, "Bandwidth", lambda device, make=machine.Bandwidth: make(device, 2**16))
 
 
@@ -99,6 +100,17 @@ def test_rows_have_the_fixed_fields(result: dict):
     assert facts | {"cpu", "cores", "threads", "python"} <= set(result["meta"])
     limit = 8 * 64 / result["meta"]["copy_gbps"] / 1e6
     assert result["rows"][0]["limit_ms"] == pytest.approx(limit, abs=1e-5)
+
+
+@pytest.mark.serial
+@pytest.mark.usefixtures("quick_rates")
+def test_operations_count_at_the_rate_of_their_type():
+    op = replace(tiny(), limit=lambda x, line: Limit("flops", {torch.float64: 3e9, None: 2e9}))
+    result = harness.run([op], CPU, settings())
+    assert result["rows"][0]["limit_ms"] == pytest.approx(3 / 0.5 + 2)
+    assert result["meta"]["matmul_tflops_by_dtype"] == {"float64": 0.5}
+    assert Limit("flops", 2e9).ms(1.0, lambda dtype: 4.0) == pytest.approx(0.5)
+    assert Limit("bytes", 2e9).ms(40.0, lambda dtype: 4.0) == pytest.approx(50)
 
 
 @pytest.mark.serial

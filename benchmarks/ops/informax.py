@@ -88,7 +88,9 @@ OP = Op(
     expected=lambda x: _counted(torch.cat(x.weights), x.positives, x.negatives),
     # Near ties of the median fall either way in another order of summation: of the largest over many concepts little is seen.
     check=lambda x, output, expected: None if (output - expected).abs().gt(1e-5).float().mean() < 1e-3 else "differs",
-    limit=lambda x, line: Limit("flops", 2 * x.rows * x.d * (x.positives.shape[0] * SAMPLES + SAMPLES)),
+    limit=lambda x, line: Limit(
+        "flops", {torch.float32: 2 * x.rows * x.d * (x.positives.shape[0] * SAMPLES + SAMPLES)}
+    ),
     providers=[
         *ours("informax", mine, reference=True),
         Provider("torch eager", eager),

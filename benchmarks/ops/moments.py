@@ -55,7 +55,7 @@ OP = Op(
     make=make,
     expected=lambda x: x.c.double().T @ x.c.double(),
     check=close(1e-6, 0),
-    limit=lambda x, line: Limit("flops", 2 * x.tokens * x.d**2),
+    limit=lambda x, line: Limit("flops", {torch.float64: 2 * x.tokens * x.d**2}),
     providers=[
         *ours("token_moments", mine),
         Provider(SINGLE, lambda x: lambda: x.c.T @ x.c, check=close(1e-4, 0)),

@@ -49,7 +49,7 @@ OP = Op(
     expected=lambda x: by_svd(x.M.double()).float(),
     check=close(1e-3, 1e-3),
     # Nine steps of three products.
-    limit=lambda x, line: Limit("flops", 9 * 3 * 2 * x.batch * x.d**3),
+    limit=lambda x, line: Limit("flops", {torch.float32: 9 * 3 * 2 * x.batch * x.d**3}),
     providers=[*ours("polar", mine), Provider(SVD, lambda x: lambda: by_svd(x.M))],
     targets=[Target(SVD, 1.0, "cpu"), Target(SVD, 0.2, "cuda")],
 )
