@@ -173,30 +173,33 @@ def curves(rows: Iterable[Mapping[str, Any]], kind: str) -> dict[float, list[dic
 
 
 def plot(result: Mapping[str, Any], path: Path) -> None:
-    """What is forgotten against what is kept: a panel a kind of target, a line a lambda, a point a mask density."""
+    """By mask density, a line a lambda: what is forgotten and, below, what is kept; a column a kind of target."""
     meta = result["meta"]
-    title = (
-        f"SPARE on the canvas by mask density (at the points) and lambda - weights {meta['weights']}, {meta['machine']}"
-    )
-    with plots.panels(path, title, 1, len(KINDS), figsize=(10, 4)) as axes:
-        for axis, kind in zip(axes[0], KINDS, strict=True):
+    title = f"SPARE on the canvas by mask density and lambda - weights {meta['weights']}, {meta['machine']}"
+    shown = (("UA", "UA: forgotten, %"), ("kept", "mean of IRA and CRA: kept, %"))
+    with plots.panels(path, title, len(shown), len(KINDS), figsize=(10, 6)) as axes:
+        for column, kind in enumerate(KINDS):
             lines = curves(result["rows"], kind)
-            for colour, (factor, points) in zip(_colours(len(lines)), lines.items(), strict=True):
-                x, y = [p["UA"] for p in points], [p["kept"] for p in points]
-                axis.plot(x, y, "-", color=colour, lw=1.2, label=f"lambda {factor:g}")
-                for point in points:
-                    face = "white" if point["noise"] else colour
-                    axis.plot(point["UA"], point["kept"], "o", color=colour, mfc=face, ms=5)
-                    axis.annotate(
-                        f"{point['density']:g}", (point["UA"], point["kept"]), fontsize=6, xytext=(3, 3), textcoords="offset points"
-                    )  # fmt: skip
             names = {row["target"] for row in result["rows"] if row["kind"] == kind}
-            axis.set_title(
+            densities = sorted({point["density"] for points in lines.values() for point in points})
+            axes[0][column].set_title(
                 f"{kind}s: {', '.join(sorted(names))} (hollow: one of them is noise)", fontsize=8, loc="left"
             )
-            axis.set_xlabel("UA: forgotten, %", fontsize=8)
-            axis.set_ylabel("mean of IRA and CRA: kept, %", fontsize=8)
-            axis.legend(fontsize=7)
+            for axis, (key, label) in zip((axes[0][column], axes[1][column]), shown, strict=True):
+                for colour, (factor, points) in zip(_colours(len(lines)), lines.items(), strict=True):
+                    x, y = [p["density"] for p in points], [p[key] for p in points]
+                    axis.plot(x, y, "-", color=colour, lw=1.2, label=f"lambda {factor:g}")
+                    for point in points:
+                        face = "white" if point["noise"] else colour
+                        axis.plot(point["density"], point[key], "o", color=colour, mfc=face, ms=5)
+                axis.set_xscale("log")
+                axis.set_xticks(densities, [f"{density:g}" for density in densities])
+                axis.minorticks_off()
+                axis.set_xlabel("mask density", fontsize=8)
+                axis.set_ylabel(label, fontsize=8)
+                if key == "UA":
+                    axis.set_ylim(-4, 104)
+                axis.legend(fontsize=7)
 
 
 def _colours(count: int) -> list[Any]:
