@@ -7,6 +7,9 @@ import torch
 import triton
 import triton.language as tl
 
+#: major and minor version: what an older compiler cannot do is done another way
+TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2])
+
 #: element type of a torch tensor as a Triton type, for `tl.pointer_type(...)` casts of table entries
 TL_DTYPES = {
     torch.float32: tl.float32,

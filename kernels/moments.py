@@ -11,9 +11,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastunlearn.kernels._common import TRITON
+
 BLOCK, BLOCK_K = 64, 16
 #: programs that fill a device
 PROGRAMS = 1024
+#: Triton from which 16-bit entries can be widened to float64 in front of a product: before it the compiler fails
+WIDENS = (3, 9)
+#: Triton from which there are float64 products on sm_100
+ON_BLACKWELL = (3, 8)
 #: bytes of the sums of all runs
 WORKSPACE = 2**28
 
@@ -49,12 +55,24 @@ def _moments(
             tl.store(base + n[None, :].to(tl.int64) * d + m[:, None], acc, mask=inside)
 
 
+def unsupported(device: torch.device) -> dict[str, str]:
+    """{"triton": why not}, or nothing."""
+    if device.type != "cuda" or TRITON >= ON_BLACKWELL or torch.cuda.get_device_capability(device)[0] < 10:
+        return {}
+    return {
+        "triton": f"Triton {triton.__version__} has no float64 products for this GPU; {'.'.join(map(str, ON_BLACKWELL))} has"
+    }
+
+
 def token_moments(left: Tensor, right: Tensor, weights: Tensor | None, out: Tensor) -> Tensor:
     """As `fastunlearn.reference.moments.token_moments`; `left is right` without anchors."""
     tokens, d = right.shape
     if not tokens or not d:
         return out
     symmetric = left is right
+    if TRITON < WIDENS:
+        right = right.float() if right.itemsize == 2 else right
+        left = right if symmetric else left.float() if left.itemsize == 2 else left
     left, right = left.contiguous(), right.contiguous()
     side = triton.cdiv(d, BLOCK)
     tiles = side * (side + 1) // 2 if symmetric else side * side

@@ -133,7 +133,7 @@ def _trace(
     w = tl.load(weight + place, mask=whole, other=0.0).to(tl.float32)
     tl.store(product + place, acc.to(element), mask=whole)
     own = tl.load(table + tile * COLUMNS + 5)
-    tl.store(sums + own * tl.num_programs(1) + tile_n, tl.sum(tl.sum(w * acc, 1), 0))
+    tl.store(sums + own * tl.num_programs(1) + tile_n, tl.sum(w * acc))
 
 
 def spectral_trace(weights: list[Tensor], A: Tensor) -> tuple[Tensor, list[Tensor]]:

@@ -39,5 +39,5 @@ def compile_one(spec: dict[str, Any], arch: int) -> dict[str, Any]:
 
 if __name__ == "__main__":
     for line in json.load(sys.stdin):
-        for architecture in (80, 90, 100):
+        for architecture in line["archs"]:
             print(json.dumps(compile_one(line, architecture)), flush=True)

@@ -66,11 +66,19 @@ def token_moments(
     return out
 
 
+def _unsupported(device: torch.device) -> dict[str, str]:
+    if device.type != "cuda" or _backend._triton_missing() is not None:
+        return {}
+    from fastunlearn.kernels import moments as kernels
+
+    return kernels.unsupported(device)
+
+
 def _add(other: Tensor, flat: Tensor, weights: Tensor | None, out: Tensor) -> Tensor:
     """Adds to `out` once the values are seen to be in order."""
     if weights is not None and not bool(((weights >= 0) & weights.isfinite()).all()):
         raise ValueError("weights: want finite numbers of at least 0")
-    backend = _backend.resolve(_OP, flat.device)
+    backend = _backend.resolve(_OP, flat.device, _unsupported(flat.device))
     if not bool(flat.isfinite().all()) or not bool(other.isfinite().all()):
         raise ValueError("features, anchors: want finite numbers, got NaN or infinite ones")
     maths: Any = reference

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+import fastunlearn
 from fastunlearn import ops
 from fastunlearn.reference import moments as reference
-from tests.proof import Aot, OpProof
+from tests.proof import TRITON, Aot, OpProof
 
 
 def _case(shape, weighted=False, anchored=False, dtype=torch.float32):
@@ -31,8 +32,10 @@ class TestTokenMoments(OpProof):
             {"left": f"*{t}", "right": f"*{t}", "weights": "*fp32", "out": "*fp64", "tokens": "i64", "d": "i32", "run": "i32"},
             {"SYMMETRIC": symmetric, "WEIGHTED": weighted, "BLOCK": 64, "BLOCK_K": 16},
             {"num_warps": 4, "num_stages": 2},
+            (80, 90, 100) if TRITON >= (3, 8) else (80, 90),
         )
         for t, symmetric, weighted in (("fp32", True, False), ("fp64", False, True), ("bf16", False, True))
+        if t != "bf16" or TRITON >= (3, 9)
     ]  # fmt: skip
     exact = False
     traced = ("prompts", "half")
@@ -106,3 +109,33 @@ C = torch.randn(3, 4)
 def test_bad_input(call, error, words):
     with pytest.raises(error, match=words):
         call()
+
+
+@pytest.mark.skipif(TRITON == (0, 0), reason="needs triton")
+@pytest.mark.parametrize("anchored", [False, True])
+def test_an_older_triton_gets_16_bit_features_in_float32(monkeypatch, anchored):
+    if torch.cuda.is_available():
+        pytest.skip("this process compiles Triton kernels")
+    from fastunlearn.kernels import moments as kernels
+
+    args = _case((9, 5), anchored=anchored, dtype=torch.bfloat16)("cpu")
+    wanted = ops.token_moments(args["features"], anchors=args["anchors"])
+    monkeypatch.setattr(kernels, "TRITON", (3, 6))
+    with fastunlearn.backend("triton"):
+        assert torch.equal(ops.token_moments(args["features"], anchors=args["anchors"]), wanted)
+
+
+@pytest.mark.skipif(TRITON == (0, 0), reason="needs triton")
+def test_float64_products_of_a_gpu_that_an_older_triton_does_not_know(monkeypatch):
+    from fastunlearn.kernels import moments as kernels
+
+    device = torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (10, 0))
+    monkeypatch.setattr(kernels, "TRITON", (3, 7))
+    assert "3.8 has" in kernels.unsupported(device)["triton"]
+    monkeypatch.setattr(kernels, "TRITON", (3, 8))
+    assert kernels.unsupported(device) == {}
+    monkeypatch.setattr(kernels, "TRITON", (3, 6))
+    assert kernels.unsupported(torch.device("cpu")) == {}
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert kernels.unsupported(device) == {}
