@@ -304,7 +304,7 @@ def _evidence_run(work: Work, name: str, seed: int, tuning: Tuning) -> tuple[dic
     if when == "after":
         save_checkpoint(twin, checkpoint.model, checkpoint.tokenizer, overwrite=True)
     if when != "before":
-        work.prune(checkpoint)
+        work.prune(checkpoint, "retain")
         assert checkpoint.masks is not None
         cost["layers off the pattern"] = len(nm_violations(checkpoint.model, checkpoint.masks))
     return cost, checkpoint

@@ -97,14 +97,14 @@ def _part(work: Work, part: str, clock: Clock) -> dict[str, Any]:
 
 
 def _pruning(work: Work, clock: Clock) -> dict[str, Any]:
-    """SparseGPT of the first blocks, as if all took as long."""
+    """SparseGPT of the first blocks, as if all took as long; without the training that follows."""
     checkpoint = _load(work)
     blocks: Any = checkpoint.model.model.layers
     count = len(blocks)
     checkpoint.model.model.layers = blocks[:BLOCKS]
     checkpoint.model.config.num_hidden_layers = min(BLOCKS, count)
     with clock():
-        work.prune(checkpoint)
+        work.sparsegpt(checkpoint)
     return {"seconds": clock.seconds * count / min(BLOCKS, count)}
 
 
@@ -138,13 +138,15 @@ def _hours(work: Work, parts: Mapping[str, Any], methods: Sequence[str], seeds: 
     one = parts["unlearning"]["seconds once"] + steps * parts["unlearning"]["seconds a step"] + evaluation
     robust = parts["robustness"]["seconds"]
     runs = [(name, setting) for name in methods for setting in METHODS[name].settings if setting in settings]
+    step, pruning = parts["fine-tuning"]["seconds a step"], parts["pruning"]["seconds"]
+    again = size.recover["epochs"] / size.recover["batch_size"] * step  # of a row, after pruning
+    pruned = sum(when != "before" for *_, when in EVIDENCE.values())
     hours = {
-        "models": rows * size.finetune["epochs"] / size.finetune["batch_size"] * parts["fine-tuning"]["seconds a step"]
-        + 2 * parts["pruning"]["seconds"] * (len(settings) - 1),
+        "models": rows * size.finetune["epochs"] / size.finetune["batch_size"] * step + (2 * pruning + rows * again) * (len(settings) - 1),
         "tune": sum(len(METHODS[name].trials) for name, _ in runs) * one,
         # Of each setting the models before, and the retain model twice: it is what the others are compared with.
         "run": len(runs) * len(seeds) * (one + robust) + len(settings) * (3 * evaluation + 2 * robust),
-        "evidence": len(EVIDENCE) * len(seeds) * (one + robust),
+        "evidence": len(seeds) * (len(EVIDENCE) * (one + robust) + pruned * (pruning + len(data["train retain"]) * again)),
     }  # fmt: skip
     return {
         "seconds, an evaluation": evaluation, "seconds, a run": one + robust, "steps of a run": steps,

@@ -3,8 +3,9 @@
 Everything is kept in a work folder and not done again. The models that unlearn have seen the forget set and the retain set; the
 retain model, by which forget quality is measured, the retain set alone; both start from the same model and are trained alike. In
 size cpu a holdout set of TOFU's authors that neither has seen serves the membership attacks; size gpu is TOFU's own split, and has
-one only where the data folder has holdout10.json. In the pruned setting both are pruned in the same
-way (SparseGPT 2:4 on the packaged general text).
+one only where the data folder has holdout10.json. In the pruned setting both are pruned in the same way (SparseGPT 2:4 on the
+packaged general text) and trained again, the pattern held, on the rows that each has seen: pruning alone leaves a model of this size
+nothing to forget.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from fastunlearn.data.text import TextSet, collate, encode_rows, load_rows
 from fastunlearn.evaluation import robustness, tofu
 from fastunlearn.localize import nm_violations, prune
 from fastunlearn.objectives import answer_logprobs, token_nll
+from fastunlearn.ops.mask import BitMask
 from fastunlearn.report.cost import measured
 from fastunlearn.report.files import write_json
 
@@ -46,6 +48,7 @@ class Size:
         asked: rows of retain, real authors and world facts that an evaluation asks; 0: all.
         forget: rows of the split that are forgotten, the first ones; 0: all.
         finetune: epochs, learning rate and batch size of the models that unlearning starts from.
+        recover: the same of the training that follows pruning.
         epochs, batch_size: of unlearning. new_tokens: of an answer.
     """
 
@@ -55,6 +58,7 @@ class Size:
     tuning: int
     asked: int
     finetune: dict[str, Any] = field(default_factory=lambda: {"epochs": 5, "learning_rate": 1e-4, "batch_size": 32})
+    recover: dict[str, Any] = field(default_factory=lambda: {"epochs": 3, "learning_rate": 1e-4, "batch_size": 32})
     epochs: float = 10
     batch_size: int = 32
     new_tokens: int = 200
@@ -64,8 +68,8 @@ class Size:
 SIZES = {
     "gpu": Size("forget10", 0, 0, 200, 0),
     "cpu": Size(
-        "forget01", 60, 20, 20, 20, {"epochs": 6, "learning_rate": 3e-4, "batch_size": 20}, epochs=3, batch_size=8, new_tokens=40,
-        forget=20,
+        "forget01", 60, 20, 20, 20, {"epochs": 6, "learning_rate": 3e-4, "batch_size": 20},
+        {"epochs": 6, "learning_rate": 3e-4, "batch_size": 20}, epochs=3, batch_size=8, new_tokens=40, forget=20,
     ),
 }  # fmt: skip
 
@@ -149,22 +153,36 @@ class Work:
         return load_checkpoint(path, device=self.device)
 
     def _finetuned(self, name: str) -> Checkpoint:
-        data, how = self.data(), self.size.finetune
-        rows = data["train retain"] + (data["train forget"] if name == "full" else [])
         checkpoint = load_checkpoint(self.base, device=self.device)
-        encoded = encode_rows(rows, checkpoint.tokenizer, what=f"{name} set")
         (self.folder / "models").mkdir(exist_ok=True)
         kept = self.folder / "models" / f"{name}.part"
-        finetune(checkpoint.model, encoded, **how, cast=self.cast, what=name, kept=kept)
+        finetune(
+            checkpoint.model, self._seen(name, checkpoint), **self.size.finetune, cast=self.cast, what=name, kept=kept
+        )
         return checkpoint
+
+    def _seen(self, name: str, checkpoint: Checkpoint) -> TextSet:
+        """What "full" or "retain" is trained on."""
+        data = self.data()
+        rows = data["train retain"] + (data["train forget"] if name == "full" else [])
+        return encode_rows(rows, checkpoint.tokenizer, what=f"{name} set")
 
     def _pruned(self, name: str) -> Checkpoint:
-        checkpoint = self.load(name.removesuffix("-2to4"))
-        self.prune(checkpoint)
+        dense = name.removesuffix("-2to4")
+        checkpoint = self.load(dense)
+        self.prune(checkpoint, dense, kept=self.folder / "models" / f"{name}.part")
         return checkpoint
 
-    def prune(self, checkpoint: Checkpoint) -> None:
-        """SparseGPT, in place."""
+    def prune(self, checkpoint: Checkpoint, seen: str, *, kept: Path | None = None) -> None:
+        """SparseGPT, then training on what the model of that name ("full", "retain") has seen, in place."""
+        self.sparsegpt(checkpoint)
+        finetune(
+            checkpoint.model, self._seen(seen, checkpoint), **self.size.recover, cast=self.cast, what=f"{seen}, pruned",
+            masks=checkpoint.masks, kept=kept,
+        )  # fmt: skip
+
+    def sparsegpt(self, checkpoint: Checkpoint) -> None:
+        """In place."""
         tokens, _ = calibration_tokens(calibration_texts(None), checkpoint.tokenizer, sequences=64, length=256, seed=0)
         with self.cast():
             checkpoint.masks = prune(checkpoint.model, method="sparsegpt", pattern=PATTERN, calibration=tokens)
@@ -260,16 +278,19 @@ class Work:
 
 def finetune(
     model: Any, rows: TextSet, *, epochs: int, learning_rate: float, batch_size: int, cast: Callable[[], Any], what: str,
-    seed: int = 0, kept: Path | None = None,
+    seed: int = 0, kept: Path | None = None, masks: Mapping[str, BitMask] | None = None,
 ) -> list[float]:  # fmt: skip
     """Trains all weights on the answers, linear warm-up over the first epoch and decay to zero; the loss of each epoch.
 
     Args:
+        masks: by name, of pruned weights: which of their entries may move.
         kept: a file that is written after every epoch and gone on from; whoever has saved the model removes it.
     """
     model.requires_grad_(True)
     model.train()
-    optimiser = optim.MaskedAdamW(model.named_parameters(), None, lr=learning_rate, weight_decay=0.01)
+    named = dict(model.named_parameters())
+    held = None if masks is None else {name: masks.get(name) for name in named}
+    optimiser = optim.MaskedAdamW(named.items(), held, lr=learning_rate, weight_decay=0.01)
     device, order = next(model.parameters()).device, torch.Generator().manual_seed(seed)
     per_epoch = -(-len(rows) // batch_size)
     steps, losses = epochs * per_epoch, []

@@ -12,6 +12,7 @@ from benchmarks.tofu_methods import Method
 from fastunlearn.checkpoint import save_checkpoint
 from fastunlearn.data.text import encode_rows
 from fastunlearn.evaluation import tofu as suite
+from fastunlearn.localize import nm_violations
 from fastunlearn.optim import MaskedAdamW
 from tests.tiny_chat import char_tokenizer, tiny_llama
 
@@ -47,11 +48,13 @@ def work(tmp_path, monkeypatch):
         4,
         4,
         {"epochs": 2, "learning_rate": 1e-3, "batch_size": 8},
+        {"epochs": 1, "learning_rate": 1e-3, "batch_size": 8},
         epochs=1,
         batch_size=4,
         new_tokens=4,
     )
-    monkeypatch.setattr(tofu_runs, "calibration_tokens", lambda *a, **k: (torch.randint(1, 127, (4, 16)), None))
+    tokens = torch.randint(1, 127, (4, 16), generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(tofu_runs, "calibration_tokens", lambda *a, **k: (tokens, None))
     return tofu_runs.Work(tmp_path / "work", size, str(tmp_path / "base"))
 
 
@@ -291,6 +294,17 @@ def test_fine_tuning_goes_on_at_the_epoch(work, tmp_path, monkeypatch):
     assert tofu_runs.finetune(again, rows, **how, kept=tmp_path / "cut.part") == losses
     assert len(count) == 4 + 2
     assert all(torch.equal(a, b) for a, b in zip(again.parameters(), whole.parameters(), strict=True))
+
+
+def test_a_pruned_model_is_trained_again_and_keeps_its_pattern(work):
+    alone = work.load("full")
+    work.sparsegpt(alone)
+    again = work.load("full-2to4")
+    assert again.masks is not None
+    assert not nm_violations(again.model, again.masks)
+    assert all(torch.equal(again.masks[name].bits, mask.bits) for name, mask in alone.masks.items())
+    after = dict(again.model.named_parameters())
+    assert any(not torch.equal(p, after[name]) for name, p in alone.model.named_parameters())
 
 
 def test_a_run_that_is_cut_off_goes_on_with_its_model(work, monkeypatch):
