@@ -10,6 +10,20 @@ import triton.language as tl
 #: major and minor version: what an older compiler cannot do is done another way
 TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2])
 
+#: Triton whose compiler does float64 products, and float32 products of transposed tiles, for sm_100
+ON_BLACKWELL = (3, 8)
+
+
+def too_old(device: torch.device, what: str) -> dict[str, str]:
+    """{"triton": why not}, or nothing: for what the compiler can do on sm_100 since ON_BLACKWELL."""
+    if device.type != "cuda" or TRITON >= ON_BLACKWELL or torch.cuda.get_device_capability(device)[0] < 10:
+        return {}
+    since = ".".join(map(str, ON_BLACKWELL))
+    return {
+        "triton": f"Triton {triton.__version__} does not compile {what} for this GPU; {since} does: pip install -U triton"
+    }
+
+
 #: element type of a torch tensor as a Triton type, for `tl.pointer_type(...)` casts of table entries
 TL_DTYPES = {
     torch.float32: tl.float32,

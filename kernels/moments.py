@@ -18,8 +18,6 @@ BLOCK, BLOCK_K = 64, 16
 PROGRAMS = 1024
 #: Triton from which 16-bit entries can be widened to float64 in front of a product: before it the compiler fails
 WIDENS = (3, 9)
-#: Triton from which there are float64 products on sm_100
-ON_BLACKWELL = (3, 8)
 #: bytes of the sums of all runs
 WORKSPACE = 2**28
 
@@ -53,15 +51,6 @@ def _moments(
         tl.store(base + m[:, None].to(tl.int64) * d + n[None, :], acc, mask=inside)
         if SYMMETRIC and tile_n < tile_m:
             tl.store(base + n[None, :].to(tl.int64) * d + m[:, None], acc, mask=inside)
-
-
-def unsupported(device: torch.device) -> dict[str, str]:
-    """{"triton": why not}, or nothing."""
-    if device.type != "cuda" or TRITON >= ON_BLACKWELL or torch.cuda.get_device_capability(device)[0] < 10:
-        return {}
-    return {
-        "triton": f"Triton {triton.__version__} has no float64 products for this GPU; {'.'.join(map(str, ON_BLACKWELL))} has"
-    }
 
 
 def token_moments(left: Tensor, right: Tensor, weights: Tensor | None, out: Tensor) -> Tensor:

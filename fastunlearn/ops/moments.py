@@ -69,9 +69,9 @@ def token_moments(
 def _unsupported(device: torch.device) -> dict[str, str]:
     if device.type != "cuda" or _backend._triton_missing() is not None:
         return {}
-    from fastunlearn.kernels import moments as kernels
+    from fastunlearn.kernels._common import too_old
 
-    return kernels.unsupported(device)
+    return too_old(device, "float64 products")
 
 
 def _add(other: Tensor, flat: Tensor, weights: Tensor | None, out: Tensor) -> Tensor:

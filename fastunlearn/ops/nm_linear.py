@@ -39,7 +39,11 @@ def _resolve(x: Tensor) -> str:
     without: dict[str, str] = {}
     if x.dtype not in _KERNEL_DTYPES:
         without["triton"] = f"x is {x.dtype}; the kernel takes float32, float16 and bfloat16"
-    elif x.is_cuda and _backend.current_backend() == "auto" and not without and _native.unusable(x.device) is None:
+    elif x.is_cuda and _backend._triton_missing() is None:
+        from fastunlearn.kernels._common import too_old
+
+        without |= too_old(x.device, "float32 gradients") if x.dtype == torch.float32 else {}
+    if x.is_cuda and _backend.current_backend() == "auto" and not without and _native.unusable(x.device) is None:
         most = _kernels().few_tokens(x.device) if _backend._triton_missing() is None else 0
         if x.shape[0] > most:
             without["triton"] = f"{x.shape[0]} tokens; up to {most} the compressed weight is read directly"

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -126,16 +129,25 @@ def test_an_older_triton_gets_16_bit_features_in_float32(monkeypatch, anchored):
 
 
 @pytest.mark.skipif(TRITON == (0, 0), reason="needs triton")
-def test_float64_products_of_a_gpu_that_an_older_triton_does_not_know(monkeypatch):
-    from fastunlearn.kernels import moments as kernels
+def test_products_of_a_gpu_that_an_older_triton_does_not_compile(monkeypatch):
+    from fastunlearn.kernels import _common
 
-    device = torch.device("cuda", 0)
+    moments, nm_linear = (importlib.import_module(f"fastunlearn.ops.{name}") for name in ("moments", "nm_linear"))
+    device, x = torch.device("cuda", 0), SimpleNamespace(is_cuda=True, device=torch.device("cuda", 0), shape=(4, 8))
+    asked = {}
+    monkeypatch.setattr(nm_linear._backend, "resolve", lambda op, device, without: asked.update(without) or "native")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (10, 0))
-    monkeypatch.setattr(kernels, "TRITON", (3, 7))
-    assert "3.8 has" in kernels.unsupported(device)["triton"]
-    monkeypatch.setattr(kernels, "TRITON", (3, 8))
-    assert kernels.unsupported(device) == {}
-    monkeypatch.setattr(kernels, "TRITON", (3, 6))
-    assert kernels.unsupported(torch.device("cpu")) == {}
+    monkeypatch.setattr(_common, "TRITON", (3, 7))
+    assert "does not compile float64 products for this GPU; 3.8 does" in moments._unsupported(device)["triton"]
+    x.dtype = torch.float32
+    nm_linear._resolve(x)
+    assert "float32 gradients" in asked.pop("triton")
+    x.dtype = torch.bfloat16
+    nm_linear._resolve(x)
+    assert not asked
+    monkeypatch.setattr(_common, "TRITON", (3, 8))
+    assert moments._unsupported(device) == {}
+    monkeypatch.setattr(_common, "TRITON", (3, 6))
+    assert moments._unsupported(torch.device("cpu")) == {}
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    assert kernels.unsupported(device) == {}
+    assert moments._unsupported(device) == {}
