@@ -65,8 +65,9 @@ class Study:
         self.work, self.size, self.out, self.pieces = work, size, out, pieces
         self.until = None if hours is None else time.monotonic() + 3600 * hours
         self.rows: list[dict[str, Any]] = []
+        epochs = f"fine-tuned {work.size.finetune['epochs']} epochs, once pruned {work.size.recover['epochs']} more"
         self.about = {
-            "size": size, "model": f"{work.base} fine-tuned {work.size.finetune['epochs']} epochs",
+            "size": size, "model": f"{work.base} {epochs}",
             "forward passes": "bf16" if work.bf16 else "fp32",
             "settings": "by tuning" if trial is None else f"not tuned: number {trial} of every method's grid, counted from 0",
         }  # fmt: skip
