@@ -40,8 +40,9 @@ def _objective(name: str, trials: tuple[dict[str, Any], ...] | None = None, **op
 
 
 _SGD = tuple(
-    {"learning_rate": rate, "hamu_share": share} for rate, share in ((3e-2, 0.5), (1e-1, 0.5), (3e-1, 0.5), (1e-1, 0.8))
+    {"learning_rate": rate, "hamu_share": share} for rate, share in ((1e-2, 0.5), (3e-2, 0.5), (1e-1, 0.5), (1e-1, 0.8))
 )
+_CERTIFIED = {"on_infeasible": "largest", "certificate_every": 3}
 METHODS: dict[str, Method] = {
     "GradAscent": _objective("GradAscent"),
     "GradDiff": _objective("GradDiff"),
@@ -58,11 +59,11 @@ METHODS: dict[str, Method] = {
     "PDU": _objective("PDU"),
     "PCGrad, NPO": _objective("NPO", update="pcgrad"),
     "GRU, NPO": _objective("NPO", update="gru"),
-    "HAMU-Q": Method(_SGD, {"update": "hamu-q", "on_infeasible": "largest"}, HAMUConfig, HAMUTrainer),
-    "HAMU-U": Method(_SGD, {"update": "hamu-u", "on_infeasible": "largest"}, HAMUConfig, HAMUTrainer),
+    "HAMU-Q": Method(_SGD, {"update": "hamu-q", **_CERTIFIED}, HAMUConfig, HAMUTrainer),
+    "HAMU-U": Method(_SGD, {"update": "hamu-u", **_CERTIFIED}, HAMUConfig, HAMUTrainer),
     "SAU, NPO": Method(_rates(), {"objective": "NPO"}, SAUConfig, SAUTrainer, (PATTERN,)),
     "SAU x HAMU": Method(
-        _SGD, {"objective": "GradDiff", "update": "hamu-q", "on_infeasible": "largest", "weight_decay": 0.0, "warmup_epochs": 0.0,
+        _SGD, {"objective": "GradDiff", "update": "hamu-q", **_CERTIFIED, "weight_decay": 0.0, "warmup_epochs": 0.0,
                "lr_scheduler_type": "constant"}, SAUConfig, SAUTrainer, (PATTERN,),
     ),
 }  # fmt: skip

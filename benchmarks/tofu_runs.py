@@ -69,7 +69,7 @@ SIZES = {
     "gpu": Size("forget10", 0, 0, 200, 0),
     "cpu": Size(
         "forget01", 60, 20, 20, 20, {"epochs": 6, "learning_rate": 3e-4, "batch_size": 20},
-        {"epochs": 6, "learning_rate": 3e-4, "batch_size": 20}, epochs=3, batch_size=8, new_tokens=40, forget=20,
+        {"epochs": 6, "learning_rate": 1e-3, "batch_size": 20}, epochs=3, batch_size=8, new_tokens=40, forget=20,
     ),
 }  # fmt: skip
 
@@ -218,7 +218,7 @@ class Work:
         self, checkpoint: Checkpoint, config: type, trainer: type, options: Mapping[str, Any], *, seed: int, tuning: bool = False,
         masked: bool = True, alternates: Callable[[], Rows] | None = None,
     ) -> dict[str, Any]:  # fmt: skip
-        """Trains a model in place; seconds, peak MiB, steps, and the pattern's violations.
+        """Trains a model in place; seconds, peak MiB, steps, the pattern's violations, and of certified steps what became of them.
 
         Args:
             config, trainer: an UnlearnConfig and what takes it. options: of the config.
@@ -244,11 +244,13 @@ class Work:
             made = trainer(checkpoint.model, args, rows, retain, checkpoint.tokenizer, masks=kept[0], pruning=kept[1])
             outcome, cost = measured(made.train, self.device)
             made.assert_sound()
+            found = made.certificates.summary() if made.update.takes_step else {}
         checkpoint.model.eval()
         broken = len(nm_violations(checkpoint.model, checkpoint.masks)) if checkpoint.masks else 0
         return {
             "seconds": round(cost.seconds, 1), "peak_mib": None if cost.peak_mib is None else round(cost.peak_mib),
             "steps": int(outcome.global_step), "layers off the pattern": broken,
+            **({f"certificates {name}": found[name] for name in ("checked", "held", "flagged")} if found else {}),
         }  # fmt: skip
 
     def robust(self, checkpoint: Checkpoint, seed: int) -> dict[str, float]:

@@ -104,6 +104,8 @@ def test_a_study_from_end_to_end(work, tmp_path, monkeypatch, capsys):
     tuning = json.loads((results / tofu.FILES["tune"]).read_text())
     # Two models before, NPO twice, the others pruned only.
     assert len(tuning["rows"]) == 2 + 2 + 1 + 1
+    certified = next(row for row in tuning["rows"] if row["method"] == "SAU x HAMU")
+    assert certified["certificates checked"] == -(-certified["steps"] // 3)
     assert tofu.chosen(tuning, "NPO", "dense") == tofu.METHODS["NPO"].trials[0]
     with pytest.raises(ValueError, match="0 of 1 trials of SAU, NPO, dense"):
         tofu.chosen(tuning, "SAU, NPO", "dense")
