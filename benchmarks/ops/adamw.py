@@ -25,7 +25,7 @@ LR, BETA1, BETA2, EPS = 1e-3, 0.9, 0.999, 1e-8
 CASES = [
     Case("1 %, SmolLM2-135M", SMOL, options={"density": 0.01}, gib=12),
     Case("5 %, SmolLM2-135M", SMOL, options={"density": 0.05}, quick=True, gib=12),
-    Case("50 %, SmolLM2-135M", SMOL, options={"density": 0.5}, gib=12),
+    Case("50 %, SmolLM2-135M", SMOL, options={"density": 0.5}, gib=11),
     Case("5 %, a layer of Llama-3.1-8B", LAYER, torch.bfloat16, {"density": 0.05}, devices=("cpu",), gib=11),
     Case("5 %, SD 1.4 U-Net", UNET, options={"density": 0.05}, devices=("cuda",), gib=75),
     Case("50 %, SD 1.4 U-Net", UNET, options={"density": 0.5}, devices=("cuda",), gib=80),
