@@ -43,6 +43,7 @@ from fastunlearn.report.files import write_json as write_plain
 SHOWN = {
     "forget_quality": "forget quality", "model_utility": "model utility", "forget_truth_ratio": "forget truth ratio",
     "extraction_strength": "ES", "exact_memorization": "EM", "forget_Q_A_Prob": "forget prob", "forget_Q_A_ROUGE": "forget ROUGE",
+    "retain_Q_A_Prob": "retain prob", "retain_Q_A_ROUGE": "retain ROUGE",
     "privleak": "PrivLeak", "mia_min_k": "MIA Min-K",
 }  # fmt: skip
 #: the study's stages -> file

@@ -10,7 +10,7 @@ from typing import Any
 
 #: columns of the tables, in their order; those that nothing has are left out
 COLUMNS = (
-    "forget quality", "model utility", "forget truth ratio", "ES", "EM", "forget ROUGE", "PrivLeak", "ES relearned", "ES 4-bit",
+    "forget quality", "model utility", "forget truth ratio", "ES", "EM", "forget ROUGE", "retain ROUGE", "PrivLeak", "ES relearned", "ES 4-bit",
     "seconds", "processor seconds", "peak_mib",
 )  # fmt: skip
 _LEAST = 1e-30
