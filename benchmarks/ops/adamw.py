@@ -23,8 +23,8 @@ FUSED = "masked gradient, fused AdamW"
 LR, BETA1, BETA2, EPS = 1e-3, 0.9, 0.999, 1e-8
 
 CASES = [
-    Case("1 %, SmolLM2-135M", SMOL, options={"density": 0.01}, gib=12),
-    Case("5 %, SmolLM2-135M", SMOL, options={"density": 0.05}, quick=True, gib=12),
+    Case("1 %, SmolLM2-135M", SMOL, options={"density": 0.01}, gib=11),
+    Case("5 %, SmolLM2-135M", SMOL, options={"density": 0.05}, quick=True, gib=11),
     Case("50 %, SmolLM2-135M", SMOL, options={"density": 0.5}, gib=11),
     Case("5 %, a layer of Llama-3.1-8B", LAYER, torch.bfloat16, {"density": 0.05}, devices=("cpu",), gib=11),
     Case("5 %, SD 1.4 U-Net", UNET, options={"density": 0.05}, devices=("cuda",), gib=75),
