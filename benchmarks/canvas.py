@@ -76,11 +76,11 @@ GRID: dict[str, list[dict[str, Any]]] = {
     ],
     "scapre": [
         {"lamb": 0.1},
-        {"lamb": 0.1, "gamma": 0.1},
-        {"lamb": 0.1, "gamma": 1.0},
-        {"lamb": 0.1, "geometry": 0.3},
-        {"lamb": 0.1, "relevance": "gaussian"},
-        {"lamb": 0.1, "padding_weight": 0.1},
+        {"lamb": 0.1, "erase_scale": 10.0},
+        {"lamb": 0.1, "erase_scale": 10.0, "gamma": 0.1},
+        {"lamb": 0.1, "erase_scale": 10.0, "geometry": 0.3},
+        {"lamb": 0.1, "erase_scale": 10.0, "relevance": "gaussian"},
+        {"lamb": 0.1, "erase_scale": 10.0, "gamma": 0.1, "geometry": 0.3, "relevance": "gaussian"},
     ],
 }
 _STEPS = {"max_steps": 100, "per_device_train_batch_size": 8, "bf16": True}
