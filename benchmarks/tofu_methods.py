@@ -43,6 +43,8 @@ _SGD = tuple(
     {"learning_rate": rate, "hamu_share": share} for rate, share in ((1e-2, 0.5), (3e-2, 0.5), (1e-1, 0.5), (1e-1, 0.8))
 )
 _CERTIFIED = {"on_infeasible": "largest", "certificate_every": 3}
+# Trust balls in the geometry of Adam have its rates.
+_ADAM = {"update": "hamu-q", "hamu_geometry": "adam", **_CERTIFIED}
 METHODS: dict[str, Method] = {
     "GradAscent": _objective("GradAscent"),
     "GradDiff": _objective("GradDiff"),
@@ -61,10 +63,16 @@ METHODS: dict[str, Method] = {
     "GRU, NPO": _objective("NPO", update="gru"),
     "HAMU-Q": Method(_SGD, {"update": "hamu-q", **_CERTIFIED}, HAMUConfig, HAMUTrainer),
     "HAMU-U": Method(_SGD, {"update": "hamu-u", **_CERTIFIED}, HAMUConfig, HAMUTrainer),
+    "HAMU-Q, adam": Method(_rates(hamu_share=0.5), _ADAM, HAMUConfig, HAMUTrainer),
+    "HAMU-Q, adam, WGA": Method(_rates(hamu_share=0.5), {**_ADAM, "objective": "WGA"}, HAMUConfig, HAMUTrainer),
     "SAU, NPO": Method(_rates(), {"objective": "NPO"}, SAUConfig, SAUTrainer, (PATTERN,)),
     "SAU x HAMU": Method(
         _SGD, {"objective": "GradDiff", "update": "hamu-q", **_CERTIFIED, "weight_decay": 0.0, "warmup_epochs": 0.0,
                "lr_scheduler_type": "constant"}, SAUConfig, SAUTrainer, (PATTERN,),
+    ),
+    "SAU x HAMU, adam": Method(
+        _rates(hamu_share=0.5), {"objective": "GradDiff", **_ADAM, "weight_decay": 0.0, "warmup_epochs": 0.0,
+                                 "lr_scheduler_type": "constant"}, SAUConfig, SAUTrainer, (PATTERN,),
     ),
 }  # fmt: skip
 #: of SAU's claim: name -> (method whose tuned settings are used, options, whether the masks hold, when it is pruned)

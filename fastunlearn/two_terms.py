@@ -102,6 +102,12 @@ class TwoTermConfig(TrainingArguments):
     hamu_base: str = field(
         default="sgd", metadata={"help": "What takes the step: sgd; adamw passes it on, and the guarantee is void."}
     )
+    hamu_geometry: str = field(
+        default="euclidean",
+        metadata={
+            "help": "Of trust balls: euclidean (the paper's), or adam: short where gradients are large (rates as AdamW's)."
+        },
+    )
     on_flag: str = field(
         default="log",
         metadata={"help": "Where retain damage cannot be avoided: log, stop, or backtrack (halve steps)."},

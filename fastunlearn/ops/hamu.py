@@ -79,6 +79,14 @@ class _Step:
             mine = [masks[t] for t in members]
             self.parts.append((members, Flat(own, mine if any(m is not None for m in mine) else None)))
 
+    def scale(self, scales: Sequence[Tensor]) -> None:
+        """Multiplies the gradients, in place."""
+        for members, flat in self.parts:
+            for row in flat.groups[1:]:
+                pairs = [(x, scales[t].to(x.dtype)) for t, x in zip(members, row) if x is not None]
+                if pairs:
+                    torch._foreach_mul_(*map(list, zip(*pairs)))
+
     def gram(self) -> np.ndarray:
         """float64 [tensors, groups, groups]; waits for the devices."""
         out = np.zeros((self.count, self.groups, self.groups))
@@ -161,10 +169,12 @@ def _all_reduce(values: np.ndarray, sizes: Sequence[int], group: Any, device: to
 def _run(
     params: Sequence[Tensor], rows: Sequence[Sequence[Tensor | None]], masks: Sequence[BitMask | None],
     options: dict[str, Any], max_grad_norm: float | None, descent: bool, skip_flagged: bool, stochastic: bool, seed: int,
-    step: int, process_group: Any = None,
+    step: int, process_group: Any = None, scales: Sequence[Tensor] | None = None,
 ) -> Tensor:  # fmt: skip
     """All checked; rows are the retain groups and the forget gradient, local. Returns the values of the certificate."""
     lists = _Step(params, rows, masks)
+    if scales is not None:
+        lists.scale(scales)
     values, firsts = lists.gram(), np.zeros(len(params), dtype=np.int64)
     if process_group is not None:
         sizes = [p.numel() for p in params]
@@ -180,7 +190,12 @@ def _run(
     budgets = options["budgets"]
     # A budget is of the loss; the problem is one of clipped gradients.
     problem = Problem(gram=values, clip=clip, **options | {"budgets": None if budgets is None else budgets * clip[:k]})
-    plan = solve(problem)
+    try:
+        plan = solve(problem)
+    except InfeasibleError:
+        if scales is not None:
+            lists.scale([d.reciprocal() for d in scales])
+        raise
     if plan.flagged and skip_flagged:
         return pack(plan, problem, False)
     factors = plan.coefficients.copy()
@@ -191,6 +206,8 @@ def _run(
     keys = rounding_keys(
         column * np.uint64(seed & 0xFFFFFFFFFFFFFFFF), column * np.uint64(step), np.arange(count, dtype=np.uint64)
     )
+    if scales is not None:
+        lists.scale(scales)
     lists.apply(factors, keys, stochastic, firsts)
     return pack(plan, problem, True)
 
@@ -277,7 +294,7 @@ def _retain_lists(g_retain: Any) -> list[Any]:
     return [g_retain]
 
 
-def _group_of(params: Sequence[Any], process_group: Any) -> Any:
+def group_of(params: Sequence[Any], process_group: Any = None) -> Any:
     """The process group over which the parameters are sharded; None: they are whole."""
     if process_group is not None or "torch.distributed.tensor" not in sys.modules:
         return process_group
@@ -315,6 +332,7 @@ def hamu_step_(
     stochastic_rounding: bool = True,
     seed: int = 0,
     step: int = 1,
+    scales: Sequence[Tensor] | None = None,
 ) -> Certificate:
     """One step of HAMU, in place: two passes over the gradients, one wait for their inner products.
 
@@ -341,6 +359,9 @@ def hamu_step_(
         max_grad_norm: each group's gradient is clipped to that norm by itself.
         descent: g_forget holds the gradient of descent on the forget term: its opposite.
         skip_flagged: a flagged step is not taken.
+        scales: for each parameter a float32 tensor D > 0 of its shape: everything is of the gradients D g, and the change is D times
+            that of those, so that the ball holds ||change / D||; products, promises and the certificate keep their units. The
+            gradients are overwritten.
         stochastic_rounding: of bfloat16, by (seed, step, number of the tensor, entry): rounded to nearest nearly every step is lost.
 
     Returns:
@@ -382,7 +403,7 @@ def hamu_step_(
         raise TypeError(f"params: want a list, got {type(params).__name__}")
     if not params:
         raise ValueError("params: empty")
-    process_group = _group_of(params, process_group)
+    process_group = group_of(params, process_group)
     given = []
     for i, p in enumerate(params):
         check_param(p, f"params[{i}]")
@@ -400,9 +421,20 @@ def hamu_step_(
     if masks is not None and len(masks) != len(params):
         raise ValueError(f"masks: want {len(params)}, one (or None) for each parameter, got {len(masks)}")
     packed = [None if masks is None else as_mask(masks[i], p, f"masks[{i}]") for i, p in enumerate(given)]
+    if scales is not None:
+        if isinstance(scales, Tensor) or not isinstance(scales, Sequence) or len(scales) != len(given):
+            raise ValueError(f"scales: want {len(given)} tensors, one for each parameter")
+        scales = [local(d) for d in scales]
+        for i, (d, p) in enumerate(zip(scales, given)):
+            if d.shape != p.shape or d.dtype != torch.float32 or d.device != p.device:
+                raise ValueError(
+                    f"scales[{i}]: want float32 {tuple(p.shape)} on {p.device}, got {d.dtype} {tuple(d.shape)} on {d.device}"
+                )
     if _backend.traced(given, *rows):
-        if process_group is not None:
-            raise ValueError("process_group: not under torch.compile; leave the step outside of what is compiled")
+        if process_group is not None or scales is not None:
+            raise ValueError(
+                "process_group, scales: not under torch.compile; leave the step outside of what is compiled"
+            )
         grads = [p.new_empty(_absent(p)) if x is None else x for row in rows for x, p in zip(row, given)]
         bits = [p.new_empty(0, dtype=torch.uint8) if m is None else m.bits for m, p in zip(packed, given)]
         values = torch.ops.fastunlearn.hamu_step_(
@@ -418,7 +450,7 @@ def hamu_step_(
     with torch.no_grad():
         values = _run(
             given, rows, packed, options, max_grad_norm, descent, skip_flagged, stochastic_rounding, seed, step,
-            process_group,
+            process_group, scales,
         )  # fmt: skip
     return Certificate(values, k, len(params))
 

@@ -29,6 +29,7 @@ CHOICES = {
     "hamu_allocation": ("norms", "joint"),
     "hamu_rule": ("exact", "paper"),
     "hamu_base": ("sgd", "adamw"),
+    "hamu_geometry": ("euclidean", "adam"),
     "on_flag": ("log", "stop", "backtrack"),
     "on_infeasible": ("stop", "error", "largest"),
 }
@@ -57,6 +58,7 @@ class Hamu(Separate):
         self.on_flag: str = option("on_flag", "log")
         self.on_infeasible: str = option("on_infeasible", "stop")
         self.base: str = option("hamu_base", "sgd")
+        self.geometry: str = option("hamu_geometry", "euclidean")
         asked = {name: option(f"hamu_{name}", None) for name in ("share", "ratio", "q")}
         for name, value in asked.items():
             if value is not None and not 0 <= value < math.inf:
@@ -114,6 +116,12 @@ class Hamu(Separate):
             raise ValueError("hamu_allocation: norms is without groups (and in hamu-u without budgets); want joint")
         if getattr(args, "hamu_rule", None) == "paper" and (grouped or self.budgets is not None):
             raise ValueError("hamu_rule: paper is without retain_groups and retain_budgets; want exact")
+        if self.geometry == "adam" and self.base == "adamw":
+            raise ValueError("hamu_geometry: adam is of HAMU's own step; leave hamu_base at sgd")
+        if self.geometry == "adam" and getattr(args, "hamu_ratio", None) is not None:
+            raise ValueError(
+                "hamu_ratio: of clipped gradients, which hamu_geometry=adam does not know; give hamu_share or hamu_q"
+            )
         if self.base == "adamw" and self.on_flag == "backtrack":
             raise ValueError("on_flag: backtrack makes steps shorter, of which hamu_base=adamw takes no notice")
         for name, least in (("max_grad_norm", "0 (no clipping) or more"), ("learning_rate", "more than 0")):
@@ -125,7 +133,7 @@ class Hamu(Separate):
         """The optimiser of a run, over these parameters."""
         self.optimizer = HamuSGD(
             list(named), self._gradients, masks, lr=args.learning_rate, seed=args.seed,
-            stochastic_rounding=args.stochastic_rounding,
+            stochastic_rounding=args.stochastic_rounding, geometry=self.geometry, beta2=args.adam_beta2, eps=args.adam_epsilon,
             infeasible=self.on_infeasible, **self.options,
         )  # fmt: skip
         return self.optimizer

@@ -378,14 +378,17 @@ def test_what_hamu_cannot_start_with(tmp_path):
     assert trainer.objective.retain_loss_type == "KL"
 
 
-@pytest.mark.parametrize("update", ["hamu-q", "gru"])
+@pytest.mark.parametrize("update", ["hamu-q", "hamu-q, adam", "gru"])
 def test_resuming_is_not_having_stopped(tmp_path, update):
+    update, _, geometry = update.partition(", ")
+
     def trainer(folder):
         # bf16: the random numbers of rounding must go on, too.
         return make(
             folder, known_model().bfloat16(), kind=UnlearnTrainer, arguments=UnlearnConfig, update=update, objective="GradDiff",
             per_device_train_batch_size=2, num_train_epochs=3, save_strategy="steps", save_steps=2, save_total_limit=None,
             optim="sgd", warmup_epochs=0, hamu_share=0.2 if update == "hamu-q" else None, on_infeasible="largest", on_flag="backtrack",
+            hamu_geometry=geometry or "euclidean",
         )  # fmt: skip
 
     whole = trainer(tmp_path / "whole")
@@ -444,6 +447,9 @@ def test_a_killed_run_resumed_equals_one_that_was_not(tmp_path):
         ({"retain_groups": "tenant", "hamu_allocation": "norms"}, "hamu_allocation: norms is without groups"),
         ({"update": "hamu-u", "retain_budgets": [0.1], "hamu_allocation": "norms"}, "hamu_allocation: norms is without"),
         ({"retain_groups": "tenant", "hamu_rule": "paper"}, "hamu_rule: paper is without retain_groups"),
+        ({"hamu_geometry": "cone"}, "hamu_geometry: 'cone' is unknown"),
+        ({"hamu_geometry": "adam", "hamu_base": "adamw"}, "hamu_geometry: adam is of HAMU's own step"),
+        ({"hamu_geometry": "adam", "hamu_ratio": 0.5}, "hamu_ratio: of clipped gradients"),
         ({"hamu_base": "adamw", "on_flag": "backtrack"}, "on_flag: backtrack makes steps shorter"),
         ({"max_grad_norm": -1.0}, r"max_grad_norm: want 0 \(no clipping\) or more, got -1"),
         ({"learning_rate": 0.0}, "learning_rate: want more than 0, got 0"),

@@ -513,6 +513,38 @@ def test_layouts(backend):
 
 
 @pytest.mark.parametrize("backend", ["reference", "native", "triton"])
+@pytest.mark.parametrize(("variant", "retain", "density"), [("q", 1, None), ("u", 1, 0.5), ("q", 2, 0.5)])
+def test_scales_are_a_change_of_variables(backend, variant, retain, density):
+    made = _inputs(SHAPES["list"], retain, density=density, missing=((0, 1),))
+    generator = torch.Generator().manual_seed(7)
+    scales = [torch.rand(s, generator=generator) * 3 + 0.1 for s in SHAPES["list"]]
+    may = made["may"] or [torch.ones(s, dtype=torch.bool) for s in SHAPES["list"]]
+    options = {"lr": 1e-2, "variant": variant, "share": 0.6, "masks": made["may"]}
+    # In z = p / D a gradient is D g, and p moves by D times what z moves.
+    mine = [[None if x is None else d * x for d, x in zip(scales, row)] for row in made["rows"]]
+    z = [torch.zeros(s) for s in SHAPES["list"]]
+    start = [p.clone() for p in made["params"]]
+    with fastunlearn.backend(backend):
+        wanted = ops.hamu_step_(z, mine[:-1], mine[-1], **options)
+        found = ops.hamu_step_(made["params"], made["rows"][:-1], made["rows"][-1], scales=scales, **options)
+    torch.testing.assert_close(found.values, wanted.values)
+    for p, before, d, change, free in zip(made["params"], start, scales, z, may):
+        torch.testing.assert_close(p, torch.where(free, before + d * change, before), rtol=1e-5, atol=1e-7)
+        assert torch.equal(p[~free], before[~free])
+
+
+def test_a_refused_step_leaves_scaled_gradients_as_they_were():
+    g, f = torch.randn(50), torch.randn(50)
+    retain, forget, p = g.clone(), f.clone(), torch.zeros(50)
+    scale = torch.rand(50) + 0.5
+    with pytest.raises(ops.InfeasibleError):
+        ops.hamu_step_([p], [retain], [forget], lr=0.1, q=1e6, scales=[scale])
+    torch.testing.assert_close(retain, g)
+    torch.testing.assert_close(forget, f)
+    assert not p.any()
+
+
+@pytest.mark.parametrize("backend", ["reference", "native", "triton"])
 def test_autograd_sees_the_change(backend):
     p = torch.randn(7, requires_grad=True)
     saved = (p * p).sum()
@@ -596,6 +628,10 @@ def _call(params=None, retain=None, forget=None, **options):
         (_call(budgets=[float("inf")]), ValueError, "budgets: want finite"),
         (_call(budgets=[0.0], variant="u", q=0.1), ValueError, 'budgets: with variant "u"'),
         (_call(masks=[]), ValueError, "masks: want 1"),
+        (_call(scales=[]), ValueError, "scales: want 1 tensors"),
+        (_call(scales=torch.ones(1, 3)), ValueError, "scales: want 1 tensors"),
+        (_call(scales=[torch.ones(4)]), ValueError, r"scales\[0\]: want float32 \(3,\) on cpu, got torch.float32 \(4,\)"),
+        (_call(scales=[torch.ones(3).double()]), ValueError, r"scales\[0\]: want float32 .* got torch.float64"),
         (_call(max_grad_norm=0.0), ValueError, "max_grad_norm: want a finite number > 0"),
     ],
 )  # fmt: skip

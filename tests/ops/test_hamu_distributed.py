@@ -37,6 +37,25 @@ def _steps(rank: int | None, world: int, group=None) -> list[torch.Tensor]:
     return out
 
 
+def _adam_steps(rank: int | None, world: int, group=None) -> list[torch.Tensor]:
+    """Parameters after three steps in the geometry of Adam."""
+    from fastunlearn.optim import HamuSGD
+
+    def mine(row):
+        return row if rank is None else [x.chunk(world)[rank] if rank < len(x.chunk(world)) else x[:0] for x in row]
+
+    params, first, second, forget = map(mine, _lists())
+    params = [p.clone() for p in params]
+
+    def gradients():
+        return [x.clone() for x in forget], [[x.clone() for x in row] for row in (first, second)]
+
+    optimizer = HamuSGD(params, gradients, lr=1e-2, share=0.5, geometry="adam", process_group=group)
+    for _ in range(3):
+        optimizer.step()
+    return params
+
+
 def _worker(rank: int, port: int, folder: str) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
@@ -54,6 +73,9 @@ def _worker(rank: int, port: int, folder: str) -> None:
         ops.hamu_step_([p], [g], [torch.ones(3)], lr=0.1, process_group=dist.group.WORLD)
     assert not p.any()
     torch.save(out, Path(folder) / f"{rank}.pt")
+    calls.clear()
+    torch.save(_adam_steps(rank, 2, dist.group.WORLD), Path(folder) / f"adam-{rank}.pt")
+    assert calls == [9, len(SHAPES) * (6 + 2)] * 3
     dist.destroy_process_group()
 
 
@@ -75,3 +97,6 @@ def test_two_processes_are_one(tmp_path):
             assert (torch.cat([a, b]) != one).float().mean() < 0.01
         else:
             torch.testing.assert_close(torch.cat([a, b]), one, rtol=1e-6, atol=1e-7)
+    parts = [torch.load(tmp_path / f"adam-{rank}.pt") for rank in (0, 1)]
+    for one, *cut in zip(_adam_steps(None, 1), *parts):
+        torch.testing.assert_close(torch.cat(cut), one, rtol=1e-5, atol=1e-7)
