@@ -85,4 +85,5 @@ EVIDENCE: dict[str, tuple[str, dict[str, Any], bool, str]] = {
     "mask, redistribution obs": ("SAU, NPO", {"redistribution": "obs"}, True, "before"),
     "mask, redistribution retain": ("SAU, NPO", {"redistribution": "retain"}, True, "before"),
     "mask, HAMU": ("SAU x HAMU", {}, True, "before"),
+    "mask, HAMU, adam": ("SAU x HAMU, adam", {}, True, "before"),
 }
