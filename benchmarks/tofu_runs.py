@@ -250,7 +250,7 @@ class Work:
         return {
             "seconds": round(cost.seconds, 1), "peak_mib": None if cost.peak_mib is None else round(cost.peak_mib),
             "steps": int(outcome.global_step), "layers off the pattern": broken,
-            **({f"certificates {name}": found[name] for name in ("checked", "held", "flagged")} if found else {}),
+            **({f"certificates {name}": found[name] for name in ("checked", "held", "unharmed", "flagged")} if found else {}),
         }  # fmt: skip
 
     def robust(self, checkpoint: Checkpoint, seed: int) -> dict[str, float]:

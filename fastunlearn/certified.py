@@ -122,6 +122,7 @@ class CertifiedTrainer(ShardedTrainer):
             # A loss of descent on the forget term falls where it is forgotten.
             record["forget_change"], record["retain_change"] = -changes[0], changes[1 : 1 + count]
             record["holds"] = certificate.holds(record["forget_change"], record["retain_change"])
+            record["unharmed"] = certificate.unharmed(record["retain_change"])
             record |= {"held_out_change": changes[-1]} if len(changes) > 1 + count else {}
             failed = not (record["holds"] or certificate.flagged)
             if failed and self.update.on_flag == "backtrack" and self._moves_exactly():

@@ -112,17 +112,30 @@ class Certificate:
         change <= -0.9 U (with budgets: <= its budget + 10 % of lr ||g_f|| ||g||), forget >= its prediction - 10 % of lr ||g_f||^2.
         In units of the losses, gradients not clipped.
         """
-        clip, norms, budgets = self.clip, self.norms, self.budgets
-        slack = [0.1 * self.lr * c * n * n for c, n in zip(clip, norms)]
+        clip, budgets, slack = self.clip, self.budgets, self._slack()
         if self.variant == "q":
             enough = forget >= 0.9 * self.demand / clip[-1]
             return enough and all(r <= p + e for r, p, e in zip(retain, self.predicted_retain, slack))
         if budgets is not None:
-            reach = 0.1 * self.lr * clip[-1] * norms[-1]
-            enough = all(r <= b + reach * n for r, b, n in zip(retain, budgets, norms))
+            enough = all(r <= b + e for r, b, e in zip(retain, budgets, slack))
         else:
             enough = all(r <= -0.9 * self.demand / c for r, c in zip(retain, clip))
         return enough and forget >= self.predicted_forget - slack[-1]
+
+    def unharmed(self, retain: Sequence[float]) -> bool:
+        """Whether no retain loss, on the step's own batches, grew by more than its prediction or its budget; 0 where these are falls.
+
+        With the tolerance of `holds`. A step after which retain losses fell, but by less than predicted, is unharmed and does not hold.
+        """
+        allowed = [max(p, b, 0.0) for p, b in zip(self.predicted_retain, self.budgets or [0.0] * self.groups)]
+        return all(r <= a + e for r, a, e in zip(retain, allowed, self._slack()))
+
+    def _slack(self) -> list[float]:
+        """Tolerance of a loss change, of every group: 10 % of the ball's radius times its gradient."""
+        norms, last = self.norms, self.clip[-1] * self.norms[-1]
+        if self.variant == "q":
+            return [0.1 * self.lr * c * n * n for c, n in zip(self.clip, norms)]
+        return [0.1 * self.lr * last * n for n in norms]
 
     def __repr__(self) -> str:
         numbers = ", ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in self.to_dict().items())

@@ -235,7 +235,7 @@ def _curve(runs: Sequence[Run], key: str, label: str, ident: str, found: dict[in
         f"{line.name}: {number(line.y[0])} at step {number(line.x[0])}, {number(line.y[-1])} at step {number(line.x[-1])}"
         for line in lines
     )
-    share = key.split("_", 1)[-1] in ("capacity", "hardness", "s", "holds") and all(
+    share = key.split("_", 1)[-1] in ("capacity", "hardness", "s", "holds", "unharmed") and all(
         0 <= v <= 1 for line in lines for v in line.y
     )
     picture = line_chart(
@@ -288,7 +288,7 @@ def curves(runs: Sequence[Run], _: Sequence[Target]) -> Html | None:
 
 _SUMMARY = {
     "steps": "steps with a certificate", "flagged": "flagged: damage could not be avoided", "first_flagged": "first flagged step",
-    "checked": "certificates checked", "held": "of them held", "largest_hardness": "largest hardness", "largest_s": "largest s",
+    "checked": "certificates checked", "held": "of them held", "unharmed": "of them without retain damage", "largest_hardness": "largest hardness", "largest_s": "largest s",
 }  # fmt: skip
 
 

@@ -263,12 +263,13 @@ class CertificateLog:
         checked = [r for r in records if "holds" in r]
         if checked:
             out["hamu_holds"] = sum(r["holds"] for r in checked) / len(checked)
+            out["hamu_unharmed"] = sum(r.get("unharmed", r["holds"]) for r in checked) / len(checked)
             out["hamu_forget_change"] = sum(r["forget_change"] for r in checked) / len(checked)
             out["hamu_retain_change"] = sum(max(r["retain_change"]) for r in checked) / len(checked)
         return out
 
     def summary(self) -> dict[str, Any]:
-        """Of the whole run, from the file: steps, flagged, checked, held (numbers), largest hardness and s; {} without one."""
+        """Of the whole run, from the file: steps, flagged, checked, held, unharmed (numbers), largest hardness and s; {} without one."""
         if not self.path.exists():
             return {}
         records = [record for _, record in self._read()]
@@ -280,6 +281,7 @@ class CertificateLog:
             "first_flagged": flagged[0] if flagged else None,
             "checked": len(checked),
             "held": sum(r["holds"] for r in checked),
+            "unharmed": sum(r.get("unharmed", r["holds"]) for r in checked),
             "largest_hardness": max((r["hardness"] for r in records), default=0.0),
             "largest_s": max((r["s"] for r in records), default=0.0),
         }

@@ -90,6 +90,7 @@ def test_certificates_hold(tmp_path, update, seed):
     records = lines(tmp_path / "out")
     assert [r["step"] for r in records] == list(range(1, 25))
     assert sum(r["holds"] for r in records) >= 0.95 * len(records)
+    assert all(r["unharmed"] for r in records if r["holds"])
     for r in records:
         assert r["taken"]
         assert 0 < r["s"] <= 1
@@ -106,6 +107,7 @@ def test_certificates_hold(tmp_path, update, seed):
     summary = trainer.certificates.summary()
     assert (summary["steps"], summary["checked"]) == (24, 24)
     assert summary["held"] >= 23
+    assert summary["unharmed"] >= summary["held"]
 
 
 @pytest.mark.parametrize("how", ["autocast", "weights"])

@@ -533,6 +533,25 @@ def test_scales_are_a_change_of_variables(backend, variant, retain, density):
         assert torch.equal(p[~free], before[~free])
 
 
+@pytest.mark.parametrize("variant", ["q", "u"])
+def test_unharmed_is_about_growth_only(variant):
+    made = _inputs(SHAPES["list"], 2, conflict=0.0)
+    rows = made["rows"]
+    certificate = ops.hamu_step_(made["params"], rows[:-1], rows[-1], lr=1e-3, variant=variant, share=0.3)
+    predicted, forget = certificate.predicted_retain, certificate.predicted_forget
+    assert max(predicted) < 0
+    assert certificate.holds(forget, predicted)
+    assert certificate.unharmed(predicted)
+    # Half of the promised fall: nothing is harmed, the promise is not kept.
+    fall = [p / 2 for p in predicted]
+    assert not certificate.holds(forget, fall)
+    assert certificate.unharmed(fall)
+    assert not certificate.unharmed([-predicted[0], 0.0])
+    budgeted = ops.hamu_step_(made["params"], rows[:-1], rows[-1], lr=1e-3, variant=variant, budgets=[0.5, 0.0], **({"share": 0.3} if variant == "q" else {}))  # fmt: skip
+    assert budgeted.unharmed([0.5, 0.0])
+    assert not budgeted.unharmed([0.0, 50.0])
+
+
 def test_a_refused_step_leaves_scaled_gradients_as_they_were():
     g, f = torch.randn(50), torch.randn(50)
     retain, forget, p = g.clone(), f.clone(), torch.zeros(50)

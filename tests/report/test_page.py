@@ -104,7 +104,7 @@ METRICS = {
     "targets": ["forget.exact_recall<=0.05", "text.perplexity<=1.05x", "retain.exact_recall>=0.95"],
     "settings": {"objective": "NPO", "learning_rate": 1e-3, "groups": None},
     "history": [{"step": i, "forget_loss": 3.0 - i, "sd_loss": 0.5 * i, "hamu_hardness": 0.1} for i in range(3)],
-    "certificates": {"steps": 3, "flagged": 1, "first_flagged": 2, "checked": 3, "held": 2, "largest_hardness": 0.4, "largest_s": 0.9},
+    "certificates": {"steps": 3, "flagged": 1, "first_flagged": 2, "checked": 3, "held": 2, "unharmed": 3, "largest_hardness": 0.4, "largest_s": 0.9},
     "train": {"train_runtime": 12.0}, "seconds": 12.5, "peak_mib": 100.0, "storage_mib": 250.0,
     "versions": {"fastunlearn": "0.1", "torch": "2.11"}, "command": "fastunlearn hamu --model a/b --output out",
 }  # fmt: skip
