@@ -65,6 +65,7 @@ METHODS: dict[str, Method] = {
     "HAMU-U": Method(_SGD, {"update": "hamu-u", **_CERTIFIED}, HAMUConfig, HAMUTrainer),
     "HAMU-Q, adam": Method(_rates(hamu_share=0.5), _ADAM, HAMUConfig, HAMUTrainer),
     "HAMU-Q, adam, WGA": Method(_rates(hamu_share=0.5), {**_ADAM, "objective": "WGA"}, HAMUConfig, HAMUTrainer),
+    "HAMU-Q, adam, CEU": Method(_rates(hamu_share=0.5), {**_ADAM, "objective": "CEU", "alpha": 1.0}, HAMUConfig, HAMUTrainer),
     "SAU, NPO": Method(_rates(), {"objective": "NPO"}, SAUConfig, SAUTrainer, (PATTERN,)),
     "SAU x HAMU": Method(
         _SGD, {"objective": "GradDiff", "update": "hamu-q", **_CERTIFIED, "weight_decay": 0.0, "warmup_epochs": 0.0,
