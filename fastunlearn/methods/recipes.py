@@ -41,7 +41,7 @@ DEFAULTS: dict[str, dict[str, dict[str, Any]]] = {
     "time": {"style": {}, "object": {}},
     "rece": {"style": {"tokens": "all"}, "object": {"tokens": "all"}},
     "speed": {"style": {"tokens": "all"}, "object": {"tokens": "all"}},
-    "scapre": {"style": {}, "object": {}},
+    "scapre": {kind: {"lamb": 0.1, "erase_scale": 10.0} for kind in ("style", "object")},
     "spare": {
         kind: {
             "learning_rate": 3e-3,
