@@ -22,6 +22,9 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 
 from fastunlearn import _native
 
+#: of ops that wait for the device or upload a table of addresses in every call: torch.compile keeps them out of its CUDA graphs
+NOT_CAPTURED = (torch.Tag.cudagraph_unsafe,)
+
 BackendName = Literal["auto", "reference", "native", "triton"]
 _NAMES: tuple[str, ...] = get_args(BackendName)
 _ENV = "FASTUNLEARN_BACKEND"

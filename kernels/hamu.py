@@ -131,7 +131,10 @@ def _launch(
     blocks = -(-sizes // BLOCK)
     distinct = {x.dtype for group in groups for x in group if x is not None}
     mixed = len(distinct) != 1
-    codes = [sum(_CODES[x.dtype] << (2 * g) for g, x in enumerate(column) if x is not None) for column in zip(*groups)]
+    codes = [
+        sum(_CODES[x.dtype] << (2 * g) for g, x in enumerate(column) if x is not None) if mixed else 0
+        for column in zip(*groups)
+    ]
     marks = [0 if b is None else b.data_ptr() for b in bits]
     addresses = [[0 if x is None else x.data_ptr() for x in group] for group in groups]
     places = [p.data_ptr() for p in params]

@@ -30,9 +30,10 @@ def _symmetric(
     A, C, out, p, q, b, c, ADDEND: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """A fp32 [batch, p, q], C and out fp32 [batch, p, p]; one program a tile on or below the diagonal."""
-    tile_m, tile_n = tl.program_id(0), tl.program_id(1)
+    side = tl.num_programs(1)
+    tile_m, tile_n = tl.program_id(0) % side, tl.program_id(1)
     if tile_n <= tile_m:
-        batch = tl.program_id(2).to(tl.int64)
+        batch = (tl.program_id(0) // side).to(tl.int64)
         m = (tile_m * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
         n = (tile_n * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
         k = tl.arange(0, BLOCK_K)
@@ -66,7 +67,8 @@ def symmetric(A: Tensor, C: Tensor | None = None, b: float = 0.0, c: float = 1.0
     options = tuned("polar.symmetric", key, A.device, BLOCK=128, BLOCK_K=32, num_warps=8, num_stages=3)
     side = triton.cdiv(p, options["BLOCK"])
     with torch.cuda.device_of(A):
-        _symmetric[(side, side, batch)](
+        # Only the first axis of a grid takes more than 65,535.
+        _symmetric[(side * batch, side)](
             A, out if C is None else C, out, p, q, float(b), float(c), C is not None, **options,
         )  # fmt: skip
     return out

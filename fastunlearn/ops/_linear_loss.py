@@ -321,7 +321,7 @@ class _LinearLoss(torch.autograd.Function):
 # ---- what torch.compile sees: results of every token, as nobody knows before the call how many count -----------------------
 
 
-@torch.library.custom_op("fastunlearn::linear_loss", mutates_args=())
+@torch.library.custom_op("fastunlearn::linear_loss", mutates_args=(), tags=_backend.NOT_CAPTURED)
 def _linear_loss_op(
     hidden: Tensor,
     weight: Tensor,
@@ -376,7 +376,7 @@ def _(
     )
 
 
-@torch.library.custom_op("fastunlearn::linear_loss_backward", mutates_args=())
+@torch.library.custom_op("fastunlearn::linear_loss_backward", mutates_args=(), tags=_backend.NOT_CAPTURED)
 def _linear_loss_backward_op(
     factor: Tensor,
     stats: Tensor,

@@ -290,14 +290,16 @@ _library = torch.library.Library("fastunlearn", "FRAGMENT")
 _library.define(
     "masked_adamw_(Tensor(a!)[] params, Tensor[] grads, Tensor[] bits, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
     "Tensor steps, float lr, float beta1, float beta2, float eps, float weight_decay, bool maximize, Tensor[] lr_scales, "
-    "Tensor(d!)[] masters, Tensor? grad_scale, bool stochastic_rounding, int seed) -> ()"
+    "Tensor(d!)[] masters, Tensor? grad_scale, bool stochastic_rounding, int seed) -> ()",
+    tags=_backend.NOT_CAPTURED,
 )
 _library.define(
     "masked_sgd_(Tensor(a!)[] params, Tensor[] grads, Tensor[] bits, Tensor(b!)[] momentum_buffers, Tensor steps, float lr, "
     "float momentum, float dampening, float weight_decay, bool nesterov, bool maximize, Tensor[] lr_scales, "
-    "Tensor(c!)[] masters, Tensor? grad_scale, bool stochastic_rounding, int seed) -> ()"
+    "Tensor(c!)[] masters, Tensor? grad_scale, bool stochastic_rounding, int seed) -> ()",
+    tags=_backend.NOT_CAPTURED,
 )
-_library.define("masked_grad_norm(Tensor[] grads, Tensor[] bits) -> Tensor")
+_library.define("masked_grad_norm(Tensor[] grads, Tensor[] bits) -> Tensor", tags=_backend.NOT_CAPTURED)
 
 
 def _adamw_op(

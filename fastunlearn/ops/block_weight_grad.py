@@ -182,7 +182,7 @@ def _write(
 
 
 # As torch.library ops: what torch.compile sees. `conv`: Convolution.flat, or empty for a linear layer.
-@torch.library.custom_op("fastunlearn::block_weight_grad", mutates_args=())
+@torch.library.custom_op("fastunlearn::block_weight_grad", mutates_args=(), tags=_backend.NOT_CAPTURED)
 def _op(grad: Tensor, x: Tensor, block_mask: Tensor, block: int, conv: list[int], packed: bool) -> Tensor:
     made = _write(grad, x, block_mask, block, Convolution.of(conv) if conv else None, None, packed)
     return made.clone() if made.data_ptr() in (grad.data_ptr(), x.data_ptr()) and made.numel() else made
@@ -195,7 +195,7 @@ def _(grad: Tensor, x: Tensor, block_mask: Tensor, block: int, conv: list[int], 
     return x.new_empty(_sides(grad, x, Convolution.of(conv) if conv else None))
 
 
-@torch.library.custom_op("fastunlearn::block_weight_grad_", mutates_args=("out",))
+@torch.library.custom_op("fastunlearn::block_weight_grad_", mutates_args=("out",), tags=_backend.NOT_CAPTURED)
 def _op_(grad: Tensor, x: Tensor, block_mask: Tensor, block: int, conv: list[int], packed: bool, out: Tensor) -> None:
     _write(grad, x, block_mask, block, Convolution.of(conv) if conv else None, out, packed)
 

@@ -22,6 +22,8 @@ _OP = _backend.register("gram", native=("cpu",), triton=("cuda",))
 Mask = BitMask | Tensor | None
 #: entries of a unit of work (csrc/gram.h: kUnit)
 UNIT = 32 * 1024
+#: two bits of an int64 name the type of each
+MIXED_GROUPS = 31
 _TYPES = frozenset(DTYPES)
 #: what is no DTensor and the like
 _PLAIN = frozenset((Tensor, torch.nn.Parameter))
@@ -86,12 +88,19 @@ def at(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
+def too_many(groups: Sequence[Sequence[Tensor | None]]) -> dict[str, str]:
+    """The reason why these groups are beyond Triton's kernels; {} for none."""
+    if len(groups) <= MIXED_GROUPS or len({x.dtype for group in groups for x in group if x is not None}) <= 1:
+        return {}
+    return {"triton": f"{len(groups)} groups of several dtypes; the kernels take {MIXED_GROUPS} of them"}
+
+
 def products(flat: Flat, start: int = 0) -> Tensor:
     """`gram` of the groups from number `start` on: all checked, on one device, at least one tensor that is not None."""
     groups = flat.groups[start:]
     n, count = len(groups), len(flat.sizes)
     device = next(x.device for group in groups for x in group if x is not None)
-    backend = _backend.resolve(_OP, device)
+    backend = _backend.resolve(_OP, device, too_many(groups))
     if backend == "reference":
         rows = [[None if x is None else x.reshape(-1) for x in group] for group in groups]
         return reference.gram(rows, flat.may())
@@ -119,8 +128,8 @@ def products(flat: Flat, start: int = 0) -> Tensor:
 
 
 @torch.library.custom_op(
-    "fastunlearn::gram", mutates_args=(), schema="(Tensor[] grads, int groups, Tensor[] bits) -> Tensor"
-)
+    "fastunlearn::gram", mutates_args=(), schema="(Tensor[] grads, int groups, Tensor[] bits) -> Tensor", tags=_backend.NOT_CAPTURED,
+)  # fmt: skip
 def _gram_op(grads: list[Tensor], groups: int, bits: list[Tensor]) -> Tensor:
     count = len(grads) // groups
     rows = [grads[g * count : (g + 1) * count] for g in range(groups)]

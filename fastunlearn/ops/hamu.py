@@ -19,7 +19,7 @@ from fastunlearn import _backend, _native
 from fastunlearn.ops._certificate import Certificate, pack, size
 from fastunlearn.ops._hamu_solve import InfeasibleError, Problem, solve
 from fastunlearn.ops._slots import check_not_negated, check_param, local, memory_order, units
-from fastunlearn.ops.gram import UNIT, Flat, Mask, as_mask, at, check_groups, products
+from fastunlearn.ops.gram import UNIT, Flat, Mask, as_mask, at, check_groups, products, too_many
 from fastunlearn.ops.mask import BitMask
 from fastunlearn.reference import hamu as reference
 from fastunlearn.reference.stochastic import rounding_keys
@@ -106,7 +106,7 @@ class _Step:
         params = [p.view(-1) for p in flat.groups[0] if p is not None]
         rows = [[None if x is None else x.reshape(-1) for x in row] for row in flat.groups[1:]]
         rounds = [stochastic and p.dtype == torch.bfloat16 for p in params]
-        backend = _backend.resolve(_OP, params[0].device)
+        backend = _backend.resolve(_OP, params[0].device, too_many(rows))
         factors = factors.astype(np.float32)
         if backend == "reference":
             for t, may in enumerate(flat.may()):
@@ -215,7 +215,8 @@ def _run(
 _library = torch.library.Library("fastunlearn", "FRAGMENT")
 _library.define(
     "hamu_step_(Tensor(a!)[] params, Tensor[] grads, int groups, Tensor[] bits, float lr, float demand, float? share, str[] choices, "
-    "float[]? budgets, float? max_grad_norm, bool descent, bool skip_flagged, bool stochastic_rounding, int seed, int step) -> Tensor"
+    "float[]? budgets, float? max_grad_norm, bool descent, bool skip_flagged, bool stochastic_rounding, int seed, int step) -> Tensor",
+    tags=_backend.NOT_CAPTURED,
 )
 
 

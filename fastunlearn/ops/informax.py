@@ -108,7 +108,7 @@ def _informax(stacked: Tensor, positives: Tensor, negatives: Tensor, estimator: 
 
 
 # What torch.compile sees.
-@torch.library.custom_op("fastunlearn::informax", mutates_args=())
+@torch.library.custom_op("fastunlearn::informax", mutates_args=(), tags=_backend.NOT_CAPTURED)
 def _informax_op(stacked: Tensor, positives: Tensor, negatives: Tensor, estimator: str, reduce: str) -> Tensor:
     return _informax(stacked, positives, negatives, estimator, reduce).contiguous()
 
@@ -154,7 +154,7 @@ def _entropy(stacked: Tensor, flat: Tensor, bins: int) -> Tensor:
     return reference.row_entropy(stacked, flat, bins)
 
 
-@torch.library.custom_op("fastunlearn::row_entropy", mutates_args=())
+@torch.library.custom_op("fastunlearn::row_entropy", mutates_args=(), tags=_backend.NOT_CAPTURED)
 def _entropy_op(stacked: Tensor, flat: Tensor, bins: int) -> Tensor:
     return _entropy(stacked, flat, bins).contiguous()
 

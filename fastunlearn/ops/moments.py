@@ -91,7 +91,7 @@ def _add(other: Tensor, flat: Tensor, weights: Tensor | None, out: Tensor) -> Te
 
 
 # What torch.compile sees. `other`: None where it is `flat` itself.
-@torch.library.custom_op("fastunlearn::token_moments_", mutates_args=("out",))
+@torch.library.custom_op("fastunlearn::token_moments_", mutates_args=("out",), tags=_backend.NOT_CAPTURED)
 def _moments_op(other: Tensor | None, flat: Tensor, weights: Tensor | None, out: Tensor) -> None:
     _add(flat if other is None else other, flat, weights, out)
 

@@ -102,7 +102,7 @@ def _expand(values: Tensor, bits: Tensor, cols: int, n: int, m: int) -> Tensor:
     return expand_native(_native.in_memory(values), bits, n, m, out)
 
 
-@torch.library.custom_op("fastunlearn::nm_gather", mutates_args=())
+@torch.library.custom_op("fastunlearn::nm_gather", mutates_args=(), tags=_backend.NOT_CAPTURED)
 def _gather_op(dense: Tensor, bits: Tensor, n: int, m: int, check: bool) -> Tensor:
     return _gather(dense, bits, n, m, check)
 

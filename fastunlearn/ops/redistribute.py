@@ -150,7 +150,7 @@ def _raise_invalid(wrong: Sequence[int], importance: Sequence[Tensor]) -> None:
 
 
 # What torch.compile sees. The sizes of the results depend on the masks: unbacked symbols, unless `out` is given.
-@torch.library.custom_op("fastunlearn::redistribution", mutates_args=())
+@torch.library.custom_op("fastunlearn::redistribution", mutates_args=(), tags=_backend.NOT_CAPTURED)
 def _redistribution_op(importance: Sequence[Tensor], bits: Sequence[Tensor], beta: float, clip: float) -> list[Tensor]:
     return _run(_flat(importance), bits, None, beta, clip)
 
@@ -165,6 +165,7 @@ def _(importance: Sequence[Tensor], bits: Sequence[Tensor], beta: float, clip: f
     "fastunlearn::redistribution_out",
     mutates_args=("out",),
     schema="(Tensor[] importance, Tensor[] bits, Tensor(a!)[] out, float beta, float clip) -> ()",
+    tags=_backend.NOT_CAPTURED,
 )
 def _redistribution_out_op(
     importance: list[Tensor], bits: list[Tensor], out: list[Tensor], beta: float, clip: float

@@ -63,6 +63,7 @@ def _dispatch(scores: Sequence[Tensor], grads: Sequence[Tensor], weights: Sequen
     "fastunlearn::saliency_accumulate_",
     mutates_args=("scores",),
     schema="(Tensor(a!)[] scores, Tensor[] grads, Tensor[] weights, str kind) -> ()",
+    tags=_backend.NOT_CAPTURED,
 )
 def _saliency_op(scores: list[Tensor], grads: list[Tensor], weights: list[Tensor], kind: str) -> None:
     if scores:

@@ -192,7 +192,7 @@ def _solve(
 
 
 # What torch.compile sees: values are checked, and the shared ones found, inside. New weights, then the three traces where asked for.
-@torch.library.custom_op("fastunlearn::spectral_solve", mutates_args=())
+@torch.library.custom_op("fastunlearn::spectral_solve", mutates_args=(), tags=_backend.NOT_CAPTURED)
 def _solve_op(
     weights: Sequence[Tensor], S: Tensor, S_star: Tensor | None, lam: Sequence[float], relevance: Tensor | None, R: Tensor | None,
     gamma: Sequence[float], eta: float, projector: Tensor | None, mode: str, per_concept: Sequence[Tensor], traces: bool,
@@ -259,7 +259,7 @@ def _rotated(
 
 
 # The trace as a loss. What torch.compile sees is this op, too: W A is kept for the backward, which is then no product.
-@torch.library.custom_op("fastunlearn::spectral_trace", mutates_args=())
+@torch.library.custom_op("fastunlearn::spectral_trace", mutates_args=(), tags=_backend.NOT_CAPTURED)
 def _trace_op(weights: Sequence[Tensor], A: Tensor) -> tuple[Tensor, list[Tensor]]:
     wide = A.dtype == torch.float64
     beyond = {"triton": "weights or A are float64; the kernel takes up to float32"} if wide else None

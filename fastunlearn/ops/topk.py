@@ -304,7 +304,7 @@ def _select_cuda(
 
 
 # What torch.compile sees; bits of all tensors for the first density, then for the next one.
-@torch.library.custom_op("fastunlearn::topk_mask", mutates_args=())
+@torch.library.custom_op("fastunlearn::topk_mask", mutates_args=(), tags=_backend.NOT_CAPTURED)
 def _topk_mask(
     scores: Sequence[Tensor], densities: Sequence[float] | None, k: int | None, scope: str, key: str
 ) -> list[Tensor]:

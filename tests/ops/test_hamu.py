@@ -13,7 +13,7 @@ from hypothesis import given
 import fastunlearn
 from fastunlearn import BitMask, ops
 from fastunlearn.ops._hamu_solve import Problem, solve
-from fastunlearn.ops.gram import UNIT
+from fastunlearn.ops.gram import UNIT, too_many
 from tests.proof import Aot, OpProof, assert_derived, convert
 
 FLOATS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -573,6 +573,22 @@ def test_autograd_sees_the_change(backend):
     assert p._version > before
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         saved.backward()
+
+
+def test_more_groups_than_a_word_has_types():
+    """Two bits of an int64 are a group's type."""
+    results = []
+    for backend in ("reference", "native", "triton"):
+        made = _inputs([(70,), (3, 40)], 33, dtypes=(torch.bfloat16,))
+        with fastunlearn.backend(backend):
+            certificate = ops.hamu_step_(made["params"], made["rows"][:-1], made["rows"][-1], lr=1e-2, share=0.3)
+        results.append([*made["params"], certificate.values])
+    for other in results[1:]:
+        torch.testing.assert_close(other, results[0], rtol=1e-4, atol=1e-6)
+    mixed = [[torch.zeros(3, dtype=(torch.bfloat16, torch.float32)[g % 2])] for g in range(32)]
+    assert "31 of them" in too_many(mixed)["triton"]
+    assert too_many(mixed[:31]) == {}
+    assert too_many(mixed[::2]) == {}
 
 
 def test_edges_of_single_tensors():

@@ -239,6 +239,13 @@ def test_guard_and_nothing_to_do():
     assert halves.weights[0].dtype == torch.bfloat16
 
 
+@pytest.mark.gpu
+def test_more_matrices_than_an_axis_of_a_grid_takes():
+    M = torch.randn(70_000, 4, 4, device="cuda")
+    found = ops.polar(M)
+    torch.testing.assert_close(found[-5:], ops.polar(M[-5:]), rtol=1e-4, atol=1e-5)
+
+
 X = torch.randn(3, 4)
 
 
