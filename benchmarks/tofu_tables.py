@@ -78,9 +78,11 @@ def table(result: Mapping[str, Any]) -> list[str]:
         mine = unlearned([row for row in rows if row["setting"] == setting])
         points = [(max(row["forget quality"], _LEAST), row["model utility"]) for row in mine]
         best |= {(setting, mine[i]["method"]) for i in front(points)}
+    several = any(row["seeds"] > 1 for row in rows)
     head = [
         *(["setting"] if any(row["setting"] for row in rows) else []),
         "method",
+        *(["seeds"] if several else []),
         *(c.replace("_", " ") for c in columns),
     ]
     lines = []
@@ -91,7 +93,8 @@ def table(result: Mapping[str, Any]) -> list[str]:
         cells = [
             _cell(c, row[c]) if c in row else str(max((o for o in off if o is not None), default="-")) for c in columns
         ]
-        lines.append([*([row["setting"]] if "setting" in head else []), name, *cells])
+        of = [str(row["seeds"])] if several else []
+        lines.append([*([row["setting"]] if "setting" in head else []), name, *of, *cells])
     ruler = ["---" if name in ("setting", "method") else "--:" for name in head]
     return ["| " + " | ".join(line) + " |" for line in (head, ruler, *lines)]
 

@@ -26,6 +26,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "compressed": {"options": {"compressed": True}},
     "hamu": {"method": "hamu", "options": {"hamu_share": 0.3, "compressed": True}},
     "masked hamu": {"method": "hamu", "options": {"hamu_share": 0.3}},
+    "hamu, adam": {"method": "hamu", "options": {"hamu_share": 0.3, "hamu_geometry": "adam", "learning_rate": 1e-3}},
     # All weights train, and losses are taken between the backward pass and the step.
     "dense hamu": {
         "method": "hamu", "pruned": False, "options": {"hamu_share": 0.3, "certificate_every": 1, "learning_rate": 0.1, "max_steps": 3}
@@ -117,7 +118,10 @@ def test_mixed_precision_sums_gradients_in_fp32_and_keeps_the_type_of_weights(ou
 
 def test_a_checkpoint_goes_from_two_to_four_to_one(processes, tmp_path):
     """Two steps each; together the run of one process that was not interrupted."""
-    runs = {"adam": {"options": {"compressed": True}}, "gru": {"options": {"update": "gru"}}}
+    runs = {
+        "adam": {"options": {"compressed": True}}, "gru": {"options": {"update": "gru"}},
+        "hamu": {"method": "hamu", "options": {"hamu_share": 0.3, "hamu_geometry": "adam", "learning_rate": 1e-3}},
+    }  # fmt: skip
     common = {"lr_scheduler_type": "constant", "save_strategy": "steps", "save_steps": 2}
     processes.run({n: with_options(r, **common, max_steps=6) for n, r in runs.items()}, tmp_path / "whole", 1)
     for i, count in enumerate((2, 4, 1)):
