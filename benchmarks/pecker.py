@@ -3,7 +3,6 @@
     python -m benchmarks.pecker run --size cifar10 --work FOLDER [--methods sfd pecker ...] [--seeds 0 1] [--device cuda]
     python -m benchmarks.pecker run --size small --work FOLDER        two cores: three classes, 16 x 16 pixels
     python -m benchmarks.pecker time --size small                     seconds of one iteration of every part, and of the whole study
-    python -m benchmarks.pecker plot
 
 Parts, each saved in the work folder and skipped when it is there (training goes on from its last checkpoint): a classifier, the teacher
 (DDPM), its one-step generator (SiD, the first stage), then one run a method and seed from that same generator, with the same draws.
@@ -11,7 +10,7 @@ UA and FID of the classes that stay are measured every `every` iterations on the
 benchmarks/results/quality/pecker_<size>.json after every run, with the final numbers on more images. FID is by Inception features where
 the package that carries the network is there (fastunlearn.evaluation.inception), else by the classifier's; the file says which.
 
-Targets: iterations to UA >= 99 % with FID within 5 % of SFD's final one, over SFD's own.
+`python -m benchmarks table` and `plot` make the README's of it (benchmarks/pecker_results.py). Targets: iterations to UA >= 99 % with FID within 5 % of SFD's final one, over SFD's own.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ import argparse
 import copy
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -32,12 +31,13 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from benchmarks import RESULTS, machine
+from benchmarks.pecker_results import summary
 from fastunlearn.data.cifar10 import CLASSES, load_cifar10
 from fastunlearn.evaluation.classes import classify, draw_classes, unlearning_accuracy
 from fastunlearn.evaluation.classifiers import Classifier
 from fastunlearn.evaluation.frechet import Moments, frechet_distance, moments
 from fastunlearn.evaluation.inception import inception_features, inception_file, load_inception
-from fastunlearn.report.files import write_bytes, write_json
+from fastunlearn.report.files import write_json
 
 FORGET, OVERRIDE = 0, 1
 
@@ -75,7 +75,7 @@ SIZES = {
         0.01, 1e-5, 0.99,
     ),
     "small": Size(
-        (0, 1, 8), 16, (16, 32, 64), 1, (False, False, True), 64, 8000, 5e-4, 800, 600, 320, 20, 1200, 3000, 0.3, 1e-4, 0.95, 80,
+        (0, 1, 8), 16, (16, 32, 64), 1, (False, False, True), 64, 8000, 5e-4, 800, 600, 320, 20, 1200, 3000, 1.0, 1e-4, 0.95, 80,
     ),
     # Of the tests: nothing is learned, everything runs.
     "tiny": Size((0, 1, 8), 16, (8, 8), 1, (False, False), 4, 3, 1e-3, 2, 2, 2, 1, 6, 6, 0.05, 1e-3, 0.5, 2),
@@ -405,32 +405,6 @@ class Study:
 OTHERS: dict[str, Callable[[Study, int], dict[str, Any]]] = {"retrain": lambda study, seed: study.retrain()}
 
 
-def reached(row: Mapping[str, Any], fid: float, name: str) -> dict[str, Any]:
-    """The first measurement with UA >= 99 % and FID within 5 % of `fid`: its iteration and seconds, or None."""
-    for point in row["curve"]:
-        if point["UA"] >= 99 and point[name] <= 1.05 * fid:
-            return {"iteration": point["iteration"], "seconds": point["seconds"]}
-    return {"iteration": None, "seconds": None}
-
-
-def summary(result: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Per method and seed: where the target is reached, and the ratio to SFD of the same seed (None: one of both never)."""
-    name = result["meta"]["fid"]
-    sfd = {row["seed"]: row for row in result["rows"] if row["method"] == "sfd" and row["curve"]}
-    out = []
-    for row in result["rows"]:
-        base = sfd.get(row["seed"])
-        if base is None or not row["curve"]:
-            continue
-        fid = base["curve"][-1][name]
-        mine, theirs = reached(row, fid, name), reached(base, fid, name)
-        ratio = {
-            f"{key}_over_sfd": mine[key] / theirs[key] if mine[key] and theirs[key] else None for key in ("iteration", "seconds")
-        }  # fmt: skip
-        out.append({"method": row["method"], "seed": row["seed"], **mine, **ratio})
-    return out
-
-
 def result_file(size: str) -> Path:
     return RESULTS / "quality" / f"pecker_{size}.json"
 
@@ -517,43 +491,9 @@ def step_seconds(study: Study, repeats: int = 5) -> dict[str, float]:
     return out
 
 
-def plot(result: Mapping[str, Any], path: Path) -> None:
-    """UA and FID against iterations, a line a method (mean of its seeds)."""
-    import io
-
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    name = result["meta"]["fid"]
-    figure, axes = plt.subplots(1, 2, figsize=(10, 3.6))
-    for method in dict.fromkeys(row["method"] for row in result["rows"]):
-        curves = [row["curve"] for row in result["rows"] if row["method"] == method and row["curve"]]
-        if not curves:
-            continue
-        length = min(map(len, curves))
-        x = [curves[0][i]["iteration"] for i in range(length)]
-        for axis, key in zip(axes, ("UA", name), strict=True):
-            axis.plot(
-                x, [sum(c[i][key] for c in curves) / len(curves) for i in range(length)], marker=".", label=method
-            )
-    for axis, label in zip(axes, ("UA, %", name.replace("_", " ")), strict=True):
-        axis.set_xlabel("iterations")
-        axis.set_ylabel(label)
-        axis.grid(alpha=0.3)
-    axes[1].set_yscale("log")
-    axes[0].legend(fontsize=7)
-    figure.tight_layout()
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="svg")
-    plt.close(figure)
-    write_bytes(path, buffer.getvalue(), overwrite=True)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.pecker", description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("what", nargs="?", choices=("run", "time", "plot"), default="run")
+    parser.add_argument("what", nargs="?", choices=("run", "time"), default="run")
     parser.add_argument("--size", choices=tuple(SIZES), default="small")
     parser.add_argument("--work", type=Path, default=Path("out/pecker"), help="where parts and checkpoints are kept")
     parser.add_argument("--data", type=Path, help="folder of CIFAR-10; default: FASTUNLEARN_DATA, else the hub")
@@ -564,14 +504,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     out = args.out or result_file(args.size)
     try:
-        if args.what == "plot":
-            plot(json.loads(out.read_text()), out.with_suffix(".svg"))
-            return 0
         study = Study(args.size, args.work, args.device, data=args.data)
         if args.what == "time":
             print(json.dumps(step_seconds(study), indent=2))
             return 0
-        plot(run(study, args.methods, args.seeds, out), out.with_suffix(".svg"))
+        run(study, args.methods, args.seeds, out)
     except (ValueError, FileNotFoundError, ImportError) as error:
         parser.exit(2, f"python -m benchmarks.pecker: {error}\n")
     return 0

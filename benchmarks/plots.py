@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from benchmarks import overview, scapre, tables, tofu_tables
+from benchmarks import overview, pecker_results, scapre, tables, tofu_tables
 from benchmarks.spec import FLOOR
 
 OURS, PEER, FLOORS, LIMIT = "#0b7a75", "#9aa0a6", "#d9c27a", "#c0392b"
@@ -109,7 +109,8 @@ def draw(results: Path, out: Path) -> list[Path]:
         paths.append(out / "scapre-concepts.svg")
         scapre.plot(json.loads(study.read_text()), paths[-1])
     for name, module in (
-        ("hamu_images", "cifar_hamu_results"), ("hamu_language", "hamu_language"), ("spare_tradeoff", "spare")
+        ("hamu_images", "cifar_hamu_results"), ("hamu_language", "hamu_language"), ("spare_tradeoff", "spare"),
+        *((f"pecker_{size}", "pecker_results") for size in pecker_results.SIZES),
     ):  # fmt: skip
         study = results / "quality" / f"{name}.json"
         if study.is_file():

@@ -6,7 +6,8 @@ short demo or prune: the rows of benchmarks/results/quality/<study>.json; or sca
 one line a method, means over the targets, every target in a fold; or spare-timesteps, spare-tradeoff: likewise, one line a scheme or
 a mask density and a factor of the forget term; or tofu, sau-evidence: one line a method, means over seeds, every
 run in a fold; or cost: a table for each model and machine; or hamu-images, hamu-language: a table for each answer of the study, every
-run in a fold; or large, processes, plans: whole models (benchmarks/large_tables.py); or hardening: cases, kills, memory.
+run in a fold; or pecker-small, pecker-cifar10: one line a method, means over seeds; or canvas-many: a table for each kind of
+concept, one line a method; or large, processes, plans: whole models (benchmarks/large_tables.py); or hardening: cases, kills, memory.
 
 README.md has the blocks without their folds, each with a link in its place to benchmarks/results/README.md, which has them whole.
 """
@@ -34,6 +35,7 @@ from the files beside it, which hold the numbers in full.
 #: marker -> study
 TOFU = {"tofu": "tofu", "sau-evidence": "sau_evidence"}
 HAMU = {"hamu-images": "hamu_images", "hamu-language": "hamu_language"}
+PECKER = {"pecker-small": "pecker_small", "pecker-cifar10": "pecker_cifar10"}
 #: marker -> study, heading of what its lines are
 SPARE = {"spare-timesteps": ("spare_timesteps", "timesteps"), "spare-tradeoff": ("spare_tradeoff", "SPARE with")}
 
@@ -354,6 +356,63 @@ def tofu_block(path: Path) -> str:
     return "\n".join(out) + "\n"
 
 
+def pecker_block(path: Path) -> str:
+    """One line a method, means over seeds; every run in a fold."""
+    if not path.is_file():
+        return NOT_MEASURED
+    from benchmarks import pecker_results
+
+    result = json.loads(path.read_text())
+    plain = {**result, "rows": [{k: v for k, v in r.items() if k not in ("curve", "settings")} for r in result["rows"]]}
+    facts = {**result["meta"], **result["meta"]["size"]}
+    out = [*pecker_results.table(result), *_about({"meta": facts})]
+    out += ["", "<details><summary>Every run</summary>", "", *_quality_rows(plain), "", "</details>"]
+    return "\n".join(out) + "\n"
+
+
+def many_block(path: Path) -> str:
+    """A table for each kind of concept: UA / IRA / CRA of every method by the number of concepts, means over seeds; every row in a fold."""
+    if not path.is_file():
+        return NOT_MEASURED
+    result = json.loads(path.read_text())
+    out: list[str] = []
+    for kind in dict.fromkeys(row["kind"] for row in result["rows"]):
+        mine = [row for row in result["rows"] if row["kind"] == kind]
+        counts = sorted({row["concepts"] for row in mine})
+        lines = []
+        for method in dict.fromkeys(row["method"] for row in mine):
+            cells = [method]
+            for count in counts:
+                rows = [row for row in mine if (row["method"], row["concepts"]) == (method, count)]
+                cells.append(_three(rows))
+            rows = [row for row in mine if (row["method"], row["concepts"]) == (method, counts[-1])]
+            seconds = [row["seconds"] for row in rows if "seconds" in row]
+            cells.append(f"{sum(seconds) / len(seconds):.2f}" if seconds else "-")
+            lines.append(cells)
+        plural = [f"{count} {kind}{'s' if count > 1 else ''}" for count in counts]
+        out += ["UA / IRA / CRA, %:", "", *markdown(["method", *plural, f"seconds, {counts[-1]}"], lines), ""]
+    out += [
+        *_about(result)[1:],
+        "",
+        "<details><summary>Every row</summary>",
+        "",
+        *_quality_rows(result),
+        "",
+        "</details>",
+    ]
+    return "\n".join(out) + "\n"
+
+
+def _three(rows: Sequence[Mapping[str, Any]]) -> str:
+    if not rows:
+        return "-"
+    if any("failed" in row for row in rows):
+        return "diverged"
+    means = [sum(row[name] for row in rows) / len(rows) for name in ("UA", "IRA", "CRA")]
+    noise = " noise" if any(row.get("noise") and row["valid"] < row["valid_surrogate"] for row in rows) else ""
+    return " / ".join(f"{value:.1f}" for value in means) + noise
+
+
 def block(name: str, folder: Path) -> str:
     """Text of one marked block.
 
@@ -383,13 +442,17 @@ def block(name: str, folder: Path) -> str:
         return summary_block(folder / "quality" / f"{HAMU[name]}.json")
     if name in large_tables.NAMES:
         return large_tables.block(name, folder / "large") or NOT_MEASURED
+    if name in PECKER:
+        return pecker_block(folder / "quality" / f"{PECKER[name]}.json")
+    if name == "canvas-many":
+        return many_block(folder / "quality" / "canvas_many.json")
     if name in TOFU:
         return tofu_block(folder / "quality" / f"{TOFU[name]}.json")
     if name in ("demo", "prune") or (kind == "quality" and which):
         return quality_block(folder / "quality" / f"{which or name}.json")
     raise ValueError(
         f"marker {name!r}: want ops-cpu, ops-cuda, ops-<slug>, quality-<study>, demo, prune, scapre, canvas, spare-timesteps, spare-tradeoff, cost, tofu, "
-        "sau-evidence, hamu-images, hamu-language, hardening, large, processes or plans"
+        "sau-evidence, hamu-images, hamu-language, pecker-small, pecker-cifar10, canvas-many, hardening, large, processes or plans"
     )
 
 

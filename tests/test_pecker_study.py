@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("diffusers")
 pytest.importorskip("pandas")
 
-from benchmarks import pecker
+from benchmarks import pecker, pecker_results, tables
 from tests.data.test_cifar10 import write_cifar10
 
 
@@ -39,8 +39,17 @@ def test_a_whole_study(study, tmp_path, monkeypatch):
     monkeypatch.setattr(pecker.Study, "run", None)
     again = pecker.run(pecker.Study("tiny", tmp_path / "work", "cpu", data=tmp_path / "cifar10"), methods, [0], out)
     assert again["rows"] == json.loads(out.read_text())["rows"]
-    pecker.plot(again, out.with_suffix(".svg"))
+    pecker_results.plot(again, out.with_suffix(".svg"))
     assert b"<svg" in out.with_suffix(".svg").read_bytes()
+    (tmp_path / "quality").mkdir()
+    out.rename(tmp_path / "quality" / "pecker_small.json")
+    lines = tables.block("pecker-small", tmp_path).splitlines()
+    assert [line.split(" | ")[0] for line in lines[2:5]] == [
+        "| teacher",
+        "| generator",
+        f"| {again['rows'][0]['method']}",
+    ]
+    assert len({line.count(" | ") for line in lines[:5]}) == 1
 
 
 @pytest.mark.thorough
@@ -113,7 +122,7 @@ def test_where_the_target_is_reached():
     fast = {"method": "pecker", "seed": 0, "curve": curve((10, 99.2, 10.4), (20, 99, 30), (30, 99, 30))}
     never = {"method": "row", "seed": 0, "curve": curve((10, 98, 5), (20, 100, 10.6))}
     other = {"method": "pecker", "seed": 1, "curve": curve((10, 99, 9))}
-    got = pecker.summary({"meta": {"fid": "fid_x"}, "rows": [sfd, fast, never, other]})
+    got = pecker_results.summary({"meta": {"fid": "fid_x"}, "rows": [sfd, fast, never, other]})
     assert [(r["method"], r["iteration"], r["iteration_over_sfd"]) for r in got] == [
         ("sfd", 30, 1.0),
         ("pecker", 10, 10 / 30),

@@ -1,0 +1,117 @@
+"""What PECKER's study answers (benchmarks/pecker.py): how many iterations each method needs, next to SFD; the README's table and its picture."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+#: the study's files and pictures
+SIZES = ("cifar10", "small")
+
+
+def reached(row: Mapping[str, Any], fid: float, name: str) -> dict[str, Any]:
+    """The first measurement with UA >= 99 % and FID within 5 % of `fid`: its iteration and seconds, or None."""
+    for point in row["curve"]:
+        if point["UA"] >= 99 and point[name] <= 1.05 * fid:
+            return {"iteration": point["iteration"], "seconds": point["seconds"]}
+    return {"iteration": None, "seconds": None}
+
+
+def summary(result: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Per method and seed: where the target is reached, and the ratio to SFD of the same seed (None: one of both never)."""
+    name = result["meta"]["fid"]
+    sfd = {row["seed"]: row for row in result["rows"] if row["method"] == "sfd" and row["curve"]}
+    out = []
+    for row in result["rows"]:
+        base = sfd.get(row["seed"])
+        if base is None or not row["curve"]:
+            continue
+        fid = base["curve"][-1][name]
+        mine, theirs = reached(row, fid, name), reached(base, fid, name)
+        ratio = {
+            f"{key}_over_sfd": mine[key] / theirs[key] if mine[key] and theirs[key] else None for key in ("iteration", "seconds")
+        }  # fmt: skip
+        out.append({"method": row["method"], "seed": row["seed"], **mine, **ratio})
+    return out
+
+
+def _mean(rows: Sequence[Mapping[str, Any]], key: str) -> float | None:
+    values = [row[key] for row in rows]
+    return None if any(value is None for value in values) else sum(values) / len(values)
+
+
+def _cell(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def table(result: Mapping[str, Any]) -> list[str]:
+    """Markdown: the models before, then a line a method, means over its seeds; "-" where a run never got there, or has no such number."""
+    fid = result["meta"]["fid"]
+    head = (
+        "method", "seeds", "UA, %", "drawn as the override, %", "others right, %", fid.replace("_", " "), "iterations to the target", "of SFD's",
+        "seconds to it", "of SFD's", "ms an iteration", "gradient products",
+    )  # fmt: skip
+    lines = ["| " + " | ".join(head) + " |", "| --- |" + " --: |" * (len(head) - 1)]
+    for name, row in result["before"].items():
+        first = (
+            name,
+            "",
+            _cell(row["UA"], 1),
+            _cell(row["override"], 1),
+            _cell(row["kept_accuracy"], 1),
+            _cell(row[fid], 2),
+        )
+        lines.append("| " + " | ".join((*first, *[""] * (len(head) - len(first)))) + " |")
+    reaches = summary(result)
+    for method in dict.fromkeys(row["method"] for row in result["rows"]):
+        rows = [row for row in result["rows"] if row["method"] == method]
+        got = [row for row in reaches if row["method"] == method]
+        times = [
+            _cell(_mean(got, key) if got else None, digits)
+            for key, digits in (("iteration", 0), ("iteration_over_sfd", 2), ("seconds", 0), ("seconds_over_sfd", 2))
+        ]
+        each = [1000 * row["seconds"] / row["iterations"] for row in rows if row.get("iterations")]
+        share = [row.get("gradient_products") for row in rows]
+        cells = [
+            method, str(len(rows)), _cell(_mean(rows, "UA"), 1), _cell(_mean(rows, "override"), 1), _cell(_mean(rows, "kept_accuracy"), 1),
+            _cell(_mean(rows, fid), 2), *times, _cell(sum(each) / len(each) if each else None, 0),
+            "-" if None in share else f"{100 * sum(share) / len(share):.0f}%",
+        ]  # fmt: skip
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def plot(result: Mapping[str, Any], path: Path) -> None:
+    """UA and FID against iterations, a line a method (mean of its seeds)."""
+    from benchmarks.plots import panels
+
+    name = result["meta"]["fid"]
+    with panels(
+        path,
+        f"{result['meta']['forget']} forgotten, {result['meta']['override']} in its place",
+        1,
+        2,
+        figsize=(10, 3.8),
+    ) as axes:
+        for method in dict.fromkeys(row["method"] for row in result["rows"]):
+            curves = [row["curve"] for row in result["rows"] if row["method"] == method and row["curve"]]
+            if not curves:
+                continue
+            length = min(map(len, curves))
+            x = [curves[0][i]["iteration"] for i in range(length)]
+            for axis, key in zip(axes[0], ("UA", name), strict=True):
+                axis.plot(
+                    x,
+                    [sum(c[i][key] for c in curves) / len(curves) for i in range(length)],
+                    marker=".",
+                    ms=4,
+                    lw=1,
+                    label=method,
+                )
+        for axis, label in zip(axes[0], ("UA, %", name.replace("_", " ")), strict=True):
+            axis.set_xlabel("iterations", fontsize=8)
+            axis.set_ylabel(label, fontsize=8)
+            axis.grid(alpha=0.3)
+        axes[0][1].set_yscale("log")
+        axes[0][0].legend(fontsize=6)
