@@ -10,7 +10,7 @@ import torch
 from tests.tiny_diffusion import tiny_pipeline, tiny_world
 
 pytest.importorskip("diffusers")
-from benchmarks import canvas_many
+from benchmarks import canvas_many, tables
 from fastunlearn.evaluation.canvas import AnswerSettings
 from fastunlearn.evaluation.metrics import Counts, unlearning_metrics
 from fastunlearn.evaluation.worlds import Target
@@ -128,3 +128,18 @@ def test_bad_arguments(tiny, capsys, tmp_path):
         canvas_many.main(["--counts", "40", "--out", str(tmp_path / "x.json")])
     assert stop.value.code == 2
     assert "styles: want 0 to 3, got 40" in capsys.readouterr().err
+
+
+def test_the_readme_s_table(tmp_path):
+    rows = [
+        {"method": "uce", "kind": "style", "concepts": n, "seed": s, "UA": 100.0, "IRA": 90.0 + s, "CRA": 99.0, "valid": v, "valid_surrogate": 90.0, "noise": v < 75, "seconds": 0.5}
+        for n, v in ((1, 100.0), (2, 50.0)) for s in (0, 1)
+    ]  # fmt: skip
+    rows.append({"method": "time", "kind": "style", "concepts": 1, "seed": 0, "failed": "not positive definite"})
+    (tmp_path / "quality").mkdir()
+    assert tables.block("canvas-many", tmp_path) == tables.NOT_MEASURED
+    (tmp_path / "quality" / "canvas_many.json").write_text(json.dumps({"meta": {"model": "canvas"}, "rows": rows}))
+    lines = tables.block("canvas-many", tmp_path).splitlines()
+    assert lines[2] == "| method | 1 style | 2 styles | seconds, 2 |"
+    assert lines[4] == "| uce | 100.0 / 90.5 / 99.0 | 100.0 / 90.5 / 99.0 noise | 0.50 |"
+    assert lines[5] == "| time | diverged | - | - |"
