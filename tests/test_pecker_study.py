@@ -129,6 +129,16 @@ def test_where_the_target_is_reached():
         ("row", None, None),
     ]
     assert got[1]["seconds_over_sfd"] == pytest.approx(1 / 3)
+    # SFD's own level: UA of 97.6 less one point.
+    for row in (sfd, fast, never):
+        for point in row["curve"]:
+            point["UA"] -= 1.9
+    got = pecker_results.summary(
+        {"meta": {"fid": "fid_x"}, "rows": [sfd, fast, {**never, "curve": curve((20, 96.7, 10.4))}]}
+    )
+    assert [(r["iteration"], r["level iteration"], r["level iteration_over_sfd"]) for r in got] == [
+        (None, 30, 1.0), (None, 10, 10 / 30), (None, 20, 20 / 30),
+    ]  # fmt: skip
 
 
 def test_the_model_is_small_enough():
