@@ -81,7 +81,7 @@ SIZES = {
     "tiny": Size((0, 1, 8), 16, (8, 8), 1, (False, False), 4, 3, 1e-3, 2, 2, 2, 1, 6, 6, 0.05, 1e-3, 0.5, 2),
 }  # fmt: skip
 
-#: method -> settings of PECKERConfig
+#: method -> settings of PECKERConfig; rate_factor: on both learning rates
 RUNS: dict[str, dict[str, Any]] = {
     "sfd": {"method": "sfd"},
     "pecker": {"method": "pecker", "density": 0.5},
@@ -90,6 +90,8 @@ RUNS: dict[str, dict[str, Any]] = {
     "pecker, tile 10%": {"method": "pecker", "granularity": "tile", "block": 64, "density": 0.1},
     "pecker, forget term": {"method": "pecker", "mask_terms": "forget", "density": 0.5},
     "gradient_ascent": {"method": "gradient_ascent", "k_forget": 1.0},
+    "sfd, twice the rate": {"method": "sfd", "rate_factor": 2.0},
+    "pecker, twice the rate": {"method": "pecker", "density": 0.5, "rate_factor": 2.0},
 }
 
 
@@ -262,11 +264,11 @@ class Study:
     def config(self, output: Path, seed: int, **options: Any) -> Any:
         from fastunlearn import PECKERConfig
 
-        s = self.size
+        s, factor = self.size, options.pop("rate_factor", 1.0)
         common = {
             "output_dir": str(output), "max_steps": s.steps, "per_device_train_batch_size": s.batch, "seed": seed, "logging_steps": s.every,
             "save_steps": s.save_every, "save_total_limit": 1, "report_to": [], "use_cpu": self.device.type == "cpu",
-            "k_forget": s.k_forget, "learning_rate": s.rate, "pseudo_learning_rate": 3 * s.rate, "ema_decay": s.ema,
+            "k_forget": s.k_forget, "learning_rate": factor * s.rate, "pseudo_learning_rate": 3 * factor * s.rate, "ema_decay": s.ema,
             "bf16": self.device.type == "cuda",
         }  # fmt: skip
         return PECKERConfig(**{**common, **options})

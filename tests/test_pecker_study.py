@@ -102,6 +102,12 @@ def test_gradient_ascent_forgets_at_full_strength(study, tmp_path):
     assert (args.method, args.k_forget) == ("gradient_ascent", 1.0)
 
 
+def test_rates_by_a_factor(study, tmp_path):
+    one, two = (study.config(tmp_path, 0, **pecker.RUNS[f"pecker{name}"]) for name in ("", ", twice the rate"))
+    assert (two.learning_rate, two.pseudo_learning_rate) == (2 * one.learning_rate, 2 * one.pseudo_learning_rate)
+    assert pecker.RUNS["pecker, twice the rate"]["rate_factor"] == 2.0
+
+
 def test_every_checkpoint_has_a_measurement():
     assert all(size.save_every % size.every == 0 for size in pecker.SIZES.values())
 
