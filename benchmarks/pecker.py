@@ -423,6 +423,9 @@ def run(study: Study, methods: Sequence[str], seeds: Sequence[int], out: Path) -
     if "before" not in result:
         result["before"] = study.before()
         write_json(out, result)
+    judge = study.work / "classifier.json"
+    if judge.is_file():
+        result["meta"]["judge accuracy, test"] = round(json.loads(judge.read_text())["test_accuracy"], 4)
     for seed in seeds:
         for method in methods:
             if any(row["method"] == method and row["seed"] == seed for row in result["rows"]):

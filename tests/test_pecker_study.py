@@ -26,6 +26,7 @@ def test_a_whole_study(study, tmp_path, monkeypatch):
     result = pecker.run(study, methods, [0], out)
     assert [row["method"] for row in result["rows"]] == methods
     assert set(result["before"]) == {"teacher", "generator"}
+    assert 0 <= result["meta"]["judge accuracy, test"] <= 1
     for row in result["rows"]:
         assert 0 <= row["UA"] <= 100
         assert row["fid_classifier_features"] >= 0
