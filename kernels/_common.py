@@ -24,6 +24,14 @@ def too_old(device: torch.device, what: str) -> dict[str, str]:
     }
 
 
+def tf32_allowed() -> bool:
+    """Whether fp32 products may be TF32: by set_float32_matmul_precision, allow_tf32 or fp32_precision, whichever was set last.
+
+    `allow_tf32` itself raises once `fp32_precision` was set to "tf32".
+    """
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
 #: element type of a torch tensor as a Triton type, for `tl.pointer_type(...)` casts of table entries
 TL_DTYPES = {
     torch.float32: tl.float32,

@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastunlearn._tuned import tuned
+from fastunlearn.kernels._common import tf32_allowed
 
 #: options of the launch that `python -m benchmarks tune` tries beside the defaults
 CANDIDATES = dict.fromkeys(
@@ -212,7 +213,7 @@ def few_tokens(device: torch.device, rank: int) -> int:
 
 def _precision(dtype: torch.dtype) -> str:
     """How fp32 factors are multiplied: exactly where the product is an fp32 one, unless the user lets those be TF32."""
-    exact = dtype == torch.float32 and not torch.backends.cuda.matmul.allow_tf32
+    exact = dtype == torch.float32 and not tf32_allowed()
     return "ieee" if exact else "tf32"
 
 
