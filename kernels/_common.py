@@ -24,6 +24,31 @@ def too_old(device: torch.device, what: str) -> dict[str, str]:
     }
 
 
+def tf32_allowed() -> bool:
+    """Whether fp32 products may be TF32: by set_float32_matmul_precision, allow_tf32 or fp32_precision, whichever was set last.
+
+    `allow_tf32` itself raises once `fp32_precision` was set to "tf32".
+    """
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
+#: bytes of shared memory of one program on sm_90 and sm_100: what is assumed where there is no GPU to ask
+SHARED_MEMORY = 227 * 1024
+
+
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that one program may have: 227 KiB on sm_90 and sm_100, 163 on sm_80, 99 on sm_86, 89 and 120."""
+    if device.type != "cuda":
+        return SHARED_MEMORY
+    properties = torch.cuda.get_device_properties(device)
+    return getattr(properties, "shared_memory_per_block_optin", SHARED_MEMORY)
+
+
+def stages(wanted: int, limit: int, once: int, each: int) -> int:
+    """Stages of a loop that fit: `once` bytes and `each` a stage in `limit` bytes of shared memory; at least 1."""
+    return max(1, min(wanted, (limit - once) // each))
+
+
 #: element type of a torch tensor as a Triton type, for `tl.pointer_type(...)` casts of table entries
 TL_DTYPES = {
     torch.float32: tl.float32,

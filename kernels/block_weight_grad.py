@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastunlearn._tuned import tuned
+from fastunlearn.kernels._common import tf32_allowed
 
 #: options of the launch that `python -m benchmarks tune` tries beside the defaults
 CANDIDATES = dict.fromkeys(
@@ -146,7 +147,7 @@ def _parts(tiles: int, tokens: int, step: int) -> tuple[int, int]:
 
 def _precision(dtype: torch.dtype) -> str:
     """fp32 is multiplied exactly, unless the user lets such products be TF32."""
-    return "ieee" if dtype == torch.float32 and not torch.backends.cuda.matmul.allow_tf32 else "tf32"
+    return "ieee" if dtype == torch.float32 and not tf32_allowed() else "tf32"
 
 
 def _options(kernel: str, x: Tensor, block: int) -> dict:

@@ -5,7 +5,12 @@ never written, for few tokens. `contract` reads G = dY^T X once and contracts it
 is one of blocks, it makes the tiles of G itself, and those without a set bit not at all. What several programs add up to they leave
 side by side in fp32, and `finish` adds it in one order: the same bits every time, and no atomic addition.
 
-A program's tile lies inside one block of a block mask. Ranks are padded to a power of two of at least 16.
+A program's tile lies inside one block of a block mask. Ranks are padded to a power of two of at least 16. Tiles, ranks and stages are
+such that a program fits into the shared memory of the GPU.
+
+fp32 products are TF32 where torch's may be (`_common.tf32_allowed`). Else `small` and `contract` multiply in fp32 ("ieee"), and
+`effective` by three TF32 products of the operands' high and low halves ("tf32x3"), which is as accurate but for the last bits.
+fp32 factors beside 16-bit activations are TF32.
 """
 
 from __future__ import annotations
@@ -16,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastunlearn._tuned import tuned
+from fastunlearn.kernels._common import shared_memory, stages, tf32_allowed
 
 #: options of the launch that `python -m benchmarks tune` tries beside the defaults
 CANDIDATES = dict.fromkeys(
@@ -24,8 +30,8 @@ CANDIDATES = dict.fromkeys(
 )
 BITS, BLOCKS = tl.constexpr(1), tl.constexpr(2)
 MAX_RANK = 128
-#: Ranks that one `contract` takes: what it leaves for `finish` is then no larger than half a 16-bit weight.
-_CONTRACT_RANK = 64
+#: Ranks up to which fp32 products are exact inside of `small` and `contract`: more spill whole operands out of the registers.
+_EXACT_RANK = 32
 #: Programs that fill a GPU of this generation twice over.
 _PROGRAMS = 264
 
@@ -38,14 +44,29 @@ DEFAULT_SWITCH = [(16, 64), (64, 32), (128, 16)]
 
 
 @triton.jit
-def _delta(A, B, row, col, rows, cols, rank, scale, R: tl.constexpr, PRECISION: tl.constexpr):
-    """s B A of a tile, fp32."""
-    k = tl.arange(0, R)
+def _product(A, B, row, col, rows, cols, first, rank, R: tl.constexpr, PRECISION: tl.constexpr):
+    """B A of a tile over R ranks, fp32."""
+    k = first + tl.arange(0, R)
     b = tl.load(B + row[:, None] * rank + k[None, :], mask=(row < rows)[:, None] & (k < rank)[None, :], other=0.0)
     a = tl.load(
         A + k[:, None].to(tl.int64) * cols + col[None, :], mask=(k < rank)[:, None] & (col < cols)[None, :], other=0.0
     )
-    return tl.dot(b, a, input_precision=PRECISION) * scale
+    return tl.dot(b, a, input_precision=PRECISION)
+
+
+@triton.jit
+def _delta(
+    A, B, row, col, rows, cols, rank, scale,
+    R: tl.constexpr, STEP: tl.constexpr, M: tl.constexpr, N: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """s B A of a tile, fp32; the ranks in one product, or STEP at a time."""
+    if STEP == R:
+        acc = _product(A, B, row, col, rows, cols, 0, rank, R, PRECISION)
+    else:
+        acc = tl.zeros([M, N], tl.float32)
+        for first in range(0, rank, STEP):
+            acc += _product(A, B, row, col, rows, cols, first, rank, STEP, PRECISION)
+    return acc * scale
 
 
 @triton.jit
@@ -61,7 +82,8 @@ def _set(mask, row, rows, start, width, M: tl.constexpr, N: tl.constexpr):
 @triton.jit
 def _tile(
     W, A, B, mask, row0, col0, rows, cols, rank, width, scale,
-    R: tl.constexpr, M: tl.constexpr, N: tl.constexpr, KIND: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+    R: tl.constexpr, STEP: tl.constexpr, M: tl.constexpr, N: tl.constexpr, KIND: tl.constexpr, BLOCK: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """W_eff of a tile, fp32 [M, N]; 0 outside of the weight."""
     row = (row0 + tl.arange(0, M)).to(tl.int64)
@@ -70,21 +92,22 @@ def _tile(
     w = tl.load(W + row[:, None] * cols + col[None, :], mask=inside, other=0.0).to(tl.float32)
     if KIND == BITS:
         kept = _set(mask, row, rows, col0, width, M, N)
-        w = tl.where(kept, w + _delta(A, B, row, col, rows, cols, rank, scale, R, PRECISION), w)
+        w = tl.where(kept, w + _delta(A, B, row, col, rows, cols, rank, scale, R, STEP, M, N, PRECISION), w)
     else:
         if tl.load(mask + (row0 // BLOCK) * width + col0 // BLOCK) != 0:
-            w += _delta(A, B, row, col, rows, cols, rank, scale, R, PRECISION)
+            w += _delta(A, B, row, col, rows, cols, rank, scale, R, STEP, M, N, PRECISION)
     return w
 
 
 @triton.jit(do_not_specialize=["scale"])
 def effective(
     W, A, B, mask, out, rows, cols, rank, width, scale,
-    R: tl.constexpr, M: tl.constexpr, N: tl.constexpr, KIND: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+    R: tl.constexpr, STEP: tl.constexpr, M: tl.constexpr, N: tl.constexpr, KIND: tl.constexpr, BLOCK: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """out [rows, cols]: W_eff. Grid: (tiles of columns, tiles of rows)."""
     row0, col0 = tl.program_id(1) * M, tl.program_id(0) * N
-    w = _tile(W, A, B, mask, row0, col0, rows, cols, rank, width, scale, R, M, N, KIND, BLOCK, PRECISION)
+    w = _tile(W, A, B, mask, row0, col0, rows, cols, rank, width, scale, R, STEP, M, N, KIND, BLOCK, PRECISION)
     row = (row0 + tl.arange(0, M)).to(tl.int64)
     col = col0 + tl.arange(0, N)
     inside = (row < rows)[:, None] & (col < cols)[None, :]
@@ -118,7 +141,7 @@ def small(
             inner = col0 + tl.arange(0, N)
             inside = (inner < cols)[:, None] & (t < tokens)[None, :]
             v = tl.load(x + t[None, :].to(tl.int64) * cols + inner[:, None], mask=inside, other=0.0)
-        w = _tile(W, A, B, mask, row0, col0, rows, cols, rank, width, scale, R, M, N, KIND, BLOCK, PRECISION)
+        w = _tile(W, A, B, mask, row0, col0, rows, cols, rank, width, scale, R, R, M, N, KIND, BLOCK, PRECISION)
         w = w.to(v.dtype)
         acc += tl.dot(tl.trans(w) if BACKWARD else w, v, input_precision=PRECISION)
     if BACKWARD:
@@ -201,19 +224,20 @@ def finish(partial, bias, out, parts, count, size, scale, BIAS: tl.constexpr, BL
     tl.store(out + at, total.to(out.dtype.element_ty), mask=at < count)
 
 
-def few_tokens(device: torch.device, rank: int) -> int:
-    """Tokens up to which W_eff is not written, on this device."""
+def _exact(dtype: torch.dtype) -> bool:
+    """Whether the product is an fp32 one that is not let be TF32."""
+    return dtype == torch.float32 and not tf32_allowed()
+
+
+def few_tokens(device: torch.device, rank: int, dtype: torch.dtype) -> int:
+    """Tokens up to which W_eff is not written for a product in `dtype`, on this device."""
+    if _exact(dtype) and rank > _EXACT_RANK:
+        return 0
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     for most, tokens in SWITCH.get(name, DEFAULT_SWITCH):
         if rank <= most:
             return tokens
     return 0
-
-
-def _precision(dtype: torch.dtype) -> str:
-    """How fp32 factors are multiplied: exactly where the product is an fp32 one, unless the user lets those be TF32."""
-    exact = dtype == torch.float32 and not torch.backends.cuda.matmul.allow_tf32
-    return "ieee" if exact else "tf32"
 
 
 def _factors(A: Tensor, B: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -230,10 +254,53 @@ def _options(mask: Tensor, block: int, M: int, N: int) -> dict:
     return {"KIND": 2, "BLOCK": block, "M": min(M, block), "N": min(N, block)}
 
 
-def _launch(kernel: str, like: Tensor, R: int, options: dict, warps: int) -> dict:
-    """How the kernel is launched, by the width of its type, rank and kind of mask."""
+def _launch(
+    kernel: str, like: Tensor, R: int, options: dict, warps: int, shared: tuple[int, int] | None = None
+) -> dict:
+    """How the kernel is launched, by the width of its type, rank and kind of mask; with no more stages than fit beside each other."""
     key = f"{8 * like.dtype.itemsize} bits, rank {R}, {'bits' if options['KIND'] == 1 else 'blocks'}"
-    return tuned(f"masked_lora.{kernel}", key, like.device, num_warps=warps, num_stages=3)
+    chosen = tuned(f"masked_lora.{kernel}", key, like.device, num_warps=warps, num_stages=3)
+    if shared is not None:
+        chosen["num_stages"] = stages(chosen["num_stages"], shared_memory(like.device), *shared)
+    return chosen
+
+
+def _small_shared(
+    x: Tensor, weight: Tensor, A: Tensor, R: int, T: int, M: int, N: int, backward: bool
+) -> tuple[int, int]:
+    """Shared memory of `small` at most, bytes: once (B, A, their product and W_eff as operands, all of which sm_100 keeps there), and
+    a stage: W and its bits, x, and the factor that moves with them."""
+    f = A.element_size()
+    moving = (M if backward else N) * (T * x.element_size() + R * f)
+    once = R * (M + N) * f + M * N * (4 + x.element_size())
+    return once, M * N * weight.element_size() + M * N // 8 + moving
+
+
+def _contract_shared(source: Tensor, a: Tensor, R: int, M: int, N: int, fused: bool) -> tuple[int, int]:
+    """Shared memory of `contract` at most, bytes: once (G, B, A as operands), and a stage."""
+    f, g = a.element_size(), source.element_size()
+    once = (M * N + M * R + R * N) * f
+    return once, 32 * (M + N) * g + M * N // 8 if fused else M * N * g + M * N // 8 + R * N * f
+
+
+def _contract_tile(source: Tensor, a: Tensor, mask: Tensor, fused: bool, exact: bool) -> tuple[int, int, int]:
+    """(ranks, rows, columns) that one `contract` takes: the first that leaves room for two stages.
+
+    Under a block mask more ranks at a time, since G is made again for those that are left; else what is left for `finish` is no
+    larger than a 16-bit weight.
+    """
+    if exact and (fused or mask.dtype == torch.bool):
+        return _EXACT_RANK, 64, 32
+    tiles = [(32, 128, 64), (32, 64, 64)]
+    if a.shape[0] > 32 and a.element_size() == 2:
+        tiles = [(64, 256, 64), *tiles]
+    elif a.shape[0] > 32 and mask.dtype == torch.bool:
+        tiles = [(64, 128, 64), *tiles]
+    limit = shared_memory(source.device)
+    for ranks, M, N in tiles:
+        if stages(2, limit, *_contract_shared(source, a, ranks, M, N, fused)) == 2:
+            break
+    return ranks, M, N
 
 
 def _rank(rank: int) -> int:
@@ -252,14 +319,18 @@ def weight(
     rows, cols = weight.shape
     A, B = _factors(A, B, dtype)
     R = _rank(A.shape[0])
-    wide = R >= 64
+    exact = _exact(dtype)
+    wide = R >= 64 and not exact
+    # fp32 factors of a wide rank would fill the shared memory of a smaller GPU, and three products a step the registers of any.
     options = _options(mask, block, 128 if wide else 64, 128)
+    step = R if A.element_size() == 2 else min(R, 16 if exact else 32)
     grid = (triton.cdiv(cols, options["N"]), triton.cdiv(rows, options["M"]))
     bits = _bytes(mask)
     with torch.cuda.device_of(weight):
         effective[grid](
             weight, A, B, bits, out, rows, cols, A.shape[0], bits.shape[1], scaling,
-            R=R, PRECISION=_precision(dtype), **_launch("effective", weight, R, options, 8 if wide else 4), **options,
+            R=R, STEP=step, PRECISION="tf32x3" if exact else "tf32",
+            **_launch("effective", weight, R, options, 8 if wide or exact else 4), **options,
         )  # fmt: skip
     return out
 
@@ -283,19 +354,28 @@ def multiply(
     tokens = x.shape[0]
     A, B = _factors(A, B, x.dtype)
     R = _rank(A.shape[0])
-    options = _options(mask, block, 128 if R >= 64 else 64, 64)
+    T = max(16, triton.next_power_of_2(tokens))
+    exact = _exact(x.dtype)
+    limit = shared_memory(x.device)
+    # The largest tile that leaves room for two stages; for exact products under a branch, one that stays in the registers.
+    tiles = [(128, 64), (64, 64), (32, 64)] if R >= 64 else [(64, 64), (32, 64)]
+    for M, N in [(32, 32)] if exact and mask.dtype == torch.bool else tiles:
+        options = _options(mask, block, M, N)
+        shared = _small_shared(x, weight, A, R, T, options["M"], options["N"], backward)
+        if stages(2, limit, *shared) == 2:
+            break
     outer, inner = (cols, rows) if backward else (rows, cols)
     own, step = (options["N"], options["M"]) if backward else (options["M"], options["N"])
-    programs, tiles = triton.cdiv(outer, own), triton.cdiv(inner, step)
-    chunk = max(1, triton.cdiv(tiles * programs, 2 * _PROGRAMS), triton.cdiv(256, step))
-    parts = triton.cdiv(tiles, chunk)
+    programs, steps = triton.cdiv(outer, own), triton.cdiv(inner, step)
+    chunk = max(1, triton.cdiv(steps * programs, 2 * _PROGRAMS), triton.cdiv(256, step))
+    parts = triton.cdiv(steps, chunk)
     partial = torch.empty(parts, tokens, outer, dtype=torch.float32, device=x.device)
     bits = _bytes(mask)
     with torch.cuda.device_of(weight):
         small[(programs, parts)](
             x, weight, A, B, bits, partial, tokens, rows, cols, A.shape[0], bits.shape[1], scaling, chunk,
-            R=R, T=max(16, triton.next_power_of_2(tokens)), PRECISION=_precision(x.dtype), BACKWARD=backward,
-            **_launch("small", x, R, options, 8 if R >= 64 else 4), **options,
+            R=R, T=T, PRECISION="ieee" if exact else "tf32", BACKWARD=backward,
+            **_launch("small", x, R, options, 8 if M == 128 or exact else 4, shared), **options,
         )  # fmt: skip
     return _finish(partial, torch.empty(tokens, outer, dtype=x.dtype, device=x.device), 1.0, bias)
 
@@ -311,10 +391,13 @@ def gradients(
     a, b = _factors(A, B, source.dtype)
     dA, dB = torch.empty_like(a, dtype=A.dtype), torch.empty_like(b, dtype=B.dtype)
     bits = _bytes(mask)
-    for first in range(0, a.shape[0], _CONTRACT_RANK):
-        rank = min(_CONTRACT_RANK, a.shape[0] - first)
+    exact, fused = _exact(source.dtype), G is None
+    ranks, M, N = _contract_tile(source, a, mask, fused, exact)
+    for first in range(0, a.shape[0], ranks):
+        rank = min(ranks, a.shape[0] - first)
         R = _rank(rank)
-        options = _options(mask, block, 256 if R >= 64 else 128, 64)
+        options = _options(mask, block, M, N)
+        shared = _contract_shared(source, a, R, options["M"], options["N"], fused)
         programs, tiles = triton.cdiv(rows, options["M"]), triton.cdiv(cols, options["N"])
         chunk = max(1, triton.cdiv(tiles * programs, _PROGRAMS), triton.cdiv(256, options["N"]))
         parts = triton.cdiv(tiles, chunk)
@@ -325,7 +408,8 @@ def gradients(
             contract[(programs, parts)](
                 source, source, x if x is not None else source, a[first:], b[:, first:], bits, partial_A, partial_B,
                 tokens, rows, cols, rank, b.shape[1], bits.shape[1], chunk,
-                R=R, T=32, PRECISION=_precision(source.dtype), FUSED=G is None, **_launch("contract", source, R, options, 8), **options,
+                R=R, T=32, PRECISION="ieee" if exact else "tf32", FUSED=fused,
+                **_launch("contract", source, R, options, 8, shared), **options,
             )  # fmt: skip
         if rank == a.shape[0]:
             _finish(partial_A, dA, scaling)

@@ -10,8 +10,12 @@ import json
 import sys
 from typing import Any
 
+#: bytes of shared memory that one program may have
+SHARED_MEMORY = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
 
-def compile_one(spec: dict[str, Any], arch: int) -> dict[str, Any]:
+
+def compile_one(spec: dict[str, Any], arch: int, aligned: bool) -> dict[str, Any]:
+    """Aligned: as a launch specialises, whose pointers and sizes are divisible by 16."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -24,20 +28,34 @@ def compile_one(spec: dict[str, Any], arch: int) -> dict[str, Any]:
             constexprs[key] = getattr(importlib.import_module("triton.language"), value.removeprefix("tl."))
     signature = {**spec["signature"], **dict.fromkeys(constexprs, "constexpr")}
     ordered = {argument: signature[argument] for argument in kernel.arg_names}
+    divisible = [
+        i
+        for i, parameter in enumerate(kernel.params)
+        if ordered[parameter.name] != "constexpr"
+        and not ordered[parameter.name].startswith("fp")
+        and not parameter.do_not_specialize
+    ]
     source = ASTSource(
-        kernel, signature=ordered, constexprs={(kernel.arg_names.index(k),): v for k, v in constexprs.items()}
+        kernel,
+        signature=ordered,
+        constexprs={(kernel.arg_names.index(k),): v for k, v in constexprs.items()},
+        attrs={(i,): [["tt.divisibility", 16]] for i in divisible} if aligned else {},
     )
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=spec.get("options") or {})
     return {
         "kernel": name,
         "arch": arch,
+        "aligned": aligned,
         "cubin_bytes": len(compiled.asm["cubin"]),
         "shared_bytes": compiled.metadata.shared,
+        "shared_limit": SHARED_MEMORY[arch],
         "spills": getattr(compiled, "n_spills", None),
     }
 
 
 if __name__ == "__main__":
     for line in json.load(sys.stdin):
-        for architecture in line["archs"]:
-            print(json.dumps(compile_one(line, architecture)), flush=True)
+        for number, architecture in enumerate(line["archs"]):
+            print(json.dumps(compile_one(line, architecture, aligned=True)), flush=True)
+            if number == 0 and line["unaligned"]:
+                print(json.dumps(compile_one(line, architecture, aligned=False)), flush=True)

@@ -80,8 +80,8 @@ def _contract(backend: str, G: Tensor, adapter: Adapter) -> tuple[Tensor, Tensor
 # ---- linear ---------------------------------------------------------------------------------------------------------------
 
 
-def _few(weight: Tensor, tokens: int, adapter: Adapter) -> bool:
-    return tokens <= _kernels().few_tokens(weight.device, adapter.rank)
+def _few(x: Tensor, adapter: Adapter) -> bool:
+    return x.shape[0] <= _kernels().few_tokens(x.device, adapter.rank, x.dtype)
 
 
 def _linear(x: Tensor, weight: Tensor, adapter: Adapter, bias: Tensor | None) -> Tensor:
@@ -93,7 +93,7 @@ def _linear(x: Tensor, weight: Tensor, adapter: Adapter, bias: Tensor | None) ->
     if x.numel() and weight.numel():
         if backend == "native":
             return cpu.forward(x, weight, adapter, bias)
-        if backend == "triton" and _few(weight, x.shape[0], adapter):
+        if backend == "triton" and _few(x, adapter):
             return _kernels().multiply(x, weight, *adapter, bias=None if bias is None else bias.contiguous())
     return F.linear(x, _effective(backend, weight, adapter, x.dtype), bias)
 
@@ -113,7 +113,7 @@ def _linear_gradients(
         if x is not None:
             dA, dB = reference.low_rank_gradients(grad, x, adapter.A, adapter.B, adapter.scaling)
         return dx, dA, dB
-    few = work and backend == "triton" and _few(weight, grad.shape[0], adapter)
+    few = work and backend == "triton" and _few(grad, adapter)
     if needs_x:
         if few:
             dx = _kernels().multiply(grad, weight, *adapter, backward=True)

@@ -14,7 +14,7 @@ import fastunlearn
 from fastunlearn import BitMask, ops
 from fastunlearn.ops import _masked_lora_cpu as cpu
 from fastunlearn.ops.mask import rows_cols
-from tests.proof import Aot, OpProof, assert_derived, assert_equal, convert
+from tests.proof import Aot, OpProof, assert_compiled, assert_derived, assert_equal, convert
 
 FLOATS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -156,6 +156,7 @@ class TestMaskedLoraLinear(_Proof):
     kernel_cases = ("bits", "many tokens", "many tokens, wide rank", "ragged", "one token", "blocks", "ragged blocks",
                     "few tokens, blocks", "many blocks", "no mask", "full", "empty", "no tokens", "no rows", "no columns",
                     "fp16", "fp16, few tokens", "fp16, fp32 factors", "rank 128")  # fmt: skip
+    # As `weight`, `multiply` and `gradients` launch them where there are 227 KiB of shared memory.
     aot = [
         Aot(
             f"fastunlearn.kernels.masked_lora:{name}",
@@ -167,20 +168,25 @@ class TestMaskedLoraLinear(_Proof):
                 "mask": "*u8",
                 **({"scale": "fp32"} if "scale" in ARGUMENTS[name] else {}),
             },
-            {"R": R, "M": M, "N": N, "KIND": kind, "BLOCK": 128 if kind == 2 else 1,
-             "PRECISION": "ieee" if dtype == "fp32" else "tf32", **extra},
-            {"num_warps": 8 if R >= 64 or name == "contract" else 4},
+            {"R": R, "M": M, "N": N, "KIND": kind, "BLOCK": 128 if kind == 2 else 1, "PRECISION": "tf32", **extra},
+            {"num_warps": warps, "num_stages": 2 if (name, dtype, R) == ("small", "fp32", 128) else 3},
+            archs,
+            unaligned=R == 16,
         )
-        for name, dtype, factors, R, M, N, kind, extra in [
-            ("effective", "bf16", "bf16", 16, 64, 128, 1, {}),
-            ("effective", "bf16", "fp32", 64, 128, 128, 1, {}),
-            ("effective", "fp32", "fp32", 16, 64, 128, 2, {}),
-            ("small", "bf16", "bf16", 16, 64, 64, 1, {"T": 16, "BACKWARD": False}),
-            ("small", "fp16", "fp32", 64, 128, 64, 1, {"T": 32, "BACKWARD": True}),
-            ("contract", "bf16", "fp32", 16, 128, 64, 1, {"T": 32, "FUSED": False}),
-            ("contract", "bf16", "bf16", 64, 256, 64, 1, {"T": 32, "FUSED": False}),
-            ("contract", "bf16", "bf16", 16, 128, 64, 2, {"T": 32, "FUSED": True}),
-            ("contract", "fp16", "fp16", 64, 256, 64, 1, {"T": 32, "FUSED": True}),
+        for name, dtype, factors, R, M, N, kind, warps, archs, extra in [
+            ("effective", "bf16", "bf16", 16, 64, 128, 1, 4, (80, 90, 100), {"STEP": 16}),
+            ("effective", "bf16", "fp32", 64, 128, 128, 1, 8, (80, 90, 100), {"STEP": 32}),
+            ("effective", "fp32", "fp32", 128, 64, 128, 2, 8, (80, 90, 100), {"STEP": 16, "PRECISION": "tf32x3"}),
+            ("small", "bf16", "bf16", 16, 64, 64, 1, 4, (80, 90, 100), {"T": 16, "BACKWARD": False}),
+            ("small", "fp16", "fp32", 128, 64, 64, 1, 4, (80, 90, 100), {"T": 16, "BACKWARD": True}),
+            ("small", "fp32", "fp32", 128, 64, 64, 1, 4, (90, 100), {"T": 16, "BACKWARD": True}),
+            ("small", "fp32", "fp32", 16, 32, 32, 2, 8, (80, 90), {"T": 64, "BACKWARD": False, "PRECISION": "ieee"}),
+            ("contract", "bf16", "fp32", 16, 128, 64, 1, 8, (80, 90, 100), {"T": 32, "FUSED": False}),
+            ("contract", "bf16", "bf16", 64, 256, 64, 1, 8, (90, 100), {"T": 32, "FUSED": False}),
+            ("contract", "fp32", "fp32", 32, 128, 64, 1, 8, (90, 100), {"T": 32, "FUSED": False}),
+            ("contract", "fp32", "fp32", 32, 64, 32, 2, 8, (80, 90), {"T": 32, "FUSED": True, "PRECISION": "ieee"}),
+            ("contract", "bf16", "bf16", 16, 128, 64, 2, 8, (80, 90, 100), {"T": 32, "FUSED": True}),
+            ("contract", "fp16", "fp16", 64, 256, 64, 1, 8, (80, 90, 100), {"T": 32, "FUSED": True}),
         ]
     ] + [
         Aot(
@@ -535,7 +541,73 @@ def test_every_rank_and_few_tokens_in_one_kernel():
     from fastunlearn.kernels import masked_lora as kernels
 
     cpu = torch.device("cpu")
-    assert [kernels.few_tokens(cpu, r) for r in (1, 16, 17, 64, 128, 129)] == [64, 64, 32, 32, 16, 0]
+    half = [kernels.few_tokens(cpu, r, torch.bfloat16) for r in (1, 16, 17, 64, 128, 129)]
+    assert half == [64, 64, 32, 32, 16, 0]
+    # Exact products of more ranks are cuBLAS'.
+    assert [kernels.few_tokens(cpu, r, torch.float32) for r in (16, 32, 33, 128)] == [64, 32, 0, 0]
+
+
+class _Recorder:
+    """In the place of a kernel: launches as what is compiled for them."""
+
+    TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.uint8: "*u8"}
+
+    def __init__(self, name, kernel, arch, out):
+        self.name, self.kernel, self.arch, self.out = name, kernel, arch, out
+
+    def __getitem__(self, grid):
+        def launch(*args, **constants):
+            names = [n for n in self.kernel.arg_names if n not in constants]
+            signature = {
+                n: self.TYPES[a.dtype] if isinstance(a, torch.Tensor) else "fp32" if isinstance(a, float) else "i32"
+                for n, a in zip(names, args, strict=True)
+            }
+            options = {o: constants.pop(o) for o in ("num_warps", "num_stages") if o in constants}
+            kernel = f"fastunlearn.kernels.masked_lora:{self.name}"
+            spec = Aot(kernel, signature, constants, options, (self.arch,))
+            if self.name != "finish" and spec not in self.out:
+                self.out.append(spec)
+
+        return launch
+
+
+@pytest.mark.parametrize(
+    ("arch", "kilobytes"),
+    [pytest.param(86, 99, marks=pytest.mark.thorough), (80, 163), pytest.param(90, 227, marks=pytest.mark.thorough)],
+)
+def test_launches_fit_into_shared_memory(monkeypatch, arch, kilobytes):
+    """What the kernels are launched with, for the types and ranks that take the most."""
+    from fastunlearn.kernels import masked_lora as kernels
+
+    specs = []
+    for name in ("effective", "small", "contract", "finish"):
+        monkeypatch.setattr(kernels, name, _Recorder(name, getattr(kernels, name), arch, specs))
+    monkeypatch.setattr(kernels, "shared_memory", lambda device: kilobytes * 1024)
+    fp32, bf16, side = torch.float32, torch.bfloat16, 256
+    bits, blocks = torch.zeros(side, side // 8, dtype=torch.uint8), torch.zeros(2, 2, dtype=torch.bool)
+    thorough = arch != 80
+    cases = [(fp32, fp32, 128), (bf16, fp32, 128), (bf16, bf16, 128)]
+    if thorough:
+        cases += [(fp32, fp32, 64), (bf16, fp32, 64), (bf16, bf16, 64), (fp32, fp32, 32)]
+    for tf32 in (True, False) if thorough else (True,):
+        monkeypatch.setattr(kernels, "tf32_allowed", lambda tf32=tf32: tf32)
+        for dtype, factors, rank in cases:
+            for mask in (bits, blocks) if thorough else (bits,):
+                w, x = torch.zeros(side, side, dtype=dtype), torch.zeros(16, side, dtype=dtype)
+                adapter = (
+                    torch.zeros(rank, side, dtype=factors),
+                    torch.zeros(side, rank, dtype=factors),
+                    mask,
+                    1.0,
+                    128,
+                )
+                kernels.weight(w, *adapter, dtype)
+                if kernels.few_tokens(w.device, rank, dtype):
+                    kernels.multiply(x, w, *adapter)
+                    kernels.multiply(x, w, *adapter, backward=True)
+                    kernels.gradients(*adapter, grad=x, x=x)
+                kernels.gradients(*adapter, G=w)
+    assert_compiled(specs)
 
 
 def test_rank_beyond_the_kernels():
