@@ -14,6 +14,7 @@ README.md has the blocks without their folds, each with a link in its place to b
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import re
@@ -343,29 +344,19 @@ def ops_block(result: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def tofu_block(path: Path) -> str:
-    """One line a method and setting, means over seeds; every run in a fold."""
+def runs_block(path: Path, module: str, left_out: Sequence[str]) -> str:
+    """The table that a module makes of a study, one line a method, means over seeds; every run in a fold.
+
+    Args:
+        left_out: what is not shown of a run.
+    """
     if not path.is_file():
         return NOT_MEASURED
-    from benchmarks import tofu_tables
-
     result = json.loads(path.read_text())
-    plain = {**result, "rows": [{k: v for k, v in row.items() if k != "options"} for row in result["rows"]]}
-    out = [*tofu_tables.table(result), *_about(result)]
-    out += ["", "<details><summary>Every run</summary>", "", *_quality_rows(plain), "", "</details>"]
-    return "\n".join(out) + "\n"
-
-
-def pecker_block(path: Path) -> str:
-    """One line a method, means over seeds; every run in a fold."""
-    if not path.is_file():
-        return NOT_MEASURED
-    from benchmarks import pecker_results
-
-    result = json.loads(path.read_text())
-    plain = {**result, "rows": [{k: v for k, v in r.items() if k not in ("curve", "settings")} for r in result["rows"]]}
-    facts = {**result["meta"], **result["meta"]["size"]}
-    out = [*pecker_results.table(result), *_about({"meta": facts})]
+    plain = {**result, "rows": [{k: v for k, v in row.items() if k not in left_out} for row in result["rows"]]}
+    size = result["meta"].get("size")
+    facts = {**result["meta"], **(size if isinstance(size, Mapping) else {})}
+    out = [*importlib.import_module(f"benchmarks.{module}").table(result), *_about({"meta": facts})]
     out += ["", "<details><summary>Every run</summary>", "", *_quality_rows(plain), "", "</details>"]
     return "\n".join(out) + "\n"
 
@@ -443,11 +434,11 @@ def block(name: str, folder: Path) -> str:
     if name in large_tables.NAMES:
         return large_tables.block(name, folder / "large") or NOT_MEASURED
     if name in PECKER:
-        return pecker_block(folder / "quality" / f"{PECKER[name]}.json")
+        return runs_block(folder / "quality" / f"{PECKER[name]}.json", "pecker_results", ("curve", "settings"))
     if name == "canvas-many":
         return many_block(folder / "quality" / "canvas_many.json")
     if name in TOFU:
-        return tofu_block(folder / "quality" / f"{TOFU[name]}.json")
+        return runs_block(folder / "quality" / f"{TOFU[name]}.json", "tofu_tables", ("options",))
     if name in ("demo", "prune") or (kind == "quality" and which):
         return quality_block(folder / "quality" / f"{which or name}.json")
     raise ValueError(

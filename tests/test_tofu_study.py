@@ -271,7 +271,7 @@ def test_a_table_is_made_piece_by_piece(work, tmp_path, monkeypatch, capsys):
     result = json.loads(out.read_text())
     assert result["meta"]["settings"].startswith("not tuned: number 2 of every")
     assert result["rows"][-1]["rate"] == tofu.METHODS["NPO"].trials[2]["learning_rate"]
-    assert "settings: not tuned" in tables.tofu_block(out)
+    assert "settings: not tuned" in tables.runs_block(out, "tofu_tables", ("options",))
     with pytest.raises(ValueError, match="holds a study of settings not tuned"):
         tofu.Study(work, "cpu", out, None)
 
