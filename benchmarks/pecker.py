@@ -414,6 +414,9 @@ def result_file(size: str) -> Path:
 def run(study: Study, methods: Sequence[str], seeds: Sequence[int], out: Path) -> dict[str, Any]:
     """Every method and seed that the file does not hold yet."""
     result = json.loads(out.read_text()) if out.is_file() else {"rows": []}
+    size = json.loads(json.dumps(asdict(study.size)))
+    if result["rows"] and result["meta"]["size"] != size:
+        raise ValueError(f"out: {out} holds runs of another size; choose another file")
     parameters = sum(p.numel() for p in study.unet().parameters())
     facts = machine.meta(study.device)
     result["meta"] = {name: facts[name] for name in ("device", "cpu", "threads", "torch", "fastunlearn", "commit", "date")} | {
@@ -426,6 +429,7 @@ def run(study: Study, methods: Sequence[str], seeds: Sequence[int], out: Path) -
     judge = study.work / "classifier.json"
     if judge.is_file():
         result["meta"]["judge accuracy, test"] = round(json.loads(judge.read_text())["test_accuracy"], 4)
+        write_json(out, result)
     for seed in seeds:
         for method in methods:
             if any(row["method"] == method and row["seed"] == seed for row in result["rows"]):

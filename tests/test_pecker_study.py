@@ -40,6 +40,10 @@ def test_a_whole_study(study, tmp_path, monkeypatch):
     monkeypatch.setattr(pecker.Study, "run", None)
     again = pecker.run(pecker.Study("tiny", tmp_path / "work", "cpu", data=tmp_path / "cifar10"), methods, [0], out)
     assert again["rows"] == json.loads(out.read_text())["rows"]
+    other = pecker.Study("tiny", tmp_path / "work", "cpu", data=tmp_path / "cifar10")
+    other.size = dataclasses.replace(other.size, steps=1)
+    with pytest.raises(ValueError, match="holds runs of another size"):
+        pecker.run(other, methods, [0], out)
     pecker_results.plot(again, out.with_suffix(".svg"))
     assert b"<svg" in out.with_suffix(".svg").read_bytes()
     (tmp_path / "quality").mkdir()

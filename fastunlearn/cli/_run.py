@@ -39,7 +39,7 @@ _PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets")
 #: what a model card shows of the settings, where the run has it
 _SHOWN = (
     "objective", "gamma", "alpha", "beta", "delta", "retain_loss_type", "update", "hamu_share", "hamu_ratio", "hamu_q", "hamu_scope",
-    "hamu_allocation", "hamu_rule", "on_flag", "on_infeasible", "retain_groups", "retain_budgets", "localize", "compressed", "redistribution",
+    "hamu_allocation", "hamu_rule", "hamu_geometry", "on_flag", "on_infeasible", "retain_groups", "retain_budgets", "localize", "compressed", "redistribution",
     "redistribution_beta", "importance", "train_unpruned", "trainable_params_regex", "learning_rate", "lr_scheduler_type",
     "warmup_steps", "warmup_epochs", "weight_decay", "max_grad_norm", "num_train_epochs", "max_steps",
     "per_device_train_batch_size", "gradient_accumulation_steps", "retain_per_forget", "max_length", "system_prompt", "optim",

@@ -25,6 +25,8 @@ def size(tensors: int, groups: int) -> int:
 class Certificate:
     """What a HAMU step promises to first order, and how hard it was. Numbers of groups are in the order retain ..., forget.
 
+    Of a step with `scales` D lengths and inner products (norms, kappa, cosines, step_norm) are of D g and of the change over D.
+
     Everything is read from `values`, one float64 tensor on the CPU, when it is asked for.
 
     Attributes:
@@ -131,7 +133,7 @@ class Certificate:
         return all(r <= a + e for r, a, e in zip(retain, allowed, self._slack()))
 
     def _slack(self) -> list[float]:
-        """Tolerance of a loss change, of every group: 10 % of the ball's radius times its gradient."""
+        """Tolerance of a loss change, of every group: 10 % of lr ||g||^2, in "u" of lr ||g_f|| ||g||."""
         norms, last = self.norms, self.clip[-1] * self.norms[-1]
         if self.variant == "q":
             return [0.1 * self.lr * c * n * n for c, n in zip(self.clip, norms)]

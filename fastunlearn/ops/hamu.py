@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fastunlearn import _backend, _native
 from fastunlearn.ops._certificate import Certificate, pack, size
-from fastunlearn.ops._hamu_solve import InfeasibleError, Problem, solve
+from fastunlearn.ops._hamu_solve import InfeasibleError, Plan, Problem, solve
 from fastunlearn.ops._slots import check_not_negated, check_param, local, memory_order, units
 from fastunlearn.ops.gram import UNIT, Flat, Mask, as_mask, at, check_groups, products, too_many
 from fastunlearn.ops.mask import BitMask
@@ -79,13 +79,20 @@ class _Step:
             mine = [masks[t] for t in members]
             self.parts.append((members, Flat(own, mine if any(m is not None for m in mine) else None)))
 
-    def scale(self, scales: Sequence[Tensor]) -> None:
-        """Multiplies the gradients, in place."""
+    def scale(self, scales: Sequence[Tensor], *, back: bool = False) -> None:
+        """Multiplies every gradient by its scales, in place (back: divides); a tensor that stands in several lists once."""
         for members, flat in self.parts:
-            for row in flat.groups[1:]:
-                pairs = [(x, scales[t].to(x.dtype)) for t, x in zip(members, row) if x is not None]
-                if pairs:
-                    torch._foreach_mul_(*map(list, zip(*pairs)))
+            done = set()
+            for t, *column in zip(members, *flat.groups[1:]):
+                param = self.params[t]
+                # As the flat gradients: in the order in which the parameter lies in memory.
+                order = None if param.is_contiguous() else memory_order(param)
+                d = scales[t] if order is None else scales[t].permute(order)
+                for x in column:
+                    if x is None or not x.numel() or x.data_ptr() in done:
+                        continue
+                    done.add(x.data_ptr())
+                    x.div_(d) if back else x.mul_(d)
 
     def gram(self) -> np.ndarray:
         """float64 [tensors, groups, groups]; waits for the devices."""
@@ -166,6 +173,28 @@ def _all_reduce(values: np.ndarray, sizes: Sequence[int], group: Any, device: to
     return out, before.astype(np.int64)
 
 
+def _planned(
+    values: np.ndarray, options: dict[str, Any], max_grad_norm: float | None, descent: bool
+) -> tuple[Plan, Problem]:
+    """The step for these Gram matrices, retain groups and the forget gradient, and its problem.
+
+    Raises:
+        ValueError: gradients that are zero or not finite, and more than the ball holds (InfeasibleError).
+    """
+    _check_gram(values)
+    k = values.shape[1] - 1
+    if descent:
+        # Gradients of descent on the forget term: g_f is their opposite.
+        values[:, :k, k] *= -1
+        values[:, k, :k] *= -1
+    norms = np.sqrt(np.einsum("tgg->g", values))
+    clip = np.ones(k + 1) if max_grad_norm is None else np.minimum(1.0, max_grad_norm / norms)
+    budgets = options["budgets"]
+    # A budget is of the loss; the problem is one of clipped gradients.
+    problem = Problem(gram=values, clip=clip, **options | {"budgets": None if budgets is None else budgets * clip[:k]})
+    return solve(problem), problem
+
+
 def _run(
     params: Sequence[Tensor], rows: Sequence[Sequence[Tensor | None]], masks: Sequence[BitMask | None],
     options: dict[str, Any], max_grad_norm: float | None, descent: bool, skip_flagged: bool, stochastic: bool, seed: int,
@@ -179,23 +208,13 @@ def _run(
     if process_group is not None:
         sizes = [p.numel() for p in params]
         values, firsts = _all_reduce(values, sizes, process_group, params[0].device)
-    _check_gram(values)
-    k = len(rows) - 1
-    if descent:
-        # Gradients of descent on the forget term: g_f is their opposite.
-        values[:, :k, k] *= -1
-        values[:, k, :k] *= -1
-    norms = np.sqrt(np.einsum("tgg->g", values))
-    clip = np.ones(k + 1) if max_grad_norm is None else np.minimum(1.0, max_grad_norm / norms)
-    budgets = options["budgets"]
-    # A budget is of the loss; the problem is one of clipped gradients.
-    problem = Problem(gram=values, clip=clip, **options | {"budgets": None if budgets is None else budgets * clip[:k]})
     try:
-        plan = solve(problem)
-    except InfeasibleError:
+        plan, problem = _planned(values, options, max_grad_norm, descent)
+    except ValueError:
         if scales is not None:
-            lists.scale([d.reciprocal() for d in scales])
+            lists.scale(scales, back=True)
         raise
+    k = len(rows) - 1
     if plan.flagged and skip_flagged:
         return pack(plan, problem, False)
     factors = plan.coefficients.copy()
@@ -361,8 +380,9 @@ def hamu_step_(
         descent: g_forget holds the gradient of descent on the forget term: its opposite.
         skip_flagged: a flagged step is not taken.
         scales: for each parameter a float32 tensor D > 0 of its shape: everything is of the gradients D g, and the change is D times
-            that of those, so that the ball holds ||change / D||; products, promises and the certificate keep their units. The
-            gradients are overwritten.
+            that of those, so that the ball holds ||change / D||. Promises and predictions stay those of the losses; lengths and inner
+            products in the certificate are of D g and of change / D. The gradients are overwritten; where the step is refused they
+            are multiplied back, in 16 bits nearly.
         stochastic_rounding: of bfloat16, by (seed, step, number of the tensor, entry): rounded to nearest nearly every step is lost.
 
     Returns:

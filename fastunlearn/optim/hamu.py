@@ -37,7 +37,8 @@ class HamuSGD(Optimizer):
             norm. A ball holds changes with ||change / D|| <= lr ||D g_retain|| / ||g_retain|| ("u": of g_forget), so that
             following that gradient alone moves no weight by more than about lr, as Adam does without momentum, however long the
             gradients are. The constraints are the same: promises are of first order in the losses, and a certificate checks them.
-            max_grad_norm is without meaning, ratio is refused; v is one more float32 copy of the parameters, D another in a step.
+            max_grad_norm is without meaning, ratio is refused (without share and q: share 0.5), the certificate's lr is the one over
+            that norm, its lengths are of D g; v is one more float32 copy of the parameters, D another in a step.
 
     Attributes:
         certificate: of the last step; None before it, and where lr was 0 and nothing was done.
@@ -68,6 +69,9 @@ class HamuSGD(Optimizer):
             raise ValueError(f"eps: want a number > 0, got {eps}")
         if infeasible not in ("error", "largest", "stop"):
             raise ValueError(f"infeasible: want 'error', 'largest' or 'stop', got {infeasible!r}")
+        told = options.get("share"), options.get("q"), options.get("budgets") if options.get("variant") == "u" else None
+        if geometry == "adam" and all(value is None for value in told):
+            options["share"] = 0.5
         super().__init__(params, {"lr": lr, "steps": 0, "shrink": 1.0})
         if len(self.param_groups) != 1:
             raise ValueError(f"params: want one group, got {len(self.param_groups)}; one certificate is of one step")
@@ -98,8 +102,11 @@ class HamuSGD(Optimizer):
         rows = [[x if x is None else local(x) for x in row] for row in (*retain, forget)]
         values = self._products(params, rows)
         kept, gone = float(values[:k, :k].mean()), float(values[k, k])
-        if not (math.isfinite(kept) and math.isfinite(gone) and kept > 0 and gone > 0):
+        if not torch.isfinite(values).all() or not (values.diagonal() > 0).all():
+            # Refused by the step, which says which.
             return {}
+        if kept <= 0:
+            raise ValueError("g_retain: the groups' gradients cancel out; their mean says nothing of what must stay")
         group["counted"] = group.get("counted", 0) + 1
         correction, scales = 1 - self.beta2 ** group["counted"], []
         for t, p in enumerate(params):
@@ -156,7 +163,6 @@ class HamuSGD(Optimizer):
                 return loss
             if self.infeasible != "largest" or error.largest <= 0:
                 raise
-            # Nothing was changed but the gradients' scale.
             options |= {"ratio": None, "q": None, "share": 1.0}
             self.certificate = ops.hamu_step_(group["params"], given, forget, **options)
         return loss

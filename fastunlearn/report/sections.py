@@ -288,7 +288,7 @@ def curves(runs: Sequence[Run], _: Sequence[Target]) -> Html | None:
 
 _SUMMARY = {
     "steps": "steps with a certificate", "flagged": "flagged: damage could not be avoided", "first_flagged": "first flagged step",
-    "checked": "certificates checked", "held": "of them held", "unharmed": "of them without retain damage", "largest_hardness": "largest hardness", "largest_s": "largest s",
+    "checked": "certificates checked", "held": "of them held", "unharmed": "of them without more retain damage than promised", "largest_hardness": "largest hardness", "largest_s": "largest s",
 }  # fmt: skip
 
 

@@ -552,6 +552,51 @@ def test_unharmed_is_about_growth_only(variant):
     assert not budgeted.unharmed([0.0, 50.0])
 
 
+@pytest.mark.parametrize("backend", ["reference", "native", "triton"])
+def test_scales_of_layouts(backend):
+    p, r, f = (torch.randn(6, 4, 3, 3) for _ in range(3))
+    square = [torch.randn(6, 6) for _ in range(3)]
+    last = torch.channels_last
+    with fastunlearn.backend(backend):
+        for (q, gr, gf), layouts in (
+            ((p, r, f), [lambda x: x.to(memory_format=last, copy=True), lambda x: x.permute(1, 0, 2, 3).contiguous().permute(1, 0, 2, 3)]),
+            (square, [lambda x: x.T.contiguous().T]),
+        ):  # fmt: skip
+            scale = torch.rand(q.shape) * 3 + 0.1
+            want = q.clone()
+            ops.hamu_step_([want], [gr.clone()], [gf.clone()], lr=0.1, share=0.5, scales=[scale])
+            for layout in layouts:
+                for other in (layout, torch.clone):
+                    moved = layout(q)
+                    ops.hamu_step_([moved], [other(gr)], [layout(gf)], lr=0.1, share=0.5, scales=[other(scale)])
+                    torch.testing.assert_close(moved, want, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_scales_of_16_bit_gradients(dtype):
+    r, f = torch.randn(3000).to(dtype), torch.randn(3000).to(dtype)
+    scale = torch.rand(3000) + 0.5
+    want, found = torch.zeros(3000), torch.zeros(3000)
+    ops.hamu_step_([want], [r.float()], [f.float()], lr=0.1, share=0.5, scales=[scale])
+    ops.hamu_step_([found], [r], [f], lr=0.1, share=0.5, scales=[scale])
+    torch.testing.assert_close(found, want, rtol=2e-2, atol=2e-3)
+
+
+def test_a_gradient_in_two_lists_is_scaled_once():
+    shared, second, f, scale = (torch.randn(40) for _ in range(4))
+    scale = scale.abs() + 0.5
+    results = []
+    for alias in (True, False):
+        p = torch.zeros(2 * 40).view(2, 40).unbind()
+        p = [x.clone() for x in p]
+        mine = shared.clone()
+        groups = [[mine, second.clone()], [mine if alias else shared.clone(), second.clone() * 2]]
+        ops.hamu_step_(p, groups, [f.clone(), f.clone()], lr=0.1, share=0.3, scales=[scale, scale])
+        results.append(p)
+    for a, b in zip(*results):
+        torch.testing.assert_close(a, b)
+
+
 def test_a_refused_step_leaves_scaled_gradients_as_they_were():
     g, f = torch.randn(50), torch.randn(50)
     retain, forget, p = g.clone(), f.clone(), torch.zeros(50)
@@ -560,6 +605,9 @@ def test_a_refused_step_leaves_scaled_gradients_as_they_were():
         ops.hamu_step_([p], [retain], [forget], lr=0.1, q=1e6, scales=[scale])
     torch.testing.assert_close(retain, g)
     torch.testing.assert_close(forget, f)
+    with pytest.raises(ValueError, match="g_retain\\[1\\]: zero in every entry"):
+        ops.hamu_step_([p], [[retain], [torch.zeros(50)]], [forget], lr=0.1, scales=[scale])
+    torch.testing.assert_close(retain, g)
     assert not p.any()
 
 

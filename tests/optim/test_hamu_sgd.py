@@ -48,6 +48,23 @@ def test_lengths_of_gradients_do_not_matter(variant):
             torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-7)
 
 
+def test_half_of_the_ball_is_the_default():
+    (a, one), (b, other) = made(constant(1e2, 1e2), share=None), made(constant())
+    one.step()
+    other.step()
+    assert one.certificate.s == pytest.approx(other.certificate.s, rel=1e-3)
+    for p, q in zip(a, b):
+        torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-7)
+
+
+def test_groups_that_cancel_are_refused():
+    forget, (retain,) = drawn(0)
+    params, optimizer = made(lambda: (forget, [retain, [-x for x in retain]]), variant="u")
+    with pytest.raises(ValueError, match="g_retain: the groups' gradients cancel out"):
+        optimizer.step()
+    assert not any(p.any() for p in params)
+
+
 def test_what_is_asked_for_nothing_is_adam_s_length():
     params, optimizer = made(constant(), share=0.0)
     optimizer.step()
