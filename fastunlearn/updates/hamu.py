@@ -133,7 +133,8 @@ class Hamu(Separate):
         """The optimiser of a run, over these parameters."""
         self.optimizer = HamuSGD(
             list(named), self._gradients, masks, lr=args.learning_rate, seed=args.seed,
-            stochastic_rounding=args.stochastic_rounding, geometry=self.geometry, beta2=args.adam_beta2, eps=args.adam_epsilon,
+            stochastic_rounding=args.stochastic_rounding, geometry=self.geometry, beta2=getattr(args, "adam_beta2", 0.999),
+            eps=getattr(args, "adam_epsilon", 1e-8),
             infeasible=self.on_infeasible, **self.options,
         )  # fmt: skip
         return self.optimizer
