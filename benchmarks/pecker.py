@@ -10,7 +10,9 @@ UA and FID of the classes that stay are measured every `every` iterations on the
 benchmarks/results/quality/pecker_<size>.json after every run, with the final numbers on more images. FID is by Inception features where
 the package that carries the network is there (fastunlearn.evaluation.inception), else by the classifier's; the file says which.
 
-`python -m benchmarks table` and `plot` make the README's of it (benchmarks/pecker_results.py). Targets: iterations to UA >= 99 % with FID within 5 % of SFD's final one, over SFD's own.
+`python -m benchmarks table` and `plot` make the README's of it (benchmarks/pecker_results.py).
+
+Targets: iterations to UA >= 99 % with FID within 5 % of SFD's final one, over SFD's own.
 """
 
 from __future__ import annotations

@@ -105,7 +105,7 @@ class TwoTermConfig(TrainingArguments):
     hamu_geometry: str = field(
         default="euclidean",
         metadata={
-            "help": "Of trust balls: euclidean (the paper's), or adam: short where gradients are large (rates as AdamW's)."
+            "help": "Of trust balls: euclidean (the paper's), or adam (a reconstruction): short where gradients are large."
         },
     )
     on_flag: str = field(
