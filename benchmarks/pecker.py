@@ -287,7 +287,7 @@ class Study:
         return PECKERConfig(**{**common, **options})
 
     def _train(self, trainer: Any) -> None:
-        from fastunlearn.two_terms import last_checkpoint
+        from fastunlearn.resuming import last_checkpoint
 
         output = Path(trainer.args.output_dir)
         going_on = output.is_dir() and last_checkpoint(output) is not None
@@ -298,7 +298,7 @@ class Study:
     @staticmethod
     def kept_curve(folder: Path) -> list[dict[str, float]]:
         """Measurements of a run that was killed, up to the checkpoint it goes on from: what came after is done, and timed, again."""
-        from fastunlearn.two_terms import last_checkpoint
+        from fastunlearn.resuming import last_checkpoint
 
         file, checkpoint = folder / "curve.json", last_checkpoint(folder)
         if checkpoint is None or not file.is_file():

@@ -29,6 +29,7 @@ from transformers import TrainerCallback
 
 from fastunlearn._modes import checkpoint_blocks, evaluating
 from fastunlearn._stored import read_tensors
+from fastunlearn.arguments import TwoTermConfig
 from fastunlearn.data.concept_images import ConceptImages, Encoded, IndexCollator
 from fastunlearn.data.pairs import PairedSet
 from fastunlearn.families import Family, family_of
@@ -46,7 +47,7 @@ from fastunlearn.objectives.language import closest
 from fastunlearn.parametrize import lora, name_matcher
 from fastunlearn.parametrize.partial_unet import save_partial_unet
 from fastunlearn.sharded import check_processes
-from fastunlearn.two_terms import TwoTermConfig, TwoTermTrainer
+from fastunlearn.two_terms import TwoTermTrainer
 
 #: in a checkpoint: what trains, and what the timesteps of the forget term are drawn by
 TRAINED, DIVERGENCE = "trained.safetensors", "divergence.safetensors"

@@ -24,9 +24,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastunlearn.checkpoint import claim_output, load_checkpoint, save_checkpoint
+from fastunlearn.checkpoint import load_checkpoint, save_checkpoint
 from fastunlearn.localize.text_paths import denoiser_of
 from fastunlearn.objectives.language import closest
+from fastunlearn.output_folder import claim_output
 from fastunlearn.parametrize.low_rank import Change, change_between, check_rank
 from fastunlearn.parametrize.partial_unet import load_partial_unet, read_partial_unet, save_partial_unet
 from fastunlearn.pipelines import INDEX, is_canvas, load_pipeline, save_pipeline_folder

@@ -21,6 +21,7 @@ from transformers import TrainerCallback
 
 from fastunlearn._modes import evaluating, in_fp32
 from fastunlearn._stored import read_json
+from fastunlearn.arguments import TwoTermConfig
 from fastunlearn.checkpoint import (
     MASKS,
     PRUNING,
@@ -45,16 +46,9 @@ from fastunlearn.parametrize import CompressedNM, full_weights, lora
 from fastunlearn.parametrize.compressed_nm import dense_state_dict
 from fastunlearn.processes import agreed, anywhere, combined, summed
 from fastunlearn.quantised import check_training, keep_differentiable, prepare
+from fastunlearn.resuming import STATE_FILE, complete_checkpoint, last_checkpoint, resumes_in
 from fastunlearn.sharded import check_processes, check_shards
-from fastunlearn.two_terms import (
-    STATE_FILE,
-    DivergenceError,
-    TwoTermConfig,
-    TwoTermTrainer,
-    complete_checkpoint,
-    last_checkpoint,
-    resumes_in,
-)
+from fastunlearn.two_terms import DivergenceError, TwoTermTrainer
 
 __all__ = [
     "STATE_FILE",

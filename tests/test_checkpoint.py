@@ -23,12 +23,12 @@ from fastunlearn import checkpoint as module
 from fastunlearn.checkpoint import (
     SMOLLM2,
     check_masks,
-    claim_output,
     load_checkpoint,
     named_weights,
     save_checkpoint,
 )
 from fastunlearn.localize import prune
+from fastunlearn.output_folder import claim_output
 from tests.tiny_chat import char_tokenizer, tiny_llama
 
 pytest.importorskip("transformers")
@@ -419,7 +419,7 @@ def test_another_error_is_passed_on_and_leaves_nothing(tmp_path, monkeypatch):
 
 HOLDER = """
 import sys, time
-from fastunlearn.checkpoint import claim_output
+from fastunlearn.output_folder import claim_output
 with claim_output(sys.argv[1], overwrite=True):
     print("holding", flush=True)
     time.sleep(120)

@@ -25,7 +25,7 @@ from fastunlearn.diffusion_trainer import DiffusionConfig, DiffusionTrainer
 from fastunlearn.families import family_of
 from fastunlearn.methods.spare import SPAREConfig, SPARETrainer
 from fastunlearn.objectives.diffusion import NoiseSchedule, denoiser, self_distillation_loss
-from fastunlearn.two_terms import last_checkpoint
+from fastunlearn.resuming import last_checkpoint
 
 FORGET = [{"text": prompt(thing, "Mosaic"), "surrogate": prompt(thing, "Photo")} for thing in OBJECTS]
 RETAIN = [{"text": prompt(thing, style)} for thing in OBJECTS for style in ("Photo", "Pop Art", "Van Gogh")]

@@ -22,6 +22,8 @@ LAYERS = [
     {"methods"},
     {"trainer", "diffusion_trainer"},
     {"two_terms"},
+    {"masked_trainer", "callbacks"},
+    {"certified", "arguments", "resuming"},
     {"sharded_trainer"},
     {"sharded"},
     {"checkpoint", "localize", "objectives", "updates", "parametrize", "optim", "data", "evaluation", "report"},

@@ -138,8 +138,8 @@ def erase(
     if retain is None and config.retain_alpha and method != "ablation":
         raise ValueError("retain_concepts: a retain term needs some; retain_alpha=0 keeps nothing on purpose")
     resume = _run.resume_of(config)
-    from fastunlearn.checkpoint import claim_output
-    from fastunlearn.two_terms import check_resume, resumes_in
+    from fastunlearn.output_folder import claim_output
+    from fastunlearn.resuming import check_resume, resumes_in
 
     if resume:
         check_resume(config.output_dir, resume)

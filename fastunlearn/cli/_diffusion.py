@@ -12,12 +12,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from fastunlearn.checkpoint import claim_output
 from fastunlearn.cli._run import check_device, shown_command, versions
 from fastunlearn.data.images import latents_of_folder
 from fastunlearn.evaluation.worlds import Concepts, Target, canvas_concepts
 from fastunlearn.localize.text_paths import denoiser_of, text_paths
 from fastunlearn.methods.recipes import SMALL, concept_template, world_settings
+from fastunlearn.output_folder import claim_output
 from fastunlearn.parametrize.partial_unet import load_partial_unet, read_partial_unet, save_partial_unet
 from fastunlearn.pipelines import CANVAS, is_canvas, load_pipeline, save_pipeline_folder
 from fastunlearn.report.cost import MIB, measured

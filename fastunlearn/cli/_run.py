@@ -23,13 +23,14 @@ import torch
 from torch import Tensor
 
 import fastunlearn
-from fastunlearn.checkpoint import Checkpoint, claim_output, load_checkpoint
+from fastunlearn.checkpoint import Checkpoint, load_checkpoint
 from fastunlearn.cli import missing_package
 from fastunlearn.cli._arguments import parse
 from fastunlearn.data.pairs import row_limit
 from fastunlearn.data.text import TextSet, check_disjoint, encode_rows, load_rows
 from fastunlearn.evaluation.perplexity import chunk_tokens, perplexity
 from fastunlearn.evaluation.recall import exact_recall, generate_answers, score_answers, wanted_answers
+from fastunlearn.output_folder import claim_output
 from fastunlearn.processes import Watch, agreed
 from fastunlearn.report.card import model_card
 from fastunlearn.report.cost import MIB, measured
@@ -384,8 +385,8 @@ def unlearn(
         (ScriptArguments, config_class), argv, prog, description=description, epilog=epilog, required=("output_dir",)
     )
     resume = resume_of(config)
+    from fastunlearn.resuming import check_resume, resumes_in
     from fastunlearn.sharded import check_processes
-    from fastunlearn.two_terms import check_resume, resumes_in
 
     check_processes(config)
     # With an overwritten folder, a resumed run needs the checkpoints of the one before.

@@ -280,12 +280,13 @@ def main(argv: Sequence[str]) -> int:
 
 def run(options: argparse.Namespace, autocast: torch.dtype | None, machine: str) -> int:
     """The demo after its options are read."""
-    from fastunlearn.checkpoint import claim_output, load_checkpoint, save_checkpoint
+    from fastunlearn.checkpoint import load_checkpoint, save_checkpoint
     from fastunlearn.cli import main as fastunlearn_main
     from fastunlearn.data.text import encode_rows
     from fastunlearn.evaluation.perplexity import perplexity  # noqa: F401  (imported before the clock runs)
     from fastunlearn.localize import nm_violations
     from fastunlearn.methods.memorise import memorise
+    from fastunlearn.output_folder import claim_output
 
     forget, keep = options.split
     seconds: dict[str, float] = {}

@@ -203,9 +203,9 @@ def _draw(trainer: Any, shown: dict[str, tuple[list[Any], Any]]) -> Any:
 
 def _check(config: Any, work: _Work, scheduler: Any, output: Path, resume: Any) -> None:
     """Raises before the first stage what the second would raise after it."""
-    from fastunlearn.checkpoint import claim_output
     from fastunlearn.methods._pecker_setup import make_setup, named_conditions
-    from fastunlearn.two_terms import resumes_in
+    from fastunlearn.output_folder import claim_output
+    from fastunlearn.resuming import resumes_in
 
     # The model stands for the generator that is still to be made.
     setup = make_setup(work.model, scheduler, config, work.model)
@@ -216,7 +216,7 @@ def _check(config: Any, work: _Work, scheduler: Any, output: Path, resume: Any) 
 
 def _began_only(folder: Path, own: set[str]) -> bool:
     """Whether the folder is there and holds nothing but `own` and what a kill left half written."""
-    from fastunlearn.two_terms import complete_checkpoint
+    from fastunlearn.resuming import complete_checkpoint
 
     def half(path: Path) -> bool:
         if path.name.startswith("checkpoint-"):
@@ -237,7 +237,7 @@ def _distil(
     trainer_class: Any, config: Any, work: _Work, scheduler: Any, steps: int, folder: Path, resume: Any
 ) -> Path:
     """The first stage: SiD alone, into its own folder."""
-    from fastunlearn.two_terms import last_checkpoint
+    from fastunlearn.resuming import last_checkpoint
 
     changes = {"method": "sid", "max_steps": steps, "output_dir": str(folder)}
     first = dataclasses.replace(config, **changes)

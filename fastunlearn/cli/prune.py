@@ -96,11 +96,12 @@ def _run(args: PruneArguments, command: str) -> None:
     import torch
 
     import fastunlearn
-    from fastunlearn.checkpoint import claim_output, load_checkpoint, save_checkpoint
+    from fastunlearn.checkpoint import load_checkpoint, save_checkpoint
     from fastunlearn.data.calibration import calibration_texts, calibration_tokens, check_calibration
     from fastunlearn.data.text import encode_rows, load_rows
     from fastunlearn.evaluation.perplexity import chunk_tokens, perplexity
     from fastunlearn.localize import check_options, check_prunable, prune
+    from fastunlearn.output_folder import claim_output
 
     _check(args)
     numbers = {name: getattr(args, name) for name in ("damping", "block_size", "batch_size")}

@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
 
+from fastunlearn.arguments import bf16_on_cpu, check_steps
 from fastunlearn.localize.granularity import check_granularity
 from fastunlearn.objectives.language import closest
 from fastunlearn.objectives.score_distillation import SALIENCY_LOSSES, SALIENCY_SUMS
-from fastunlearn.two_terms import bf16_on_cpu, check_steps
 
 METHODS = ("pecker", "sfd", "gradient_ascent", "sid")
 _CHOICES = {

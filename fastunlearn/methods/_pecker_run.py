@@ -17,7 +17,7 @@ from fastunlearn._stored import read_json, read_pickled, read_tensors
 from fastunlearn.checkpoint import MASKS
 from fastunlearn.ops.mask import load_masks, save_masks
 from fastunlearn.report.files import write_json
-from fastunlearn.two_terms import complete_checkpoint
+from fastunlearn.resuming import complete_checkpoint
 
 #: in a checkpoint: masks of what moves; psi, averages and soft factors; psi's optimiser; what the run is of
 MOVABLE, STATE, OPTIMIZER, RUN = "movable.safetensors", "pecker.safetensors", "pseudo_optimizer.pt", "pecker_run.json"

@@ -24,7 +24,6 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback, Tra
 
 from fastunlearn import optim
 from fastunlearn._modes import checkpoint_blocks
-from fastunlearn.checkpoint import claim_output
 from fastunlearn.localize.granularity import Granularity, structured_masks
 from fastunlearn.methods._pecker_config import PECKERConfig as PECKERConfig
 from fastunlearn.methods._pecker_run import Progress, check_resumable, load_state, save_state, write_generator
@@ -37,9 +36,11 @@ from fastunlearn.objectives.score_distillation import (
 )
 from fastunlearn.ops.mask import BitMask
 from fastunlearn.optim.ema import EMA
+from fastunlearn.output_folder import claim_output
 from fastunlearn.parametrize.masked_layers import MaskedModel, mask_model, plain_model
+from fastunlearn.resuming import check_resume, last_checkpoint, resumes_in
 from fastunlearn.sharded import check_processes
-from fastunlearn.two_terms import DivergenceError, check_resume, last_checkpoint, resumes_in
+from fastunlearn.two_terms import DivergenceError
 
 
 class PECKERTrainer(Trainer):

@@ -11,14 +11,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastunlearn import two_terms
-from fastunlearn.checkpoint import claim_output, load_checkpoint, save_checkpoint
+from fastunlearn import arguments
+from fastunlearn.checkpoint import load_checkpoint, save_checkpoint
 from fastunlearn.cli import _run, main
 from fastunlearn.data.register import Register
 from fastunlearn.data.text import collate, encode_rows
 from fastunlearn.evaluation import answer_logprobs, exact_recall, generate_answers
 from fastunlearn.localize import nm_violations, prune
 from fastunlearn.optim import MaskedAdamW
+from fastunlearn.output_folder import claim_output
 from fastunlearn.report.page import render
 from fastunlearn.report.run_folder import load_run
 from tests.tiny_chat import char_tokenizer, tiny_llama
@@ -237,7 +238,7 @@ def test_bad_input_is_refused_before_any_work(world, tmp_path, capfd, monkeypatc
     (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n{"text"\n')
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.tex").write_text("years")
-    monkeypatch.setattr(two_terms, "get_available_reporting_integrations", list)
+    monkeypatch.setattr(arguments, "get_available_reporting_integrations", list)
     if "bare" in BAD[case][0][0]:
         save_checkpoint(tmp_path / "bare", tiny_llama(), char_tokenizer())
         for file in (tmp_path / "bare").glob("tokenizer*"):
@@ -265,7 +266,7 @@ def test_bad_input_is_refused_before_any_work(world, tmp_path, capfd, monkeypatc
 
 def test_two_runs_in_one_folder(world, tmp_path, capsys):
     out = tmp_path / "out"
-    code = f"import time\nfrom fastunlearn.checkpoint import claim_output\nwith claim_output({str(out)!r}):\n    print('in', flush=True)\n    time.sleep(60)"
+    code = f"import time\nfrom fastunlearn.output_folder import claim_output\nwith claim_output({str(out)!r}):\n    print('in', flush=True)\n    time.sleep(60)"
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None

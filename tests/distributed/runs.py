@@ -315,11 +315,11 @@ def apart(trainer: Any, raises: str | None) -> dict[str, Any]:
     Args:
         raises: what fails in the last process: "saliency" or "factors".
     """
-    from fastunlearn import two_terms
+    from fastunlearn import masked_trainer
 
     own: dict[str, Any] = {}
     rank, count = trainer.args.process_index, trainer.args.world_size
-    choose, redistribute = two_terms.saliency_masks, trainer._redistribute
+    choose, redistribute = masked_trainer.saliency_masks, trainer._redistribute
     loss, batches = trainer.saliency_loss, trainer._batches
 
     def fails(what: str) -> None:
@@ -339,7 +339,7 @@ def apart(trainer: Any, raises: str | None) -> dict[str, Any]:
         fails("saliency")
         return loss(range(rank, rank + 2))
 
-    two_terms.saliency_masks, trainer.saliency_loss = saliency_masks, saliency_loss
+    masked_trainer.saliency_masks, trainer.saliency_loss = saliency_masks, saliency_loss
     trainer._redistribute = redistributed
     trainer._batches = lambda rows: batches([rows[i] for i in range(rank, len(rows), count)])
     return own
