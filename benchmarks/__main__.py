@@ -192,7 +192,9 @@ def compare(args: argparse.Namespace) -> int:
         print(text, end="")
     for change in found.regressions:
         print(f"worse: {', '.join(change.key)}: {change.what}", file=sys.stderr)
-    return 1 if found.regressions else 0
+    for key in found.lost:
+        print(f"gone: {', '.join(key)}: the new run has its case, and not this row", file=sys.stderr)
+    return 1 if found.regressions or found.lost else 0
 
 
 def tune(args: argparse.Namespace) -> int:
@@ -324,7 +326,7 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--again", action="store_true", help="measure what the file has already, too")
     p.add_argument("--out", help="default: benchmarks/results/quality/cost.json; rows it holds are kept")
     p.set_defaults(do=cost)
-    p = commands.add_parser("compare", help="two results, row by row: what became slower; 1 where ours did")
+    p = commands.add_parser("compare", help="two results, row by row: what became slower; 1 where ours did, or is gone")
     p.add_argument("old")
     p.add_argument("new")
     p.add_argument(

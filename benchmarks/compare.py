@@ -56,6 +56,12 @@ class Comparison:
     def regressions(self) -> list[Change]:
         return [change for change in self.changes if change.regression]
 
+    @property
+    def lost(self) -> list[Key]:
+        """Our rows that are gone where the new run has other rows of their case: they failed. A case left out as a whole was not asked for."""
+        asked = {key[:3] for key in (*(change.key for change in self.changes), *self.fresh)}
+        return [key for key in self.gone if tables.is_ours(key[-1]) and key[:3] in asked]
+
 
 def _rows(result: Mapping[str, Any], name: str) -> dict[Key, Mapping[str, Any]]:
     try:

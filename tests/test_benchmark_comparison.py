@@ -85,6 +85,21 @@ def test_missing_rows_of_either_side_are_listed_with_the_reason():
     assert not found.regressions
 
 
+def test_our_row_that_vanished_from_a_case_that_ran_is_lost(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    old = result(
+        row(), row("torch eager"), row(case="count"), row("torch eager", case="count"), row("numpy", case="count")
+    )
+    # Of "pack" our row failed; "count" was not asked for, and the peer that is gone from neither is no fault of ours.
+    assert compare(old, result(row("torch eager"))).lost == [("mask", "pack", "fp32", "fastunlearn")]
+    assert compare(old, result(row(), row("torch eager"))).lost == []
+    assert compare(old, result(row(), row(case="count"))).lost == []
+    files = [str(tmp_path / name) for name in ("old.json", "new.json")]
+    for path, made in zip(files, (old, result(row("torch eager"))), strict=True):
+        Path(path).write_text(json.dumps(made))
+    assert cli.main(["compare", *files]) == 1
+    assert "gone: mask, pack, fp32, fastunlearn: the new run has its case" in capsys.readouterr().err
+
+
 def test_other_machines_versions_and_rates_are_said_at_the_top():
     old, new = (
         result(row()),
