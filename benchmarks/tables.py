@@ -421,6 +421,30 @@ def runs_block(path: Path, module: str, left_out: Sequence[str]) -> str:
     return "\n".join(out) + "\n"
 
 
+def _trials(name: str, folder: Path) -> str:
+    """Below TOFU's table, where its settings were tuned: every trial, in a fold."""
+    path = folder / "quality" / "tofu_tuning.json"
+    if name != "tofu" or not path.is_file():
+        return ""
+    from benchmarks import tofu_tables
+
+    tuning = json.loads(path.read_text())
+    about = (
+        "Score, a harmonic mean of 1 - ES and of model utility over that before (in brackets both as they are), on retained authors who stand "
+        "for the forget set; in bold what was chosen."
+    )
+    out = [
+        "",
+        "<details><summary>Every trial of the tuning</summary>",
+        "",
+        about,
+        "",
+        *tofu_tables.trials(tuning),
+        *_about(tuning),
+    ]
+    return "\n".join([*out, "", "</details>"]) + "\n"
+
+
 #: of the largest number of concepts: heading -> metric, digits
 _MOST = {
     "seconds": ("seconds", 2),
@@ -519,7 +543,9 @@ def block(name: str, folder: Path) -> str:
     if name == "canvas-many":
         return many_block(folder / "quality" / "canvas_many.json")
     if name in TOFU:
-        return runs_block(folder / "quality" / f"{TOFU[name]}.json", "tofu_tables", ("options",))
+        return runs_block(folder / "quality" / f"{TOFU[name]}.json", "tofu_tables", ("options",)) + _trials(
+            name, folder
+        )
     if name in ("demo", "prune") or (kind == "quality" and which):
         return quality_block(folder / "quality" / f"{which or name}.json")
     raise ValueError(

@@ -34,6 +34,7 @@ from benchmarks.__main__ import write_json
 from benchmarks.tofu_methods import EVIDENCE, METHODS, RATES, SETTINGS
 from benchmarks.tofu_plan import plan
 from benchmarks.tofu_runs import PATTERN, SIZES, Rows, Work
+from benchmarks.tofu_tables import score
 from fastunlearn.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from fastunlearn.localize import nm_violations
 from fastunlearn.methods.altpo import sample_alternates
@@ -203,14 +204,6 @@ def tune(study: Study, methods: Sequence[str], seed: int = 1000, settings: Seque
                     return
                 row = one_run(work, name, setting, trial, seed, tuning=True, robust=False)
                 study.add({"method": name, "setting": setting, "trial": number, "options": trial, **row})
-
-
-def score(row: Mapping[str, Any], utility: float) -> float:
-    """Of a trial: harmonic mean of 1 - extraction strength and model utility over that before, at most 1; 0 where it diverged."""
-    if "ES" not in row or "model utility" not in row:
-        return 0.0
-    forgot, kept = 1 - row["ES"], min(1.0, row["model utility"] / utility) if utility else 0.0
-    return 2 * forgot * kept / (forgot + kept) if forgot + kept > 0 else 0.0
 
 
 def chosen(tuning: Mapping[str, Any], name: str, setting: str) -> dict[str, Any]:

@@ -45,6 +45,48 @@ def means(result: Mapping[str, Any]) -> list[dict[str, Any]]:
     return out
 
 
+def score(row: Mapping[str, Any], utility: float) -> float:
+    """Of a trial: harmonic mean of 1 - extraction strength and model utility over that before, at most 1; 0 where it diverged."""
+    if "ES" not in row or "model utility" not in row:
+        return 0.0
+    forgot, kept = 1 - row["ES"], min(1.0, row["model utility"] / utility) if utility else 0.0
+    return 2 * forgot * kept / (forgot + kept) if forgot + kept > 0 else 0.0
+
+
+def _setting(options: Mapping[str, Any]) -> str:
+    """Of a trial, or of a row that took one: its learning rate, and what else differs within a grid."""
+    share = options.get("hamu_share", 0.5)
+    return f"{options['learning_rate']:g}" + ("" if share == 0.5 else f", share {share:g}")
+
+
+def trials(tuning: Mapping[str, Any]) -> list[str]:
+    """Markdown: every trial of every method, as score (extraction strength, model utility); in bold what was chosen."""
+    before = {row["setting"]: row for row in tuning["rows"] if row["method"] == f"full, {row['setting']}"}
+    own = [row for row in tuning["rows"] if row["method"] != f"full, {row['setting']}"]
+    most = max((row["trial"] for row in own), default=-1) + 1
+    lines = [["setting", "method", *(f"trial {i}" for i in range(most))]]
+    for setting, method in dict.fromkeys((row["setting"], row["method"]) for row in own):
+        utility = before[setting]["model utility"]
+        mine = {row["trial"]: row for row in own if (row["setting"], row["method"]) == (setting, method)}
+        scores = {i: score(row, utility) for i, row in mine.items()}
+        best = max(sorted(scores), key=lambda i: scores[i])
+        cells = []
+        for i in range(most):
+            row = mine.get(i)
+            if row is None:
+                cells.append("-")
+                continue
+            found = (
+                "diverged"
+                if row.get("ES") is None
+                else f"{scores[i]:.3f} ({row['ES']:.3f}, {row['model utility']:.3f})"
+            )
+            cells.append(f"{_setting(row['options'])}: " + (f"**{found}**" if i == best else found))
+        lines.append([setting, method, *cells])
+    lines.insert(1, ["---"] * (2 + most))
+    return ["| " + " | ".join(line) + " |" for line in lines]
+
+
 def front(points: Sequence[tuple[float, float]]) -> list[int]:
     """Numbers of the points that no other beats in one coordinate without losing in the other, both to be large."""
     return [
@@ -79,10 +121,17 @@ def table(result: Mapping[str, Any]) -> list[str]:
         points = [(max(row["forget quality"], _LEAST), row["model utility"]) for row in mine]
         best |= {(setting, mine[i]["method"]) for i in front(points)}
     several = any(row["seeds"] > 1 for row in rows)
+    # Without tuning every method takes the same place of its grid, which the line below the table says.
+    tuned = {
+        (row.get("setting", ""), row["method"]): _setting(row["options"]) for row in result["rows"] if "learning_rate" in row.get("options", {})
+    }  # fmt: skip
+    if result.get("meta", {}).get("settings") != "by tuning":
+        tuned = {}
     head = [
         *(["setting"] if any(row["setting"] for row in rows) else []),
         "method",
         *(["seeds"] if several else []),
+        *(["rate"] if tuned else []),
         *(c.replace("_", " ") for c in columns),
     ]
     lines = []
@@ -94,7 +143,8 @@ def table(result: Mapping[str, Any]) -> list[str]:
             _cell(c, row[c]) if c in row else str(max((o for o in off if o is not None), default="-")) for c in columns
         ]
         of = [str(row["seeds"])] if several else []
-        lines.append([*([row["setting"]] if "setting" in head else []), name, *of, *cells])
+        rate = [tuned.get((row["setting"], row["method"]), "-")] if tuned else []
+        lines.append([*([row["setting"]] if "setting" in head else []), name, *of, *rate, *cells])
     ruler = ["---" if name in ("setting", "method") else "--:" for name in head]
     return ["| " + " | ".join(line) + " |" for line in (head, ruler, *lines)]
 

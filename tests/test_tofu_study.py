@@ -123,20 +123,39 @@ def test_a_study_from_end_to_end(work, tmp_path, monkeypatch, capsys):
     with pytest.raises(ValueError, match="holds a study of size cpu, this one is gpu"):
         tofu.Study(work, "gpu", results / tofu.FILES["run"], None)
     text = tables.block("tofu", tmp_path / "results")
-    assert "| dense | before |" in text
+    assert "| dense | before | - |" in text
+    assert "| dense | **NPO** | 1e-05 |" in text
+    assert "<summary>Every trial of the tuning</summary>" in text
+    assert "| 2:4 | SAU, NPO | 1e-05: **" in text
     assert tofu_tables.draw(results / "tofu.json", tmp_path / "plots").is_file()
 
 
 def _trials() -> dict:
     """Trials of all that the evidence needs, each as good as the others."""
     tuning = {"rows": [{"method": f"full, {s}", "setting": s, "model utility": 0.5, "trial": 0} for s in tofu.SETTINGS]}
-    for name in ("NPO", "SAU, NPO", "SAU x HAMU"):
+    for name in {tuned for tuned, *_ in tofu.EVIDENCE.values()}:
         for setting in tofu.METHODS[name].settings:
             tuning["rows"] += [
                 {"method": name, "setting": setting, "trial": i, "options": trial, "ES": 0.5, "model utility": 0.5}
                 for i, trial in enumerate(tofu.METHODS[name].trials)
             ]
     return tuning
+
+
+def test_the_table_of_trials():
+    rows = [
+        {"method": "full, dense", "setting": "dense", "trial": 0, "ES": 0.9, "model utility": 0.4},
+        {"method": "A", "setting": "dense", "trial": 0, "options": {"learning_rate": 1e-5}, "ES": 0.5, "model utility": 0.4},
+        {"method": "A", "setting": "dense", "trial": 1, "options": {"learning_rate": 1e-4, "hamu_share": 0.8}, "ES": 0.2, "model utility": 0.6},
+        {"method": "A", "setting": "dense", "trial": 2, "options": {"learning_rate": 1e-3}, "diverged": "NaN"},
+    ]  # fmt: skip
+    # 2 * 0.5 * 1 / 1.5; utility counts to that before: 2 * 0.8 * 1 / 1.8.
+    assert tofu_tables.trials({"rows": rows})[2:] == [
+        "| dense | A | 1e-05: 0.667 (0.500, 0.400) | 0.0001, share 0.8: **0.889 (0.200, 0.600)** | 0.001: diverged |"
+    ]
+    # Of a method that was tuned in part, "run" wants the rest; of equal scores the first is taken, as `chosen` does.
+    rows[2] |= {"ES": 0.5, "model utility": 0.4}
+    assert "1e-05: **0.667" in tofu_tables.trials({"rows": rows})[2]
 
 
 @pytest.mark.slow
