@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from torch._dynamo.utils import counters
 
 from fastunlearn import ops
 from tests.compile_calls import CALLS, RAGGED, Call
-from tests.proof import assert_equal
+from tests.proof import assert_equal, tensors
 
 #: no tensors to compile, or nothing but files
 OTHER = {"load_masks", "save_masks", "release_buffers"}
@@ -39,6 +40,14 @@ def with_gradients(run: Any, args: tuple[Any, ...]) -> tuple[Any, list[Tensor | 
     return out, [leaf.grad for leaf in leaves(args)]
 
 
+def assert_rounded(got: Any, want: Any) -> None:
+    """Equal up to the rounding of their types; integers and bits exactly."""
+    got, want = tensors(got), tensors(want)
+    assert len(got) == len(want)
+    for g, w in zip(got, want, strict=True):
+        torch.testing.assert_close(g, w, equal_nan=True)
+
+
 def counted(call: Call, sizes: tuple[int, ...], backend: str) -> tuple[int, int]:
     """(breaks, graphs) of a run over these sizes, each compared with the op as it is."""
     torch._dynamo.reset()
@@ -48,7 +57,8 @@ def counted(call: Call, sizes: tuple[int, ...], backend: str) -> tuple[int, int]
         compiled = torch.compile(call.run, backend=backend)
         for size in sizes:
             got, want = (with_gradients(run, call.make(size)) for run in (compiled, call.run))
-            assert_equal(got, want)
+            # Other backends take sums and norms apart, in an order of their own.
+            assert_equal(got, want) if backend == "eager" else assert_rounded(got, want)
     return sum(counters["graph_break"].values()), counters["stats"]["unique_graphs"]
 
 
@@ -70,6 +80,37 @@ def test_every_op_over_ragged_sizes(name: str, backend: str):
     assert counted(CALLS[name], RAGGED, backend) == (0, 2)
 
 
+def test_a_compiled_model_sees_the_hook_of_every_batch():
+    """Two batches of one shape, with other answers: what the first one's hook knew is not compiled into the second's loss."""
+    from fastunlearn.objectives.logprobs import token_logprobs
+
+    class Model(torch.nn.Module):
+        config = SimpleNamespace()
+
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.embed, self.head = torch.nn.Embedding(11, 8), torch.nn.Linear(8, 11)
+
+        def get_output_embeddings(self) -> torch.nn.Module:
+            return self.head
+
+        def forward(self, input_ids: Tensor, attention_mask: Tensor, use_cache: bool) -> SimpleNamespace:
+            return SimpleNamespace(logits=self.head(torch.tanh(self.embed(input_ids))))
+
+    model = Model()
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager")
+    for seed in range(3):
+        ids = torch.randint(11, (2, 6), generator=torch.Generator().manual_seed(seed))
+        labels = torch.where(torch.arange(6) > 5 - torch.tensor([[2 + seed], [4 - seed]]), ids, -100)
+        batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+        # Without a break at what the hook selects, too.
+        with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+            want, got = token_logprobs(model, batch), token_logprobs(compiled, batch)
+        assert_equal(got, want)
+
+
 @pytest.mark.thorough
 def test_a_trainer_run_over_ragged_lengths(tmp_path: Path):
     """The model compiled whole but for its output layer, whose hook makes the loss; no graph after the first step; the same weights."""
@@ -87,8 +128,8 @@ def test_a_trainer_run_over_ragged_lengths(tmp_path: Path):
 
     def trained(folder: Path, **options: Any) -> dict[str, Tensor]:
         args = UnlearnConfig(
-            output_dir=str(folder), learning_rate=1e-2, num_train_epochs=2, per_device_train_batch_size=1, optim="sgd", save_strategy="no",
-            disable_tqdm=True, use_cpu=True, reference_cache_dir=str(tmp_path / "cache"), **options,
+            output_dir=str(folder), learning_rate=1e-2, num_train_epochs=2, per_device_train_batch_size=1, gradient_accumulation_steps=1,
+            optim="sgd", save_strategy="no", disable_tqdm=True, use_cpu=True, reference_cache_dir=str(tmp_path / "cache"), **options,
         )  # fmt: skip
         trainer = UnlearnTrainer(
             tiny_llama(), args, forget, retain, processing_class=CharTokenizer(), callbacks=[Count()]

@@ -11,6 +11,7 @@ from logits of the chosen positions, and a warning says why.
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -76,11 +77,21 @@ def hooked(layer: nn.Module, kept: Tensor, use: Callable[[Tensor], Tensor]) -> I
         # Of a model on several devices the output layer may be on another one than the tokens.
         return (use(hidden[kept.to(hidden.device)]).unsqueeze(0), *args[1:])
 
-    handle = layer.register_forward_pre_hook(select)
+    handle = layer.register_forward_pre_hook(_uncompiled(select))
     try:
         yield
     finally:
         handle.remove()
+
+
+def _uncompiled(hook: T) -> T:
+    """A hook that torch.compile leaves alone, with the layer that it is on.
+
+    Compiled code does not look whether a module's hooks are still those that it was made with: what this batch's hook knows would be
+    kept for the next one. The rest of the model is compiled as it would be.
+    """
+    # Where the compiler was never imported nothing is compiled, and importing it takes a second.
+    return torch.compiler.disable(hook) if "torch._dynamo" in sys.modules else hook  # type: ignore[no-any-return, arg-type]
 
 
 def _attention(model: Any, batch: Mapping[str, Tensor]) -> AbstractContextManager[Any]:
@@ -155,7 +166,7 @@ def _judge(model: Any, raw: list[Tensor], logits: Tensor) -> tuple[float, float 
 
 @contextmanager
 def _output_of(head: nn.Module, into: list[Tensor]) -> Iterator[None]:
-    handle = head.register_forward_hook(lambda _, args, out: into.append(out.detach().clone()))
+    handle = head.register_forward_hook(_uncompiled(lambda _, args, out: into.append(out.detach().clone())))
     try:
         yield
     finally:
