@@ -220,6 +220,19 @@ def test_a_run_on_a_cpu_pins_no_memory(tmp_path):
         make(tmp_path / "out", dataloader_pin_memory=True, max_steps=1).train()
 
 
+def test_the_saved_configuration_generates_as_the_model_did(tmp_path):
+    """transformers' Trainer turns the cache of keys and values off in it."""
+    model = tiny_llama()
+    assert model.config.use_cache
+    trainer = make(tmp_path / "out", model, max_steps=1)
+    trainer.train()
+    trainer.save_model()
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["use_cache"]
+    model.config.use_cache = False
+    make(tmp_path / "other", model)
+    assert not model.config.use_cache
+
+
 def test_bf16_without_a_gpu_trains_on_the_cpu(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     assert config(tmp_path, bf16=True, use_cpu=False).use_cpu
