@@ -137,6 +137,22 @@ class _Job:
             raise ValueError("model: nothing in the run says what it was made from; give its name or folder")
         return self.base
 
+    def loaded(self, load: Callable[..., Any], **options: Any) -> Any:
+        """What the run started from.
+
+        Raises:
+            ValueError: the run names what is not here. OSError: the caller does, or it cannot be read.
+        """
+        name = self.base_name()
+        try:
+            return load(name, **options)
+        except OSError as error:
+            if self.base != self.source.base or Path(name).expanduser().exists():
+                raise
+            raise ValueError(
+                f"model: the run was made from {name!r}, which is no folder here and was not found on the Hub; give its name or folder"
+            ) from error
+
     def refuse(self, why: str, *can: str) -> ValueError:
         return ValueError(f"to: {self.to} cannot hold this run ({why}); {' or '.join(can)} can")
 
@@ -247,7 +263,7 @@ def _export_pipeline(job: _Job) -> None:
         raise job.refuse(
             f"its adapter goes on from {source.earlier.path}, and the file that holds both is gone", "partial", "merged"
         )
-    pipeline = load_pipeline(job.base_name(), device="cpu", dtype=torch.float32)
+    pipeline = job.loaded(load_pipeline, device="cpu", dtype=torch.float32)
     network, part = denoiser_of(pipeline)
     if job.to == "kohya" and part != "unet":
         raise job.refuse("it names the projections of an image transformer otherwise", "diffusers", "partial", "merged")
@@ -326,7 +342,7 @@ def _export_language(job: _Job) -> None:
     elif job.to == "peft" and not source.masked:
         _copy_adapter(job)
     else:
-        base = load_checkpoint(job.base_name(), dtype=kept if job.to == "merged" else "auto")  # type: ignore[arg-type]
+        base = job.loaded(load_checkpoint, dtype=kept if job.to == "merged" else "auto")
         adapted = _with_adapter(base.model, source)
         if job.to == "merged":
             merged = adapted.merge_and_unload(safe_merge=True)

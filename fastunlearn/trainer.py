@@ -302,6 +302,8 @@ class UnlearnTrainer(TwoTermTrainer):
         self.dual: Dual | None = self.objective.make_dual() if isinstance(self.objective, PDU) else None
         pad_id = getattr(processing_class, "pad_token_id", None)
         self.pad_id = int(pad_id if pad_id is not None else processing_class.eos_token_id)
+        settings: Any = getattr(module, "config", None)
+        caches = getattr(settings, "use_cache", None)
         super().__init__(
             module,
             args,
@@ -312,6 +314,9 @@ class UnlearnTrainer(TwoTermTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        if caches is not None:
+            # The Trainer turned it off, and would save it so; the passes of training ask for none by themselves.
+            settings.use_cache = caches
         if peft_config is not None:
             # The masks are the adapter's; its factors move as a whole.
             self.movable = None

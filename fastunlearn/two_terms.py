@@ -190,7 +190,8 @@ class TwoTermTrainer(MaskedTrainer):
             rows = len(self.train_dataset) / max(1, self.args.train_batch_size * self.args.world_size)
             batches = math.floor(rows) if self.args.dataloader_drop_last else math.ceil(rows)
             per_epoch = math.ceil(batches / max(1, self.args.gradient_accumulation_steps))
-            steps = min(math.ceil(self.args.warmup_epochs * per_epoch), num_training_steps)
+            # The rate starts at zero: a run no longer than its warm-up still takes one step at the whole of it.
+            steps = max(0, min(math.ceil(self.args.warmup_epochs * per_epoch), num_training_steps - 1))
             with _replaced(self.args, warmup_steps=steps):
                 return super().create_scheduler(num_training_steps, optimizer)
         return super().create_scheduler(num_training_steps, optimizer)

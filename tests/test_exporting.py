@@ -23,7 +23,8 @@ from fastunlearn.checkpoint import save_checkpoint
 from fastunlearn.cli import export as command
 from fastunlearn.exporting import export_run
 from fastunlearn.ops.mask import load_masks
-from fastunlearn.parametrize.lora_files import kohya_name
+from fastunlearn.parametrize.lora_files import kohya_metadata, kohya_name
+from fastunlearn.parametrize.low_rank import LowRank
 from fastunlearn.parametrize.partial_unet import read_partial_unet, save_partial_unet
 
 CLOSE = {"rtol": 1e-4, "atol": 2e-5}
@@ -246,6 +247,37 @@ def test_names_of_a_real_sdxl():
         kohya_name("something.else", config)
     with pytest.raises(ValueError, match="layers_per_block=\\[1, 2\\]"):
         kohya_name("conv_in", config | {"layers_per_block": (1, 2)})
+
+
+@pytest.mark.parametrize(
+    ("config", "version", "v2"),
+    [
+        ({"cross_attention_dim": 768}, "sd_v1", "False"),
+        ({"cross_attention_dim": 1024}, "sd_v2", "True"),
+        ({"cross_attention_dim": 2048, "addition_embed_type": "text_time"}, "sdxl_base_v1-0", "False"),
+        ({"cross_attention_dim": [16, 32]}, None, None),
+    ],
+)
+def test_a_kohya_file_says_which_stable_diffusion_it_is_of(config, version, v2):
+    """By ss_v2 the web UI tells SD 2.x from 1.x, and hides what is of the other one."""
+    about = kohya_metadata({"conv_in": LowRank(torch.zeros(2, 4), torch.zeros(4, 2), 1.0, (4, 4))}, config)
+    assert (about.get("ss_base_model_version"), about.get("ss_v2")) == (version, v2)
+
+
+def test_a_run_whose_model_is_elsewhere_asks_for_it(bases, tmp_path, monkeypatch):
+    """A run says what it was made from as it was told: a folder's name, from where it was run."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    edit_run(tmp_path / "run", "sd", tiny_pipeline)
+    adapted(tiny_llama(), masked=True, targets=PROJECTIONS).save_pretrained(tmp_path / "language" / "adapter")
+    (tmp_path / "language" / "metrics.json").write_text(json.dumps({"model": "./llama"}))
+    for run, to in (("run", "diffusers"), ("language", "merged")):
+        with pytest.raises(
+            ValueError, match=r"model: the run was made from '.*', which is no folder here.*give its name"
+        ):
+            export_run(tmp_path / run, to, tmp_path / "out")
+    monkeypatch.chdir(bases)
+    export_run(tmp_path / "run", "diffusers", tmp_path / "out")
+    export_run(tmp_path / "language", "merged", tmp_path / "merged")
 
 
 # ---- language models ------------------------------------------------------------------------------------------------------

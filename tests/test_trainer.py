@@ -220,6 +220,30 @@ def test_a_run_on_a_cpu_pins_no_memory(tmp_path):
         make(tmp_path / "out", dataloader_pin_memory=True, max_steps=1).train()
 
 
+@pytest.mark.parametrize(("steps", "rates"), [(1, [1e-3]), (3, [0, 5e-4, 1e-3])])
+def test_a_run_within_its_warm_up_reaches_its_learning_rate(tmp_path, steps, rates):
+    """The first step of a linear warm-up is of rate zero: a run of one step would have changed nothing."""
+    trainer = make(tmp_path / "out", max_steps=steps, warmup_epochs=5.0, num_train_epochs=1)
+    before = weights(trainer.model)
+    trainer.train()
+    assert any(not torch.equal(old, new) for old, new in zip(before.values(), weights(trainer.model).values()))
+    logged = [line["learning_rate"] for line in trainer.state.log_history if "learning_rate" in line]
+    assert logged == pytest.approx(rates)
+
+
+def test_the_saved_configuration_generates_as_the_model_did(tmp_path):
+    """transformers' Trainer turns the cache of keys and values off in it."""
+    model = tiny_llama()
+    assert model.config.use_cache
+    trainer = make(tmp_path / "out", model, max_steps=1)
+    trainer.train()
+    trainer.save_model()
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["use_cache"]
+    model.config.use_cache = False
+    make(tmp_path / "other", model)
+    assert not model.config.use_cache
+
+
 def test_bf16_without_a_gpu_trains_on_the_cpu(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     assert config(tmp_path, bf16=True, use_cpu=False).use_cpu

@@ -97,10 +97,13 @@ def kohya_metadata(layers: Mapping[str, LowRank], config: Mapping[str, Any]) -> 
     ranks = [layer.rank for layer in layers.values()]
     alphas = [layer.scaling * layer.rank for layer in layers.values()]
     about = {"ss_network_module": "networks.lora", "ss_network_dim": str(max(ranks)), "ss_network_alpha": f"{max(alphas):g}"}  # fmt: skip
-    if config.get("addition_embed_type") == "text_time":
-        about["ss_base_model_version"] = "sdxl_base_v1-0"
-    elif config.get("cross_attention_dim") in (768, 1024):
-        about["ss_base_model_version"] = "sd_v1" if config["cross_attention_dim"] == 768 else "sd_v2"
+    text = config.get("cross_attention_dim")
+    version = "sdxl_base_v1-0" if config.get("addition_embed_type") == "text_time" else None
+    if version is None and text in (768, 1024):
+        version = "sd_v1" if text == 768 else "sd_v2"
+    if version is not None:
+        # The web UIs go by the second, and hide a file of SD 1.x where SD 2.x is loaded.
+        about |= {"ss_base_model_version": version, "ss_v2": str(version == "sd_v2")}
     return about
 
 

@@ -31,6 +31,7 @@ from fastunlearn.updates import make_update
 GIB = 2**30
 METHODS = ("sau", "hamu", "sau+hamu", "unlearn", "open-unlearning")
 ASSUMPTIONS = (
+    "weights are bfloat16 unless `dtype` says otherwise; a run holds them in float32 unless it is told dtype=bfloat16",
     "every row has `sequence` tokens, of which `answer_share` are answer tokens",
     "an operation takes the longest of its products by the measured rate, its bytes by the copy bandwidth, one launch; of this "
     "machine (here) what it took when it was run by itself",

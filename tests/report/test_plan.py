@@ -16,6 +16,7 @@ pytest.importorskip("transformers")
 
 from fastunlearn import optim
 from fastunlearn.cli import plan as command
+from fastunlearn.cli._run import ScriptArguments
 from fastunlearn.parametrize import CompressedNM
 from fastunlearn.report import plan as module
 from fastunlearn.report.configurations import CONFIGURATIONS, configuration, shortened
@@ -205,6 +206,9 @@ def test_the_command(folder, tmp_path, capsys):
     out = tmp_path / "plan.json"
     assert command.main(["--model", folder, "--compressed", "sequence=16", "--json", str(out)]) == 0
     shown = capsys.readouterr().out
+    # A run's own default is another one, and takes twice as much.
+    assert (ScriptArguments.dtype, PlanArguments.dtype) == ("float32", "bfloat16")
+    assert "float32 unless it is told dtype=bfloat16" in shown
     for word in ("weights", "gradients", "states", "activations", "peak", "tokens/s", "assumed:"):
         assert word in shown
     said = json.loads(out.read_text())
