@@ -1,0 +1,101 @@
+"""What a test run on a GPU leaves behind, played on a CPU: gpu_runs.json, and the tests after a kernel that went astray."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.conftest import ROOT
+
+pytestmark = pytest.mark.serial
+
+CONFTEST = """
+import os
+import torch
+from tests import conftest
+
+torch.cuda.get_device_name = lambda: "a GPU"
+
+def synchronize():
+    if os.path.exists(f"lost {os.getpid()}"):
+        raise RuntimeError("an illegal memory access was encountered")
+
+torch.cuda.synchronize = synchronize
+conftest._has_gpu = lambda: True
+from tests.conftest import *
+"""
+
+TESTS = """
+import os
+import pytest
+
+class Proof:
+    def proof_parameters():
+        return {"case": ["one", "two", "three"], "gpu_backend": ["native", "triton"]}
+    proof_parameters = staticmethod(proof_parameters)
+    has_rung = staticmethod(lambda name: True)
+
+def check_gpu():
+    assert not os.path.exists(f"lost {os.getpid()}"), "this process has no GPU any more"
+
+class TestGood(Proof):
+    op = "good"
+    @pytest.mark.gpu
+    def test_gpu(self, case, gpu_backend):
+        check_gpu()
+
+class TestBad(Proof):
+    op = "bad"
+    @pytest.mark.gpu
+    def test_gpu(self, case, gpu_backend):
+        check_gpu()
+        if (case, gpu_backend) == ("one", "native"):
+            open(f"lost {os.getpid()}", "w").close()
+            raise RuntimeError("an illegal memory access was encountered")
+
+class TestLast(Proof):
+    op = "unfinished"
+    @pytest.mark.gpu
+    def test_gpu(self, case, gpu_backend):
+        check_gpu()
+        if (case, gpu_backend) == ("two", "native") and os.environ.get("INTERRUPT"):
+            raise KeyboardInterrupt
+"""
+
+
+def play(folder, *args: str, **environment: str) -> tuple[dict, str]:
+    (folder / "conftest.py").write_text(CONFTEST)
+    (folder / "test_ops.py").write_text(TESTS)
+    (folder / "pytest.ini").write_text("[pytest]\nmarkers = gpu\n")
+    out = folder / "runs.json"
+    out.unlink(missing_ok=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-ra", *args, str(folder)],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "FASTUNLEARN_GPU_RUNS": str(out), **environment},
+        capture_output=True,
+        text=True,
+        cwd=folder,
+    )
+    assert out.is_file(), done.stdout + done.stderr
+    return json.loads(out.read_text()), done.stdout
+
+
+def test_several_processes_tell_of_one_run(tmp_path):
+    """Each had written its own file over that of the others."""
+    runs, said = play(tmp_path, "-n", "2")
+    assert sorted(runs) == ["bad/triton", "good/native", "good/triton", "unfinished/native", "unfinished/triton"]
+    assert runs["good/native"]["gpu"] == "a GPU"
+    # Reported by itself, and as what its process ended in; no test after it fails for it.
+    failed = [line for line in said.splitlines() if line.startswith("FAILED")]
+    assert failed
+    assert all("TestBad" in line for line in failed), said
+    assert "17 passed" in said
+
+
+def test_an_op_whose_tests_did_not_all_run_has_not_passed(tmp_path):
+    runs, _ = play(tmp_path, "-k", "Last or Good", INTERRUPT="1")
+    assert sorted(runs) == ["good/native", "good/triton"]
