@@ -232,6 +232,16 @@ def free_bytes(device: torch.device) -> int:
     return 2**62
 
 
+def lost(device: torch.device) -> str | None:
+    """None, or what a kernel that went astray left behind: after it this process cannot use the GPU any more."""
+    if device.type == "cuda":
+        try:
+            torch.cuda.synchronize(device)
+        except RuntimeError as error:
+            return str(error).splitlines()[0]
+    return None
+
+
 def tensors(value: Any, grads: bool = False) -> Iterator[Tensor]:
     """Every tensor in nested lists, dicts, namespaces, BitMasks and N:M tensors; with `grads` also the tensors' gradients."""
     if isinstance(value, Tensor):

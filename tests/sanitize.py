@@ -102,7 +102,9 @@ def all_under_tools(seconds: float) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.sanitize")
-    parser.add_argument("ops", nargs="*", help="run these in this process; default: all of them under compute-sanitizer")
+    parser.add_argument(
+        "ops", nargs="*", help="run these in this process; default: all of them under compute-sanitizer"
+    )
     parser.add_argument("--seconds", type=float, default=600, help="of all processes together")
     args = parser.parse_args(argv)
     if not torch.cuda.is_available():

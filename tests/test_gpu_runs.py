@@ -6,10 +6,13 @@ import json
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 
+from tests import sanitize
 from tests.conftest import ROOT
+from tests.proof import OpProof
 
 pytestmark = pytest.mark.serial
 
@@ -99,3 +102,34 @@ def test_several_processes_tell_of_one_run(tmp_path):
 def test_an_op_whose_tests_did_not_all_run_has_not_passed(tmp_path):
     runs, _ = play(tmp_path, "-k", "Last or Good", INTERRUPT="1")
     assert sorted(runs) == ["good/native", "good/triton"]
+
+
+def test_a_tool_is_ended_with_what_it_has_started(tmp_path, monkeypatch):
+    """The CUDA kernels under compute-sanitizer: one op that hangs takes no time from the others."""
+    tool = tmp_path / "compute-sanitizer"
+    tool.write_text('#!/bin/sh\necho "$2 of $8"\ncase "$8" in hangs) sleep 60 & wait;; fails) exit 3;; esac\n')
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    start = time.monotonic()
+    assert sanitize.under("memcheck", "good", start + 30) == ("memcheck of good\n", None)
+    assert sanitize.under("racecheck", "fails", start + 30) == ("racecheck of fails\n", "exit status 3")
+    assert sanitize.under("memcheck", "hangs", time.monotonic() + 1) == ("memcheck of hangs\n", "no time was left")
+    assert sanitize.under("memcheck", "late", start - 1) == ("", "no time was left")
+    assert time.monotonic() - start < 30
+
+
+def test_a_case_that_fails_leaves_the_others(monkeypatch, capsys):
+    class Mixed(OpProof):
+        op = "bitmask"
+        cases = dict.fromkeys(("good", "bad", "last"), str)
+        ran = 0
+
+        def run(self, args):
+            Mixed.ran += 1
+            assert Mixed.ran != 2, "wrong"
+
+    monkeypatch.setattr(sanitize, "proofs", lambda: [Mixed])
+    assert sanitize.run(["bitmask"], "cpu") == 1
+    said = capsys.readouterr().out
+    assert "bitmask, bad:" in said
+    assert "3 cases, 1 failed" in said
