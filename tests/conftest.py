@@ -145,12 +145,19 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_runtest_teardown(item: pytest.Item) -> None:
-    """A kernel that goes astray takes the GPU from its process for good: of several (pytest -n) another one takes its place."""
-    if item.stash.get(_failed, False) and item.get_closest_marker("gpu") and hasattr(item.config, "workerinput"):
-        try:
+    """Of several processes (pytest -n) on one GPU, none keeps memory that the others may want, nor a GPU that it has lost.
+
+    A kernel that goes astray takes the GPU from its process for good: another one takes its place.
+    """
+    if not item.get_closest_marker("gpu") or not hasattr(item.config, "workerinput"):
+        return
+    try:
+        if item.stash.get(_failed, False):
             torch.cuda.synchronize()
-        except RuntimeError:
-            os._exit(1)
+        elif torch.cuda.memory_reserved() > 2**30:
+            torch.cuda.empty_cache()
+    except RuntimeError:
+        os._exit(1)
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
