@@ -112,8 +112,8 @@ docs: .venv/.docs
 
 # They stop where the CUDA kernels cannot run, with the reason: what follows would say nothing about them.
 HAS_CUDA = $(PYTHON) -c "import sys, torch; from fastunlearn import _native; why = _native.unusable(torch.device('cuda', 0)); sys.exit(why and 'fastunlearn: ' + why)"
-# Ends pytest as Ctrl-C does, so that it still tells what it has found.
-UNTIL := timeout --foreground --signal INT --kill-after 20
+# Ends pytest as Ctrl-C does, so that it still tells what it has found; a test that hangs is told of after a minute.
+UNTIL := timeout --foreground --signal INT --kill-after 30
 
 # The tests of GPUs, the CUDA kernels under compute-sanitizer, then the other tests for as long as they may: trainers take the GPU, too.
 # Each goes on after what fails, in under nine minutes together.
@@ -122,12 +122,12 @@ gpu-test:
 	$(HAS_CUDA)
 	export FASTUNLEARN_GPU_RUNS=$(OUT)/gpu_runs.json HYPOTHESIS_PROFILE=quick OMP_NUM_THREADS=1; failed=0; \
 	  processes=$$($(PYTHON) -c "from importlib.util import find_spec; print('-n $(JOBS)' * bool(find_spec('xdist')))"); \
-	  $(UNTIL) 240 $(PYTHON) -m pytest -q $$processes -m "gpu and not serial and not thorough" --junitxml=$(OUT)/gpu-test.xml $(PYTEST_ARGS) \
+	  $(UNTIL) 240 $(PYTHON) -m pytest -q -o faulthandler_timeout=60 $$processes -m "gpu and not serial and not thorough" --junitxml=$(OUT)/gpu-test.xml $(PYTEST_ARGS) \
 	    $$(grep -rlE 'mark\.gpu|[Pp]roof' tests --include='test_*.py') > $(OUT)/gpu-test.log 2>&1 || failed=1; \
 	  tail -30 $(OUT)/gpu-test.log; \
 	  $(PYTHON) -m tests.sanitize --seconds 105 > $(OUT)/sanitizer.log 2>&1 || failed=1; \
 	  tail -15 $(OUT)/sanitizer.log; \
-	  $(UNTIL) 125 $(PYTHON) -m pytest -q $${processes:+$$processes --dist loadfile} -m "not gpu and not serial and not thorough" --junitxml=$(OUT)/other-tests.xml $(PYTEST_ARGS) \
+	  $(UNTIL) 125 $(PYTHON) -m pytest -q -o faulthandler_timeout=60 $${processes:+$$processes --dist loadfile} -m "not gpu and not serial and not thorough" --junitxml=$(OUT)/other-tests.xml $(PYTEST_ARGS) \
 	    > $(OUT)/other-tests.log 2>&1 || failed=1; \
 	  tail -30 $(OUT)/other-tests.log; \
 	  exit $$failed
@@ -135,7 +135,7 @@ gpu-test:
 gpu-bench:
 	mkdir -p $(OUT)
 	$(HAS_CUDA)
-	timeout 530 $(PYTHON) -m benchmarks run --device cuda --out $(OUT) $(if $(OPS),--ops $(OPS)) 2>&1 | tee $(OUT)/gpu-bench.log
+	timeout --kill-after 20 530 $(PYTHON) -m benchmarks run --device cuda --out $(OUT) $(if $(OPS),--ops $(OPS)) 2>&1 | tee $(OUT)/gpu-bench.log
 
 gpu-cost:
 	mkdir -p $(OUT)
