@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -133,3 +134,19 @@ def test_a_case_that_fails_leaves_the_others(monkeypatch, capsys):
     said = capsys.readouterr().out
     assert "bitmask, bad:" in said
     assert "3 cases, 1 failed" in said
+
+
+@pytest.mark.skipif(not shutil.which("make"), reason="no make on this machine")
+def test_make_gpu_test_goes_on_after_what_fails(tmp_path):
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\ncase "$*" in *unusable*|*find_spec*) ;; *) echo "ran $*"; exit 1;; esac\n')
+    python.chmod(0o755)
+    out = tmp_path / "out"
+    done = subprocess.run(
+        ["make", "gpu-test", f"PYTHON={python}", f"OUT={out}"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode != 0
+    ran = {path.name: path.read_text() for path in out.iterdir()}
+    assert sorted(ran) == ["gpu-test.log", "other-tests.log", "sanitizer.log"]
+    assert all(said.startswith("ran -m ") for said in ran.values())
+    assert "tests/ops/test_topk.py" in ran["gpu-test.log"]
