@@ -9,7 +9,7 @@
 #   make bench        every op beside its peers on this CPU -> benchmarks/results/, tables in README.md
 #   make docs         the pages of docs/ -> site/index.html
 #   make bench-plots  time against limit and peak memory, from the committed results
-#   make gpu-test     on a GPU machine: PYTHON=python3 OUT=folder, installed with -e -> test report, gpu_runs.json
+#   make gpu-test     on a GPU machine: PYTHON=python3 OUT=folder, installed with -e -> test reports, gpu_runs.json, sanitizer.log
 #   make gpu-bench    on a GPU machine: PYTHON=python3 OUT=folder -> one JSON of results
 #   make gpu-cost     on a GPU machine: what every diffusion method costs on SD 1.5 and SDXL -> OUT/cost.json
 #   make gpu-tune     on a GPU machine: launch options of the kernels -> OUT/tuned.json, for fastunlearn/
@@ -110,26 +110,36 @@ docs: .venv/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 	@echo "built: site/index.html"
 
-# Both stop where the native module does not load: the tests would say nothing about the kernels.
-HAS_NATIVE = $(PYTHON) -c "import sys; from fastunlearn import _native; sys.exit(_native._why_missing and 'fastunlearn: ' + _native._why_missing + ' (pip install --no-build-isolation -e .)')"
+# They stop where the CUDA kernels cannot run, with the reason: what follows would say nothing about them.
+HAS_CUDA = $(PYTHON) -c "import sys, torch; from fastunlearn import _native; why = _native.unusable(torch.device('cuda', 0)); sys.exit(why and 'fastunlearn: ' + why)"
+# Ends pytest as Ctrl-C does, so that it still tells what it has found; a test that hangs is told of after a minute.
+UNTIL := timeout --foreground --signal INT --kill-after 30
 
+# The tests of GPUs, the CUDA kernels under compute-sanitizer, then the other tests for as long as they may: trainers take the GPU, too.
+# Each goes on after what fails, in under nine minutes together.
 gpu-test:
 	mkdir -p $(OUT)
-	$(HAS_NATIVE)
-	tests=0; FASTUNLEARN_GPU_RUNS=$(OUT)/gpu_runs.json HYPOTHESIS_PROFILE=quick timeout 400 \
-	  $(PYTHON) -m pytest -q -m "not serial and not thorough" --junitxml=$(OUT)/gpu-test.xml $(PYTEST_ARGS) > $(OUT)/gpu-test.log 2>&1 || tests=$$?; \
+	$(HAS_CUDA)
+	export FASTUNLEARN_GPU_RUNS=$(OUT)/gpu_runs.json HYPOTHESIS_PROFILE=quick OMP_NUM_THREADS=1; failed=0; \
+	  processes=$$($(PYTHON) -c "from importlib.util import find_spec; print('-n $(JOBS)' * bool(find_spec('xdist')))"); \
+	  $(UNTIL) 240 $(PYTHON) -m pytest -q -o faulthandler_timeout=60 $$processes -m "gpu and not serial and not thorough" --junitxml=$(OUT)/gpu-test.xml $(PYTEST_ARGS) \
+	    $$(grep -rlE 'mark\.gpu|[Pp]roof' tests --include='test_*.py') > $(OUT)/gpu-test.log 2>&1 || failed=1; \
 	  tail -30 $(OUT)/gpu-test.log; \
-	  timeout 120 compute-sanitizer --tool memcheck --error-exitcode 1 $(PYTHON) -m tests.sanitize 2>&1 | tee $(OUT)/sanitizer.log; \
-	  exit $$tests
+	  $(PYTHON) -m tests.sanitize --seconds 105 > $(OUT)/sanitizer.log 2>&1 || failed=1; \
+	  tail -15 $(OUT)/sanitizer.log; \
+	  $(UNTIL) 125 $(PYTHON) -m pytest -q -o faulthandler_timeout=60 $${processes:+$$processes --dist loadfile} -m "not gpu and not serial and not thorough" --junitxml=$(OUT)/other-tests.xml $(PYTEST_ARGS) \
+	    > $(OUT)/other-tests.log 2>&1 || failed=1; \
+	  tail -30 $(OUT)/other-tests.log; \
+	  exit $$failed
 
 gpu-bench:
 	mkdir -p $(OUT)
-	$(HAS_NATIVE)
-	timeout 530 $(PYTHON) -m benchmarks run --device cuda --out $(OUT) $(if $(OPS),--ops $(OPS)) 2>&1 | tee $(OUT)/gpu-bench.log
+	$(HAS_CUDA)
+	timeout --kill-after 20 530 $(PYTHON) -m benchmarks run --device cuda --out $(OUT) $(if $(OPS),--ops $(OPS)) 2>&1 | tee $(OUT)/gpu-bench.log
 
 gpu-cost:
 	mkdir -p $(OUT)
-	$(HAS_NATIVE)
+	$(HAS_CUDA)
 	timeout 1700 $(PYTHON) -m benchmarks cost --shapes sd15 sdxl --device cuda --out $(OUT)/cost.json 2>&1 | tee $(OUT)/gpu-cost.log
 
 gpu-tune:

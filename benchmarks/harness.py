@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -70,15 +71,16 @@ class _Runner:
     wrong: str | None = None
     ran: str = ""
     ms: list[float] = field(default_factory=list)
+    seconds: float = 0.0  #: that timing has taken, what keeps a GPU busy before each call included
     ahead: machine.Ahead = field(default_factory=machine.Ahead)
 
     def may_run(self, settings: Settings) -> bool:
-        runs, spent = len(self.ms), sum(self.ms)
+        runs = len(self.ms)
         if runs >= min(settings.max_runs, self.provider.max_runs or settings.max_runs):
             return False
         if runs and min(self.ms) > settings.slow_s * 1e3:
             return False
-        return runs < settings.min_runs or spent < settings.seconds * self.provider.budget * 1e3
+        return runs < settings.min_runs or self.seconds < settings.seconds * self.provider.budget
 
 
 @contextmanager
@@ -210,8 +212,10 @@ def interleave(runners: Sequence[_Runner], device: torch.device, settings: Setti
                 assert runner.call is not None
                 if device.type == "cpu" and runner.takes > _TOUCH_FROM:
                     machine.touch(runner.takes)
+                begin = time.perf_counter()
                 with _backend(runner.provider.backend):
                     runner.ms.append(machine.timed(runner.call, device, flush, runner.ahead))
+                runner.seconds += time.perf_counter() - begin
     finally:
         gc.enable()
 
@@ -273,6 +277,19 @@ def judge(op: Op, target: Target, case: Case, rows: Sequence[dict[str, Any]]) ->
     }
 
 
+def _in_turn(ops: Sequence[Op], device: torch.device, settings: Settings) -> list[tuple[Op, Case]]:
+    """The first cases of all ops, then the second ones: a run whose time is over has something of every op."""
+    cases = [
+        [
+            (op, case)
+            for case in op.cases
+            if device.type in case.devices and (case.quick or not settings.quick) and settings.cases in case.name
+        ]
+        for op in ops
+    ]
+    return [pair for row in zip_longest(*cases) for pair in row if pair is not None]
+
+
 def _run_cases(
     ops: Sequence[Op],
     device: torch.device,
@@ -280,49 +297,47 @@ def _run_cases(
     bandwidth: machine.Bandwidth,
     flush: Callable[[], None],
     others: machine.OtherLoad,
+    rates: Callable[[torch.dtype | None], float],
     start: float,
     done: list[tuple[Op, Case, list[_Runner], Limit]],
     left_out: list[str],
 ) -> None:
     """Appends to `done` and `left_out`, so that an interrupted run keeps what it has."""
-    for op in ops:
-        for case in op.cases:
-            if (
-                device.type not in case.devices
-                or (settings.quick and not case.quick)
-                or settings.cases not in case.name
-            ):
-                continue
-            if time.perf_counter() - start > settings.total_s:
-                left_out.append(f"{op.name}, {case.name}: left out: the run's {settings.total_s:g} s were over")
-                continue
-            free = machine.free_bytes(device)
-            if free < case.gib * 2**30:
-                left_out.append(
-                    f"{op.name}, {case.name}: left out: wants {case.gib:.1f} GiB, {free / 2**30:.1f} are free"
-                )
-                settings.say(left_out[-1])
-                continue
-            settings.say(f"{op.name}, {case.name}, {case.dtype_name}")
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", fastunlearn.FallbackWarning)
-                try:
-                    runners, limit, missing = run_case(op, case, device, settings, bandwidth, flush, others)
-                except Exception as error:  # what other cases have measured is kept
-                    runners, limit = [], Limit("bytes", 0)
-                    missing = [f"{op.name}, {case.name}: left out: {_line(error)}"]
-                    settings.say(missing[0])
-            left_out += missing
-            done.append((op, case, runners, limit))
-            for r in runners:
-                if r.ms:
-                    settings.say(f"  {machine.median(r.ms):10.3f} ms  x{len(r.ms):<4} {r.provider.name}")
-                r.call = None
-            if any(r.provider.compiles for r in runners):
-                torch.compiler.reset()
-            gc.collect()
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
+    for op, case in _in_turn(ops, device, settings):
+        if time.perf_counter() - start > settings.total_s:
+            left_out.append(f"{op.name}, {case.name}: left out: the run's {settings.total_s:g} s were over")
+            continue
+        free = machine.free_bytes(device)
+        if free < case.gib * 2**30:
+            left_out.append(f"{op.name}, {case.name}: left out: wants {case.gib:.1f} GiB, {free / 2**30:.1f} are free")
+            settings.say(left_out[-1])
+            continue
+        settings.say(f"{op.name}, {case.name}, {case.dtype_name}")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", fastunlearn.FallbackWarning)
+            try:
+                runners, limit, missing = run_case(op, case, device, settings, bandwidth, flush, others)
+                limit.ms(1.0, rates)  # measures the rates that it wants, while the device is there
+            except Exception as error:  # what other cases have measured is kept
+                runners, limit = [], Limit("bytes", 0)
+                missing = [f"{op.name}, {case.name}: left out: {_line(error)}"]
+                settings.say(missing[0])
+        left_out += missing
+        done.append((op, case, runners, limit))
+        for r in runners:
+            if r.ms:
+                settings.say(f"  {machine.median(r.ms):10.3f} ms  x{len(r.ms):<4} {r.provider.name}")
+            r.call = None
+        why = machine.lost(device)
+        if why is not None:
+            left_out.append(f"the GPU was lost in {op.name}, {case.name} ({why}): the cases after it are missing")
+            settings.say(left_out[-1])
+            return
+        if any(r.provider.compiles for r in runners):
+            torch.compiler.reset()
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
 
 
 def run(ops: Sequence[Op], device: torch.device, settings: Settings) -> dict[str, Any]:
@@ -333,13 +348,26 @@ def run(ops: Sequence[Op], device: torch.device, settings: Settings) -> dict[str
     facts["matmul_tflops"] = round(machine.matmul_tflops(device), 4)
     facts["empty_launch_us"] = round(machine.empty_launch_us(device), 3)
     facts["quick"] = settings.quick
+    rates: dict[str, float] = {}
+
+    def tflops(dtype: torch.dtype | None) -> float:
+        if dtype is None:
+            return float(facts["matmul_tflops"])
+        name = str(dtype).removeprefix("torch.")
+        if name not in rates:
+            rates[name] = round(machine.matmul_tflops(device, dtype), 4)
+            facts["matmul_tflops_by_dtype"] = rates
+        return rates[name]
+
     done: list[tuple[Op, Case, list[_Runner], Limit]] = []
     left_out: list[str] = []
     try:
-        _run_cases(ops, device, settings, bandwidth, flush, others, start, done, left_out)
+        _run_cases(ops, device, settings, bandwidth, flush, others, tflops, start, done, left_out)
     except (KeyboardInterrupt, Terminated):
         left_out.append("the run was interrupted: the cases after the last one here are missing")
         settings.say(left_out[-1])
+    order = [(id(op), id(case)) for op in ops for case in op.cases]
+    done.sort(key=lambda entry: order.index((id(entry[0]), id(entry[1]))))
     facts["copy_gbps"] = round(bandwidth.gbps(), 3) if bandwidth.samples else None
     share = others.share()
     facts["other_load"] = None if share is None else round(share, 4)
@@ -357,17 +385,6 @@ def run(ops: Sequence[Op], device: torch.device, settings: Settings) -> dict[str
             if r.provider.name == "fastunlearn"
         }
     rows, targets = [], []
-    rates: dict[str, float] = {}
-
-    def tflops(dtype: torch.dtype | None) -> float:
-        if dtype is None:
-            return float(facts["matmul_tflops"])
-        name = str(dtype).removeprefix("torch.")
-        if name not in rates:
-            rates[name] = round(machine.matmul_tflops(device, dtype), 4)
-            facts["matmul_tflops_by_dtype"] = rates
-        return rates[name]
-
     for op, case, runners, limit in done:
         limit_ms = limit.ms(facts["copy_gbps"] or 1, tflops)
         mine = [_row(op, case, r, limit_ms, limit.kind) for r in runners]

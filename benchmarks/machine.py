@@ -232,6 +232,16 @@ def free_bytes(device: torch.device) -> int:
     return 2**62
 
 
+def lost(device: torch.device) -> str | None:
+    """None, or what a kernel that went astray left behind: after it this process cannot use the GPU any more."""
+    if device.type == "cuda":
+        try:
+            torch.cuda.synchronize(device)
+        except RuntimeError as error:
+            return str(error).splitlines()[0]
+    return None
+
+
 def tensors(value: Any, grads: bool = False) -> Iterator[Tensor]:
     """Every tensor in nested lists, dicts, namespaces, BitMasks and N:M tensors; with `grads` also the tensors' gradients."""
     if isinstance(value, Tensor):
@@ -339,6 +349,14 @@ def _git(*args: str) -> str:
         return ""
 
 
+def commit() -> str:
+    """Of this checkout, "+changes" where it has some; of a copy without git what FASTUNLEARN_COMMIT says."""
+    found = _git("rev-parse", "--short=12", "HEAD")
+    if found and _git("status", "--porcelain", "--untracked-files=no"):
+        found += "+changes"
+    return found or os.environ.get("FASTUNLEARN_COMMIT", "")
+
+
 def meta(device: torch.device) -> dict[str, Any]:
     """Facts of the run; the rates are added by the harness, which measures them beside the cases."""
     import fastunlearn
@@ -360,9 +378,6 @@ def meta(device: torch.device) -> dict[str, Any]:
         triton_version = triton.__version__
     except ImportError:
         triton_version = ""
-    commit = _git("rev-parse", "--short=12", "HEAD")
-    if commit and _git("status", "--porcelain", "--untracked-files=no"):
-        commit += "+changes"
     return {
         "device": device_name(device),
         "device_type": device.type,
@@ -372,7 +387,7 @@ def meta(device: torch.device) -> dict[str, Any]:
         "triton": triton_version,
         "fastunlearn": fastunlearn.__version__,
         "python": platform.python_version(),
-        "commit": commit or os.environ.get("FASTUNLEARN_COMMIT", ""),
+        "commit": commit(),
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "cpu": cpu_model(),
         "cores": cores(),

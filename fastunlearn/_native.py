@@ -118,16 +118,14 @@ def _no_code_for(archs: str, index: int) -> str | None:
 def no_code_for(archs: str, capability: tuple[int, int]) -> str | None:
     """None, or why a build for `archs` ("80,86,90a") does not run on a GPU of this compute capability.
 
-    Machine code runs on its own major version from its own minor version on, that of an architecture with a letter on exactly
-    its own; PTX, which there is of the newest architecture without a letter (setup.py: arch_flags), on it and all later ones.
+    Machine code of an architecture with a letter runs on exactly that one. Of the others there is PTX, too (setup.py: arch_flags):
+    of the oldest, which every later GPU's driver can compile.
     """
     major, minor = capability
     built = [a.strip() for a in archs.split(",") if a.strip()]
     portable = [divmod(int(a), 10) for a in built if a.isdigit()]
     tied = [divmod(int(a[:-1]), 10) for a in built if not a.isdigit()]
-    if capability in tied or any(major == x and minor >= y for x, y in portable):
-        return None
-    if portable and capability >= max(portable):
+    if capability in tied or any(capability >= x for x in portable):
         return None
     name = f"sm_{major}{minor}"
     lacks = (

@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from types import ModuleType
 
@@ -110,30 +111,73 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             metafunc.parametrize(name, values)
 
 
-_gpu_outcomes: dict[str, set[str]] = {}
+# How every op and backend fared on a GPU: "op/backend" -> (outcomes, how many tests were collected).
+_gpu_outcomes: dict[str, tuple[list[str], int]] = {}
+_collected = pytest.StashKey[Counter[str | None]]()
+_failed = pytest.StashKey[bool]()
+
+
+def _gpu_key(item: pytest.Item) -> str | None:
+    if hasattr(item.cls, "has_rung") and item.originalname == "test_gpu":  # type: ignore[attr-defined]
+        return f"{item.cls.op}/{item.callspec.params['gpu_backend']}"  # type: ignore[attr-defined]
+    return None
 
 
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]):
-    """Collects how every op and backend fared on a GPU, for fastunlearn/gpu_runs.json."""
+    """Notes in the report, which may go to another process, what `pytest_runtest_logreport` wants to know."""
     report = (yield).get_result()
-    if report.when == "call" and hasattr(item.cls, "has_rung") and item.originalname == "test_gpu":  # type: ignore[attr-defined]
-        key = f"{item.cls.op}/{item.callspec.params['gpu_backend']}"  # type: ignore[attr-defined]
-        _gpu_outcomes.setdefault(key, set()).add(report.outcome)
-
-
-def pytest_sessionfinish() -> None:
-    path = os.environ.get("FASTUNLEARN_GPU_RUNS")
-    if not path or not _gpu_outcomes:
+    if report.when != "call":
         return
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
+    item.stash[_failed] = report.failed
+    key = _gpu_key(item)
+    if key is not None:
+        if _collected not in item.session.stash:
+            item.session.stash[_collected] = Counter(map(_gpu_key, item.session.items))
+        report.gpu_run = [key, item.session.stash[_collected][key]]
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    key, collected = getattr(report, "gpu_run", (None, 0))
+    if key is not None:
+        _gpu_outcomes.setdefault(key, ([], collected))[0].append(report.outcome)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item: pytest.Item) -> None:
+    """Of several processes (pytest -n) on one GPU, none keeps memory that the others may want, nor a GPU that it has lost.
+
+    A kernel that goes astray takes the GPU from its process for good: another one takes its place.
+    """
+    if not item.get_closest_marker("gpu") or not hasattr(item.config, "workerinput"):
+        return
+    try:
+        if item.stash.get(_failed, False):
+            torch.cuda.synchronize()
+        elif torch.cuda.memory_reserved() > 2**30:
+            torch.cuda.empty_cache()
+    except RuntimeError:
+        os._exit(1)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Writes fastunlearn/gpu_runs.json anew: the ops and backends all of whose tests have run and passed."""
+    path = os.environ.get("FASTUNLEARN_GPU_RUNS")
+    if not path or not _gpu_outcomes or hasattr(session.config, "workerinput"):
+        return
+    from benchmarks.machine import commit
+
     run = {
         "gpu": torch.cuda.get_device_name(),
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
-        "commit": commit.strip() or "unknown",
+        "commit": commit() or "unknown",
         "torch": torch.__version__,
     }
-    passed = {key: run for key, outcomes in sorted(_gpu_outcomes.items()) if outcomes == {"passed"}}
+    passed = {
+        key: run
+        for key, (outcomes, collected) in sorted(_gpu_outcomes.items())
+        if set(outcomes) == {"passed"} and len(outcomes) == collected
+    }
     Path(path).write_text(json.dumps(passed, indent=2) + "\n")
 
 

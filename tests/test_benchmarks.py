@@ -157,6 +157,10 @@ def test_budgets():
     slow = harness._Runner(limited.providers[0], ms=[5000.0])
     assert not slow.may_run(settings(slow_s=4.0))
     assert harness._Runner(limited.providers[0], ms=[10.0]).may_run(settings(slow_s=4.0))
+    # What a GPU is kept busy with before each call counts, too.
+    assert harness._Runner(limited.providers[0], ms=[1.0] * 6, seconds=0.5).may_run(settings(seconds=0.6))
+    assert not harness._Runner(limited.providers[0], ms=[1.0] * 6, seconds=0.7).may_run(settings(seconds=0.6))
+    assert all(r.seconds >= sum(r.ms) / 1e3 for r in runners)
 
 
 @pytest.mark.serial
@@ -206,8 +210,41 @@ def test_an_interrupted_run_keeps_what_it_has():
     op = tiny(cases=[Case("first", [("a", (8, 8))]), Case("second", [("a", (8, 8))])])
     stop = tiny(name="stop", providers=[Provider("fastunlearn", interrupted)])
     result = harness.run([op, stop], CPU, settings())
-    assert {r["case"] for r in result["rows"]} == {"first", "second"}
+    assert {r["case"] for r in result["rows"]} == {"first"}
     assert "interrupted" in result["left_out"][-1]
+
+
+@pytest.mark.serial
+@pytest.mark.usefixtures("quick_rates")
+def test_every_op_has_its_turn_before_the_time_is_over():
+    """Else what is late in the alphabet is never measured where the time is short."""
+    said: list[str] = []
+    cases = [Case("first", [("a", (8, 8))]), Case("second", [("a", (8, 8))])]
+    alone = tiny(name="b", cases=cases[:1])
+    result = harness.run([tiny(name="a", cases=cases), alone], CPU, settings(say=said.append))
+    assert [line for line in said if "fp32" in line] == ["a, first, fp32", "b, first, fp32", "a, second, fp32"]
+    rows = [(r["op"], r["case"]) for r in result["rows"] if r["provider"] == "right"]
+    assert rows == [("a", "first"), ("a", "second"), ("b", "first")]
+
+
+@pytest.mark.serial
+@pytest.mark.usefixtures("quick_rates")
+def test_a_lost_gpu_ends_the_run_and_keeps_what_it_has(monkeypatch):
+    answers = iter([None, "an illegal memory access was encountered"])
+    monkeypatch.setattr(machine, "lost", lambda device: next(answers))
+    cases = [Case(name, [("a", (8, 8))]) for name in ("first", "second", "third")]
+    result = harness.run([tiny(cases=cases)], CPU, settings())
+    assert {r["case"] for r in result["rows"]} == {"first", "second"}
+    assert "the GPU was lost in tiny, second (an illegal memory access" in result["left_out"][-1]
+
+
+def test_a_gpu_that_is_lost_is_known(monkeypatch):
+    def synchronize(device):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered\nmore")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    assert machine.lost(CPU) is None
+    assert machine.lost(torch.device("cuda")) == "CUDA error: an illegal memory access was encountered"
 
 
 @pytest.mark.serial

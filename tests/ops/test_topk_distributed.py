@@ -116,16 +116,14 @@ def work(rank: int, world: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("name", ["list", "ragged", "bfloat16", "two_values", "inf_and_nan", "empty_tensors"])
-@pytest.mark.parametrize("key", ["value", "abs"])
-def test_pieces_of_a_shard(name: str, key: str, simt_module: ModuleType):
-    """Histograms and bits of one rank: C++ and the CUDA bodies against plain PyTorch."""
+def pieces(name: str, key: str, device: str, simt_module: ModuleType | None = None) -> None:
     scores, _ = CASES[name]
     with fastunlearn.backend("reference"):
         plain = _topk_distributed._Shard(scores, key == "abs")
     with fastunlearn.backend("native"):
-        native = _topk_distributed._Shard(scores, key == "abs")
+        native = _topk_distributed._Shard([t.to(device) for t in scores], key == "abs")
     assert (plain.native, native.native) == (False, True)
+    bodies = [] if simt_module is None else [simt_module]
     for shift, bins, low in (
         (21, 2048, 0),
         (24, 256, 0),
@@ -136,14 +134,30 @@ def test_pieces_of_a_shard(name: str, key: str, simt_module: ModuleType):
         lo = [low] * len(scores)
         want = plain.histogram(lo, shift, bins)
         assert torch.equal(native.histogram(lo, shift, bins), want)
-        with _native.host_cuda(simt_module):
-            assert torch.equal(native.histogram(lo, shift, bins), want)
+        for module in bodies:
+            with _native.host_cuda(module):
+                assert torch.equal(native.histogram(lo, shift, bins), want)
     for threshold, take in ((0x3F800001, 700), (0x80000000, 3), (0x40000001, 0), (0xFFFFFFFF, 0), (0xBF800000, 10**9)):
         parts = [threshold] * len(scores), [take] * len(scores)
         want = plain.write(*parts)
         assert_equal(native.write(*parts), want)
-        with _native.host_cuda(simt_module):
-            assert_equal(native.write(*parts), want)
+        for module in bodies:
+            with _native.host_cuda(module):
+                assert_equal(native.write(*parts), want)
+
+
+@pytest.mark.parametrize("name", ["list", "ragged", "bfloat16", "two_values", "inf_and_nan", "empty_tensors"])
+@pytest.mark.parametrize("key", ["value", "abs"])
+def test_pieces_of_a_shard(name: str, key: str, simt_module: ModuleType):
+    """Histograms and bits of one rank: C++ and the CUDA bodies against plain PyTorch."""
+    pieces(name, key, "cpu", simt_module)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", PICKED)
+@pytest.mark.parametrize("key", ["value", "abs"])
+def test_pieces_of_a_shard_on_a_gpu(name: str, key: str):
+    pieces(name, key, "cuda")
 
 
 @pytest.mark.serial
