@@ -138,7 +138,7 @@ def _(scores: Tensor, n: int, m: int) -> Tensor:
     return scores.new_empty(scores.shape[0], (scores.shape[1] + 7) // 8, dtype=torch.uint8)
 
 
-@torch.library.custom_op("fastunlearn::nm_masks", mutates_args=())
+@torch.library.custom_op("fastunlearn::nm_masks", mutates_args=(), tags=_backend.NOT_CAPTURED)
 def _nm_masks_op(scores: Sequence[Tensor], n: int, m: int) -> list[Tensor]:
     # Cloned: outputs of a library op share no memory.
     return [b.clone() for b in _nm_bits(scores, n, m)]
