@@ -67,7 +67,7 @@ def _forward(
     if backend == "reference" or not x.numel() or not values.numel():
         return reference.nm_linear(x, values, bits, bias)
     if backend == "triton":
-        return _kernels().multiply(x, values, bits, n, m, bias=None if bias is None else bias.contiguous())
+        return _kernels().multiply(x, values, bits, n, m, bias=None if bias is None else _native.in_memory(bias))
     with dense_buffer((rows, cols), values.dtype, x.device, compiled=compiled) as w:
         expand_native(values, bits, n, m, w)
         if _by_cusparselt(x, w, n, m):

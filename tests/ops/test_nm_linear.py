@@ -366,6 +366,8 @@ def test_layouts(backend):
         assert_equal(ops.nm_linear(args["x"].transpose(0, 1).contiguous().transpose(0, 1), weight), want)
         assert_equal(ops.nm_linear(args["x"], NMTensor(values.t().contiguous().t(), _mask(args), 2, 4)), want)
         assert_equal(ops.nm_linear(torch._neg_view(-args["x"]), weight), want)
+        bias = args["bias"]
+        assert_equal(ops.nm_linear(args["x"], weight, torch._neg_view(-bias)), ops.nm_linear(args["x"], weight, bias))
         # A gradient of stride 0, as sum() gives.
         x = args["x"].clone().requires_grad_()
         ops.nm_linear(x, weight).sum().backward()
