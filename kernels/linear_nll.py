@@ -30,7 +30,7 @@ def buffers(spec: Any, like: Tensor) -> int:
 def capped(x, scale, softcap, CAP: tl.constexpr):
     """(z, dz / dx) of logits x"""
     z = x * scale
-    slope = z * 0 + scale
+    slope = tl.zeros_like(z) + scale
     if CAP:
         t = 1.0 - 2.0 / (tl.exp(2.0 * (z / softcap)) + 1.0)
         z = softcap * t

@@ -14,8 +14,8 @@ from fastunlearn import ops
 #: waits for the device, or uploads a table of addresses in every call
 NOT_CAPTURED = {
     "block_weight_grad", "block_weight_grad_", "gram", "hamu_step_", "informax", "linear_loss", "linear_loss_backward", "masked_adamw_",
-    "masked_grad_norm", "masked_sgd_", "nm_gather", "nm_masks", "redistribution", "redistribution_out", "row_entropy",
-    "saliency_accumulate_", "spectral_solve", "spectral_trace", "token_moments_", "topk_mask",
+    "masked_grad_norm", "masked_sgd_", "nm_gather", "nm_masks", "polar", "redistribution", "redistribution_out", "row_entropy", "saliency_accumulate_",
+    "spectral_solve", "spectral_trace", "token_moments_", "topk_mask",
 }  # fmt: skip
 
 

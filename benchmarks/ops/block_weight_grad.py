@@ -129,7 +129,7 @@ def on_the_mask(x: Inputs, output: Any, wanted: Any) -> str | None:
 
 
 def as_tiles(x: Inputs, output: Any, wanted: Any) -> str | None:
-    return close_enough(x, output, reference.cut(wanted, x.mask, x.block))
+    return close_enough(x, output, reference.tiled(wanted, x.block)[x.mask])
 
 
 def limit(x: Inputs, line: int) -> Limit:

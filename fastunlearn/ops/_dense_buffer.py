@@ -30,11 +30,14 @@ def _grown(buffers: dict, key: object, nbytes: int, device: torch.device) -> Ten
 
 
 @contextmanager
-def dense_buffer(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Iterator[Tensor]:
+def dense_buffer(
+    shape: Sequence[int], dtype: torch.dtype, device: torch.device, *, compiled: bool = False
+) -> Iterator[Tensor]:
     """Row-major memory of that shape, holding anything; inside the block it is the caller's alone.
 
     On a GPU "inside" means queued inside: work of the same stream that is queued later may write it. While a CUDA graph is
-    captured it is fresh memory of the graph, which replays when it likes.
+    captured it is fresh memory of the graph, which replays when it likes; and fresh in every call of what torch.compile made
+    (`compiled`), which runs once in its graphs' memory before it captures them, and refuses what is kept of that.
     """
     nbytes = prod(shape) * dtype.itemsize
     if device.type == "cpu":
@@ -46,7 +49,7 @@ def dense_buffer(shape: Sequence[int], dtype: torch.dtype, device: torch.device)
             yield buffer[:nbytes].view(dtype).view(*shape)
         finally:
             buffers["buffer"] = buffer
-    elif device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+    elif compiled or device.type != "cuda" or torch.cuda.is_current_stream_capturing():
         yield torch.empty(*shape, dtype=dtype, device=device)
     else:
         index = torch.cuda.current_device() if device.index is None else device.index

@@ -113,7 +113,8 @@ def _dense(grad: Tensor, x: Tensor, conv: Convolution | None) -> Tensor:
 def _keep_tiles(dense: Tensor, mask: Tensor, block: int, out: Tensor | None, packed: bool) -> Tensor:
     """Of a whole gradient what the mask leaves; without `out` in its own memory."""
     if packed:
-        tiles = reference.cut(dense, mask, block)
+        # By a list: to index by the mask waits for the GPU.
+        tiles = reference.tiled(dense, block)[tuple(_plan(mask).places.T)]
         return tiles if out is None else out.copy_(tiles)
     rows, cols = dense.shape
     if out is not None:
@@ -199,6 +200,8 @@ def _(grad: Tensor, x: Tensor, block_mask: Tensor, block: int, conv: list[int], 
 
 @torch.library.custom_op("fastunlearn::block_weight_grad_", mutates_args=("out",), tags=_backend.NOT_CAPTURED)
 def _op_(grad: Tensor, x: Tensor, block_mask: Tensor, block: int, conv: list[int], packed: bool, out: Tensor) -> None:
+    if packed:
+        _check_tiles(out, block_mask, block)
     _write(grad, x, block_mask, block, Convolution.of(conv) if conv else None, out, packed)
 
 
@@ -238,6 +241,13 @@ def _check_mask(block_mask: Any, block: Any, rows: int, cols: int, device: torch
         raise ValueError(f"block_mask: on {block_mask.device}, but x is on {device}; move it there")
 
 
+def _check_tiles(out: Tensor, mask: Tensor, block: int) -> None:
+    """Known from the second call on without waiting for the GPU."""
+    want = (len(_plan(mask).places), block, block)
+    if tuple(out.shape) != want:
+        raise ValueError(f"out: want shape {want}, got {tuple(out.shape)}")
+
+
 def _run(
     grad: Tensor, x: Tensor, mask: Tensor, block: int, conv: Convolution | None, out: Any, layout: str, shape: tuple[int, ...]
 ) -> Tensor:  # fmt: skip
@@ -250,10 +260,10 @@ def _run(
         if not isinstance(out, Tensor) or out.dtype != x.dtype or out.device != x.device:
             what = f"{out.dtype} on {out.device}" if isinstance(out, Tensor) else type(out).__name__
             raise TypeError(f"out: want a tensor of {x.dtype} on {x.device}, got {what}")
-        shapes = [(int(mask.sum()), block, block)] if packed else [(rows, cols), shape]
-        if tuple(out.shape) not in shapes:
-            raise ValueError(f"out: want shape {shapes[0]}, got {tuple(out.shape)}")
-        if not out.is_contiguous() or out.is_neg():
+        if not packed and tuple(out.shape) not in ((rows, cols), shape):
+            raise ValueError(f"out: want shape {(rows, cols)}, got {tuple(out.shape)}")
+        # Dynamo does not trace is_neg; what it calls resolves such views.
+        if not out.is_contiguous() or (not torch.compiler.is_dynamo_compiling() and out.is_neg()):
             raise ValueError("out: want row-major memory; out.contiguous() makes it")
     grad, x = grad.detach(), x.detach()
     flat = conv.flat if conv is not None else []
@@ -266,6 +276,8 @@ def _run(
         if _backend.traced(grad, x, mask, target):
             _op_(grad, x, mask, block, flat, packed, target)
         else:
+            if packed:
+                _check_tiles(target, mask, block)
             _write(grad, x, mask, block, conv, target, packed)
     return out
 

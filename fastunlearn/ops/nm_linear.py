@@ -58,15 +58,17 @@ def _by_cusparselt(x: Tensor, w: Tensor, n: int, m: int) -> bool:
     return x.shape[0] >= CUSPARSELT.get(name, 1 << 62)
 
 
-def _forward(x: Tensor, values: Tensor, bits: Tensor, bias: Tensor | None, n: int, m: int) -> Tensor:
+def _forward(
+    x: Tensor, values: Tensor, bits: Tensor, bias: Tensor | None, n: int, m: int, compiled: bool = False
+) -> Tensor:
     """x [tokens, cols], row-major -> [tokens, rows]."""
     rows, cols = bits.shape[0], x.shape[1]
     backend = _resolve(x)
     if backend == "reference" or not x.numel() or not values.numel():
         return reference.nm_linear(x, values, bits, bias)
     if backend == "triton":
-        return _kernels().multiply(x, values, bits, n, m, bias=None if bias is None else bias.contiguous())
-    with dense_buffer((rows, cols), values.dtype, x.device) as w:
+        return _kernels().multiply(x, values, bits, n, m, bias=None if bias is None else _native.in_memory(bias))
+    with dense_buffer((rows, cols), values.dtype, x.device, compiled=compiled) as w:
         expand_native(values, bits, n, m, w)
         if _by_cusparselt(x, w, n, m):
             return torch._cslt_sparse_mm(torch._cslt_compress(w), x.t(), bias=bias, transpose_result=True)
@@ -74,8 +76,9 @@ def _forward(x: Tensor, values: Tensor, bits: Tensor, bias: Tensor | None, n: in
 
 
 def _backward(
-    grad: Tensor, x: Tensor | None, values: Tensor, bits: Tensor, cols: int, n: int, m: int, needs_x: bool
-) -> tuple[Tensor | None, Tensor | None]:
+    grad: Tensor, x: Tensor | None, values: Tensor, bits: Tensor, cols: int, n: int, m: int, needs_x: bool,
+    compiled: bool = False,
+) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
     """(dx, dvalues) of grad [tokens, rows], row-major; dvalues only where x is given."""
     backend = _resolve(grad)
     if backend == "reference" or not grad.numel() or not values.numel():
@@ -85,7 +88,7 @@ def _backward(
         kernels = _kernels()
         dx = kernels.multiply(grad, values, bits, n, m, cols=cols) if needs_x else None
         return dx, kernels.gradient(grad, x, bits, n, m) if x is not None else None
-    with dense_buffer((bits.shape[0], cols), values.dtype, grad.device) as w:
+    with dense_buffer((bits.shape[0], cols), values.dtype, grad.device, compiled=compiled) as w:
         if needs_x:
             dx = grad @ expand_native(values, bits, n, m, w)
         if x is not None:
@@ -95,7 +98,7 @@ def _backward(
 
 @torch.library.custom_op("fastunlearn::nm_linear", mutates_args=())
 def _linear_op(x: Tensor, values: Tensor, bits: Tensor, bias: Tensor | None, n: int, m: int) -> Tensor:
-    return _forward(_native.in_memory(x), _native.in_memory(values), bits, bias, n, m)
+    return _forward(_native.in_memory(x), _native.in_memory(values), bits, bias, n, m, compiled=True)
 
 
 @_linear_op.register_fake
@@ -108,7 +111,7 @@ def _backward_op(
     grad: Tensor, x: Tensor | None, values: Tensor, bits: Tensor, cols: int, n: int, m: int, needs_x: bool
 ) -> list[Tensor]:
     x = None if x is None else _native.in_memory(x)
-    made = _backward(_native.in_memory(grad), x, _native.in_memory(values), bits, cols, n, m, needs_x)
+    made = _backward(_native.in_memory(grad), x, _native.in_memory(values), bits, cols, n, m, needs_x, compiled=True)
     # A library op returns tensors: of no entries where there is nothing.
     return [grad.new_empty(0) if t is None else t for t in made]
 

@@ -73,8 +73,8 @@ def _polar(M: Tensor, method: str, steps: int) -> Tensor:
     return maths.newton_schulz(x, steps).to(M.dtype)
 
 
-# What torch.compile sees: how many steps are taken is read from values.
-@torch.library.custom_op("fastunlearn::polar", mutates_args=())
+# What torch.compile sees. A singular value decomposition waits for the device.
+@torch.library.custom_op("fastunlearn::polar", mutates_args=(), tags=_backend.NOT_CAPTURED)
 def _polar_op(M: Tensor, method: str, steps: int) -> Tensor:
     return _polar(M, method, steps).contiguous()
 

@@ -102,7 +102,7 @@ def kohya_metadata(layers: Mapping[str, LowRank], config: Mapping[str, Any]) -> 
     if version is None and text in (768, 1024):
         version = "sd_v1" if text == 768 else "sd_v2"
     if version is not None:
-        # The web UIs go by the second, and hide a file of SD 1.x where SD 2.x is loaded.
+        # Web UIs tell SD 2.x from SD 1.x by the second.
         about |= {"ss_base_model_version": version, "ss_v2": str(version == "sd_v2")}
     return about
 

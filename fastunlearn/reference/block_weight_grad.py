@@ -16,11 +16,11 @@ def spread(block_mask: Tensor, block: int, rows: int, cols: int) -> Tensor:
     return block_mask.repeat_interleave(block, 0)[:rows].repeat_interleave(block, 1)[:, :cols]
 
 
-def cut(dense: Tensor, block_mask: Tensor, block: int) -> Tensor:
-    """Set tiles of dense [rows, cols], row-major: [n, block, block], zeros where a tile hangs over the edge."""
-    rows, cols = block_mask.shape
+def tiled(dense: Tensor, block: int) -> Tensor:
+    """Tiles of dense [rows, cols]: [ceil(rows / block), ceil(cols / block), block, block], zeros where one hangs over the edge."""
+    rows, cols = (-(-size // block) for size in dense.shape)
     padded = F.pad(dense, (0, cols * block - dense.shape[1], 0, rows * block - dense.shape[0]))
-    return padded.view(rows, block, cols, block).transpose(1, 2)[block_mask]
+    return padded.view(rows, block, cols, block).transpose(1, 2)
 
 
 def patches(

@@ -249,6 +249,37 @@ def test_out_is_written_on_tiles_only(backend, density):
         assert_equal(tiles, proof.run({**args, "layout": "tiles"}))
 
 
+@pytest.mark.parametrize("backend", ["native", "triton"])
+@pytest.mark.parametrize("density", [0.3, 0.9])
+def test_tiles_are_found_once_a_mask(backend, density):
+    """Finding them waits for a GPU."""
+    args = _linear(40, 150, 200, density=density, seed=1)
+    tiles = torch.zeros(int(args["mask"].sum()), 64, 64)
+    with fastunlearn.backend(backend), torch.profiler.profile() as profile:
+        for step in range(2):
+            with torch.profiler.record_function(f"step {step}"):
+                ops.block_weight_grad(args["grad"], args["x"], args["mask"], 64, out=tiles, layout="tiles")
+    names = [event.name for event in sorted(profile.events(), key=lambda event: event.time_range.start)]
+    waits = {"aten::nonzero", "aten::_local_scalar_dense"}
+    assert waits & set(names[: names.index("step 1")])
+    assert not waits & set(names[names.index("step 1") :])
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_out_in_a_compiled_call(packed):
+    args = _linear(40, 150, 200, seed=1)
+    n = int(args["mask"].sum())
+    compiled = torch.compile(ops.block_weight_grad, fullgraph=True, backend="aot_eager")
+    for made in (0.0, 7.0):
+        out, want = (torch.full((n, 64, 64) if packed else (150, 200), made) for _ in range(2))
+        for run, into in ((compiled, out), (ops.block_weight_grad, want)):
+            run(args["grad"], args["x"], args["mask"], 64, out=into, layout="tiles" if packed else "dense")
+        assert_equal(out, want)
+    if packed:
+        with pytest.raises(ValueError, match=rf"out: want shape \({n}, 64, 64\)"):
+            compiled(args["grad"], args["x"], args["mask"], 64, out=torch.zeros(n + 1, 64, 64), layout="tiles")
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_conv_out(backend):
     args = _conv(2, 16, 80, (7, 9), padding=1, seed=1)

@@ -199,11 +199,27 @@ def test_nan_in_a_token_stays_there():
     assert nll.isnan().nonzero().tolist() == [[1, 2]]
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("trains", ["h", "hw"])
+def test_entries_that_are_ruled_out(backend, trains):
+    """Those of a bias of -inf have probability and gradient 0, as in torch."""
+    args = inputs(bias=True, trains=trains, bytes_=SMALL)
+    args["labels"] = torch.where(args["labels"] < 0, -100, args["labels"] % 30)
+    args["bias"][30:] = -math.inf
+    with fastunlearn.backend(backend):
+        got = TestLinearNll().run(args)
+    want = torch_alone(args)
+    assert all(t.isfinite().all() for t in want)
+    assert_derived(got, want, [t.double() for t in want], eps=2e-6)
+
+
 def test_double_runs_as_reference_on_request_only():
     hidden, weight, labels = torch.rand(2, 3, 4).double(), torch.rand(5, 4).double(), torch.zeros(2, 3).long()
     assert ops.linear_nll(hidden, weight, labels)[0].dtype == torch.float64
+    # Where there is a GPU no Triton kernel takes a CPU tensor.
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     with pytest.raises(fastunlearn.BackendError, match="float64"), fastunlearn.backend("triton"):
-        ops.linear_nll(hidden, weight, labels)
+        ops.linear_nll(hidden.to(device), weight.to(device), labels.to(device))
 
 
 @pytest.mark.gpu

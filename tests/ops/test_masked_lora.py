@@ -538,7 +538,7 @@ def test_layouts(backend):
 
 def test_the_same_bits_every_time():
     """Triton's partial sums are added in one order."""
-    args = _inputs(140, 300, 330, 20)
+    args = _inputs(140, 300, 330, 20, device="cuda" if torch.cuda.is_available() else "cpu")
     runs = []
     for _ in range(2):
         with fastunlearn.backend("triton"):
@@ -649,13 +649,14 @@ def test_what_is_added_up_afterwards_is_no_larger_than_a_16_bit_weight(monkeypat
 
 
 def test_rank_beyond_the_kernels():
-    args = _inputs(5, 16, 200, 130)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    args = _inputs(5, 16, 200, 130, device=device)
     with pytest.raises(fastunlearn.BackendError, match="rank 130"), fastunlearn.backend("triton"):
         ops.masked_lora_linear(args["x"], args["weight"], args["A"], args["B"], _mask(args))
+    blocks = torch.ones(1, 9, dtype=torch.bool, device=device)
     with pytest.raises(fastunlearn.BackendError, match="block 24"), fastunlearn.backend("triton"):
-        ops.masked_lora_linear(
-            args["x"], args["weight"], args["A"][:4], args["B"][:, :4], torch.ones(1, 9, dtype=torch.bool), block=24
-        )
+        ops.masked_lora_linear(args["x"], args["weight"], args["A"][:4], args["B"][:, :4], blocks, block=24)
+    args = _inputs(5, 16, 200, 130)
     with fastunlearn.backend("native"):
         y = ops.masked_lora_linear(args["x"], args["weight"], args["A"], args["B"], _mask(args), 0.6, args["bias"])
     torch.testing.assert_close(y.double(), TestMaskedLoraLinear().oracle(args)[0], rtol=1e-4, atol=1e-4)

@@ -5,6 +5,9 @@ from __future__ import annotations
 import gc
 import math
 import threading
+from contextlib import nullcontext
+from importlib import import_module
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -273,6 +276,45 @@ def test_one_buffer_for_all_layers():
     assert not _dense_buffer._local.__dict__
 
 
+def test_compiled_calls_keep_nothing_on_a_gpu(monkeypatch):
+    """torch.compile's CUDA graphs refuse memory of theirs that outlives a call."""
+    kept = []
+
+    def on_a_gpu(shape, dtype, device, **options):
+        with monkeypatch.context() as fake:
+            fake.setattr(torch, "empty", lambda *size, device, **kwargs: empty(*size, **kwargs))
+            fake.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+            fake.setattr(torch.cuda, "current_stream", lambda index: SimpleNamespace(cuda_stream=0))
+            with dense_buffer(shape, dtype, torch.device("cuda", 0), **options) as buffer:
+                kept.append(len(_dense_buffer._cuda))
+        return nullcontext(buffer)
+
+    empty, dense_buffer = torch.empty, _dense_buffer.dense_buffer
+    monkeypatch.setattr(import_module("fastunlearn.ops.nm_linear"), "dense_buffer", on_a_gpu)
+    args = _inputs(4, 64, 32, 2, 4)
+    x, values = args["x"], args["values"].requires_grad_()
+    ops.release_buffers()
+    with fastunlearn.backend("native"):
+        y = torch.ops.fastunlearn.nm_linear(x, values, args["bits"], None, 2, 4)
+        torch.ops.fastunlearn.nm_linear_backward(args["grad"], x, values, args["bits"], x.shape[1], 2, 4, True)
+        assert kept == [0, 0]
+        assert_equal(ops.nm_linear(x, NMTensor(values, _mask(args), 2, 4)), y)
+    assert kept == [0, 0, 1]
+    ops.release_buffers()
+    assert not _dense_buffer._cuda
+
+
+@pytest.mark.gpu
+def test_in_a_compiled_step_with_cuda_graphs():
+    args = _inputs(128, 512, 128, 2, 4, dtype=torch.bfloat16, device="cuda")
+    weight = NMTensor(args["values"], _mask(args), 2, 4)
+    compiled = torch.compile(lambda x: ops.nm_linear(x * 2, weight), mode="reduce-overhead")
+    with fastunlearn.backend("native"):
+        want = ops.nm_linear(args["x"] * 2, weight)
+        for _ in range(4):
+            torch.testing.assert_close(compiled(args["x"]), want)
+
+
 def test_outputs_are_no_views_of_the_buffer():
     args = _inputs(4, 64, 32, 2, 4)
     weight = NMTensor(args["values"], _mask(args), 2, 4)
@@ -324,6 +366,8 @@ def test_layouts(backend):
         assert_equal(ops.nm_linear(args["x"].transpose(0, 1).contiguous().transpose(0, 1), weight), want)
         assert_equal(ops.nm_linear(args["x"], NMTensor(values.t().contiguous().t(), _mask(args), 2, 4)), want)
         assert_equal(ops.nm_linear(torch._neg_view(-args["x"]), weight), want)
+        bias = args["bias"]
+        assert_equal(ops.nm_linear(args["x"], weight, torch._neg_view(-bias)), ops.nm_linear(args["x"], weight, bias))
         # A gradient of stride 0, as sum() gives.
         x = args["x"].clone().requires_grad_()
         ops.nm_linear(x, weight).sum().backward()

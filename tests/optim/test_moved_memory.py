@@ -218,8 +218,9 @@ def test_a_captured_step_is_refused(monkeypatch) -> None:
     assert [optimizer.state[p]["step"] for p in params] == [2, 2, 2]
 
 
-def test_bool_masks_where_triton_is_asked_for() -> None:
-    with backend("triton"):
+@pytest.mark.parametrize("name", ["triton"])
+def test_bool_masks_where_triton_is_asked_for(name: str) -> None:
+    with backend(name):
         params, _, optimizer = setup()
         step(params, optimizer)
     assert optimizer.state[params[0]]["step"] == 1
