@@ -200,6 +200,7 @@ class TinyClassifier(nn.Module):
         self.head.bias.zero_()
 
     def features(self, images: Tensor) -> Tensor:
+        images = images.to(self.first.device)
         images = images.float() / 255 if images.dtype == torch.uint8 else images.float()
         return (images.flatten(1) - 0.5) @ self.first.T / 8
 

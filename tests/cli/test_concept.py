@@ -150,7 +150,7 @@ def test_ablation_keeps_its_anchors_where_nothing_is_named(canvas, tmp_path, mon
 
 def same(network, weights):
     """Whether a network has these weights, every one."""
-    return all(torch.equal(tensor, weights[name]) for name, tensor in network.state_dict().items())
+    return all(torch.equal(tensor.cpu(), weights[name].cpu()) for name, tensor in network.state_dict().items())
 
 
 def read(path):
