@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastunlearn.kernels.linear_nll import LOWEST, tile, width
+from fastunlearn.kernels.linear_nll import LOWEST, last, tile, width
 from fastunlearn.reference.linear_divergence import STATS as STATS
 
 KINDS = {"kl": 0, "undial": 1, "ce_u": 2, "pdu": 3}
@@ -33,13 +33,13 @@ def buffers(spec: Any, like: Tensor) -> int:
 
 @triton.jit
 def targets(
-    z, logits, reference, offs, inside, label, strength, scale, softcap, KIND: tl.constexpr, CAP: tl.constexpr
+    z, reference, offs, cols, edge, label, strength, scale, softcap, KIND: tl.constexpr, CAP: tl.constexpr
 ):  # fmt: skip
     """Logits of the target, -inf outside."""
     if KIND == CE_U:
         r = tl.where(offs == label, float("-inf"), z)
     else:
-        r, _slope = tile(reference, offs, inside, scale, softcap, CAP)
+        r, _slope = tile(reference, offs, cols, edge, scale, softcap, CAP)
         if KIND == UNDIAL:
             r -= tl.where(offs == label, strength, 0.0)
     return r
@@ -58,10 +58,10 @@ def gradients(z, r, top, rest, ref_top, ref_rest, offs, label, KIND: tl.constexp
 
 @triton.jit
 def rows(
-    logits, reference, labels, value, stats, cols, stride, ref_stride, strength, scale, softcap,
+    logits, reference, labels, value, stats, cols, edge, stride, ref_stride, strength, scale, softcap,
     GRADIENT: tl.constexpr, KIND: tl.constexpr, CAP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Grid [n]. logits, reference [n, cols]; labels int64 [n]; value fp32 [n]; stats fp32 [n, 4]."""
+    """Grid [n]. logits, reference [n, cols], of whose rows' memory `edge` entries may be touched; labels int64 [n]; value fp32 [n]; stats fp32 [n, 4]."""
     row = tl.program_id(0).to(tl.int64)
     logits += row * stride
     reference += row * ref_stride
@@ -72,13 +72,12 @@ def rows(
         best = tl.full([], 0, tl.int32)
         for start in range(0, cols, BLOCK):
             offs = start + tl.arange(0, BLOCK)
-            inside = offs < cols
-            z, slope = tile(logits, offs, inside, scale, softcap, CAP)
+            z, slope = tile(logits, offs, cols, edge, scale, softcap, CAP)
             here = tl.max(z, 0)
             first = tl.min(tl.where(z == here, offs, 2147483647), 0)
             best = tl.where(here > top, first, best)
             top = tl.maximum(top, here)
-            total += tl.where(inside, z, 0.0)
+            total += tl.where(offs < cols, z, 0.0)
         gap = top - tl.sum(total, 0) / cols
         tl.store(value + row, gap * gap)
         tl.store(stats + 4 * row, 2.0 * gap)
@@ -86,19 +85,17 @@ def rows(
         if GRADIENT:
             for start in range(0, cols, BLOCK):
                 offs = start + tl.arange(0, BLOCK)
-                inside = offs < cols
-                z, slope = tile(logits, offs, inside, scale, softcap, CAP)
+                z, slope = tile(logits, offs, cols, edge, scale, softcap, CAP)
                 g = 2.0 * gap * (tl.where(offs == best, 1.0, 0.0) - 1.0 / cols) * slope
-                tl.store(logits + offs, g.to(logits.dtype.element_ty), mask=inside)
+                tl.store(logits + offs, g.to(logits.dtype.element_ty), mask=offs < edge)
     else:
         ref_top = tl.full([], LOWEST, tl.float32)
         ref_total = tl.zeros([BLOCK], tl.float32)
         mean = tl.zeros([BLOCK], tl.float32)
         for start in range(0, cols, BLOCK):
             offs = start + tl.arange(0, BLOCK)
-            inside = offs < cols
-            z, slope = tile(logits, offs, inside, scale, softcap, CAP)
-            r = targets(z, logits, reference, offs, inside, label, strength, scale, softcap, KIND, CAP)
+            z, slope = tile(logits, offs, cols, edge, scale, softcap, CAP)
+            r = targets(z, reference, offs, cols, edge, label, strength, scale, softcap, KIND, CAP)
             higher = tl.maximum(top, tl.max(z, 0))
             total = total * tl.exp(top - higher) + tl.exp(z - higher)
             top = higher
@@ -129,35 +126,33 @@ def rows(
         if GRADIENT:
             for start in range(0, cols, BLOCK):
                 offs = start + tl.arange(0, BLOCK)
-                inside = offs < cols
-                z, slope = tile(logits, offs, inside, scale, softcap, CAP)
-                r = targets(z, logits, reference, offs, inside, label, strength, scale, softcap, KIND, CAP)
+                z, slope = tile(logits, offs, cols, edge, scale, softcap, CAP)
+                r = targets(z, reference, offs, cols, edge, label, strength, scale, softcap, KIND, CAP)
                 g = gradients(z, r, top, rest, ref_top, ref_rest, offs, label, KIND) * slope
-                tl.store(logits + offs, g.to(logits.dtype.element_ty), mask=inside)
+                tl.store(logits + offs, g.to(logits.dtype.element_ty), mask=offs < edge)
 
 
 @triton.jit
 def block(
-    logits, reference, labels, stats, cols, stride, ref_stride, start, share, strength, scale, softcap,
+    logits, reference, labels, stats, cols, edge, stride, ref_stride, start, share, strength, scale, softcap,
     KIND: tl.constexpr, CAP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Grid [n, tiles]. logits and reference of the vocabulary's entries start, start + 1, ..., cols of them; share: 1 / V."""
     row = tl.program_id(0).to(tl.int64)
     offs = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = offs < cols
     logits += row * stride
-    z, slope = tile(logits, offs, inside, scale, softcap, CAP)
+    z, slope = tile(logits, offs, cols, edge, scale, softcap, CAP)
     first = tl.load(stats + 4 * row)
     second = tl.load(stats + 4 * row + 1)
     if KIND == PDU:
         g = first * (tl.where(offs == second.to(tl.int64) - start, 1.0, 0.0) - share)
     else:
         label = tl.load(labels + row) - start
-        r = targets(z, logits, reference + row * ref_stride, offs, inside, label, strength, scale, softcap, KIND, CAP)
+        r = targets(z, reference + row * ref_stride, offs, cols, edge, label, strength, scale, softcap, KIND, CAP)
         ref_top = tl.load(stats + 4 * row + 2)
         ref_rest = tl.load(stats + 4 * row + 3)
         g = gradients(z, r, first, second, ref_top, ref_rest, offs, label, KIND)
-    tl.store(logits + offs, (g * slope).to(logits.dtype.element_ty), mask=inside)
+    tl.store(logits + offs, (g * slope).to(logits.dtype.element_ty), mask=offs < edge)
 
 
 def rows_(
@@ -170,7 +165,7 @@ def rows_(
     other = logits if reference is None else reference
     with torch.cuda.device_of(logits):
         rows[(n,)](
-            logits, other, labels, value, stats, cols, logits.stride(0), other.stride(0), spec.strength, spec.scale,
+            logits, other, labels, value, stats, cols, last(logits, other), logits.stride(0), other.stride(0), spec.strength, spec.scale,
             spec.softcap, gradient, KINDS[spec.kind], bool(spec.softcap), width(cols, TILE), num_warps=WARPS,
         )  # fmt: skip
 
@@ -185,6 +180,6 @@ def block_(
     other, tiles = logits if reference is None else reference, width(cols, TILE)
     with torch.cuda.device_of(logits):
         block[(n, triton.cdiv(cols, tiles))](
-            logits, other, labels, stats, cols, logits.stride(0), other.stride(0), start, 1 / total, spec.strength,
+            logits, other, labels, stats, cols, last(logits, other), logits.stride(0), other.stride(0), start, 1 / total, spec.strength,
             spec.scale, spec.softcap, KINDS[spec.kind], bool(spec.softcap), tiles, num_warps=4,
         )  # fmt: skip

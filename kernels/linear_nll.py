@@ -39,19 +39,19 @@ def capped(x, scale, softcap, CAP: tl.constexpr):
 
 
 @triton.jit
-def tile(logits, offs, inside, scale, softcap, CAP: tl.constexpr):
-    """(z, dz / dx), z = -inf outside"""
-    x = tl.load(logits + offs, mask=inside, other=0.0).to(tl.float32)
+def tile(logits, offs, cols, edge, scale, softcap, CAP: tl.constexpr):
+    """(z, dz / dx), z = -inf from `cols` on"""
+    x = tl.load(logits + offs, mask=offs < edge, other=0.0).to(tl.float32)
     z, slope = capped(x, scale, softcap, CAP)
-    return tl.where(inside, z, float("-inf")), slope
+    return tl.where(offs < cols, z, float("-inf")), slope
 
 
 @triton.jit
 def rows(
-    logits, labels, value, stats, cols, stride, scale, softcap,
+    logits, labels, value, stats, cols, edge, stride, scale, softcap,
     GRADIENT: tl.constexpr, CAP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Grid [n]. logits [n, cols], rows `stride` apart; labels int64 [n]; value fp32 [n]; stats fp32 [n, 2]."""
+    """Grid [n]. logits [n, cols], rows `stride` apart, memory of which `edge` entries may be touched; labels int64 [n]; value fp32 [n]; stats fp32 [n, 2]."""
     row = tl.program_id(0).to(tl.int64)
     logits += row * stride
     label = tl.load(labels + row)
@@ -60,7 +60,7 @@ def rows(
     total = tl.zeros([BLOCK], tl.float32)
     for start in range(0, cols, BLOCK):
         offs = start + tl.arange(0, BLOCK)
-        z, slope = tile(logits, offs, offs < cols, scale, softcap, CAP)
+        z, slope = tile(logits, offs, cols, edge, scale, softcap, CAP)
         higher = tl.maximum(top, tl.max(z, 0))
         total = total * tl.exp(top - higher) + tl.exp(z - higher)
         top = higher
@@ -71,27 +71,40 @@ def rows(
     if GRADIENT:
         for start in range(0, cols, BLOCK):
             offs = start + tl.arange(0, BLOCK)
-            inside = offs < cols
-            z, slope = tile(logits, offs, inside, scale, softcap, CAP)
+            z, slope = tile(logits, offs, cols, edge, scale, softcap, CAP)
             g = (tl.exp((z - top) - rest) - tl.where(offs == label, 1.0, 0.0)) * slope
-            tl.store(logits + offs, g.to(logits.dtype.element_ty), mask=inside)
+            tl.store(logits + offs, g.to(logits.dtype.element_ty), mask=offs < edge)
 
 
 @triton.jit
 def block(
-    logits, labels, stats, cols, stride, start, scale, softcap,
+    logits, labels, stats, cols, edge, stride, start, scale, softcap,
     CAP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Grid [n, tiles]. logits of the vocabulary's entries start, start + 1, ..., cols of them."""
     row = tl.program_id(0).to(tl.int64)
     offs = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = offs < cols
     logits += row * stride
-    z, slope = tile(logits, offs, inside, scale, softcap, CAP)
+    z, slope = tile(logits, offs, cols, edge, scale, softcap, CAP)
     top = tl.load(stats + 2 * row)
     rest = tl.load(stats + 2 * row + 1)
     g = tl.exp((z - top) - rest) - tl.where(offs == tl.load(labels + row) - start, 1.0, 0.0)
-    tl.store(logits + offs, (g * slope).to(logits.dtype.element_ty), mask=inside)
+    tl.store(logits + offs, (g * slope).to(logits.dtype.element_ty), mask=offs < edge)
+
+
+def last(*logits: Tensor) -> int:
+    """Entries of a row that may be read and written: up to a multiple of 16, so that vocabularies like 50,257 take whole vectors, too.
+
+    Where the rows' memory does not reach so far: the row's own.
+    """
+    edges = []
+    for rows_of in logits:
+        (n, cols), stride, offset = rows_of.shape, rows_of.stride(0), rows_of.storage_offset()
+        edge = -(-cols // 16) * 16
+        within = offset % stride + edge <= stride  # a row as the memory was made in, not the next one's
+        there = (offset + (n - 1) * stride + edge) * rows_of.element_size() <= rows_of.untyped_storage().nbytes()
+        edges.append(edge if within and there else cols)
+    return min(edges)
 
 
 def width(cols: int, most: int = BLOCK) -> int:
@@ -108,7 +121,7 @@ def rows_(
         return
     with torch.cuda.device_of(logits):
         rows[(n,)](
-            logits, labels, value, stats, cols, logits.stride(0), spec.scale, spec.softcap,
+            logits, labels, value, stats, cols, last(logits), logits.stride(0), spec.scale, spec.softcap,
             gradient, bool(spec.softcap), width(cols), num_warps=WARPS,
         )  # fmt: skip
 
@@ -121,6 +134,6 @@ def block_(logits: Tensor, reference: None, labels: Tensor, stats: Tensor, start
     tiles = width(cols, 2048)
     with torch.cuda.device_of(logits):
         block[(n, triton.cdiv(cols, tiles))](
-            logits, labels, stats, cols, logits.stride(0), start, spec.scale, spec.softcap,
+            logits, labels, stats, cols, last(logits), logits.stride(0), start, spec.scale, spec.softcap,
             bool(spec.softcap), tiles, num_warps=4,
         )  # fmt: skip

@@ -91,7 +91,7 @@ def _uncompiled(hook: T) -> T:
     kept for the next one. The rest of the model is compiled as it would be.
     """
     # Where the compiler was never imported nothing is compiled, and importing it takes a second.
-    return torch.compiler.disable(hook) if "torch._dynamo" in sys.modules else hook  # type: ignore[no-any-return, arg-type]
+    return torch.compiler.disable(hook) if "torch._dynamo" in sys.modules else hook
 
 
 def _attention(model: Any, batch: Mapping[str, Tensor]) -> AbstractContextManager[Any]:

@@ -54,7 +54,7 @@ class TestLinearDivergence(LinearLossProof):
         Aot(
             "fastunlearn.kernels.linear_divergence:rows",
             {"logits": f"*{dtype}", "reference": f"*{dtype}", "labels": "*i64", "value": "*fp32", "stats": "*fp32",
-             "cols": "i32", "stride": "i32", "ref_stride": "i32", "strength": "fp32", "scale": "fp32", "softcap": "fp32"},
+             "cols": "i32", "edge": "i32", "stride": "i32", "ref_stride": "i32", "strength": "fp32", "scale": "fp32", "softcap": "fp32"},
             {"GRADIENT": True, "KIND": kind, "CAP": cap, "BLOCK": 2048},
             {"num_warps": 8},
         )
@@ -62,7 +62,7 @@ class TestLinearDivergence(LinearLossProof):
     ] + [
         Aot(
             "fastunlearn.kernels.linear_divergence:block",
-            {"logits": f"*{dtype}", "reference": f"*{dtype}", "labels": "*i64", "stats": "*fp32", "cols": "i32",
+            {"logits": f"*{dtype}", "reference": f"*{dtype}", "labels": "*i64", "stats": "*fp32", "cols": "i32", "edge": "i32",
              "stride": "i32", "ref_stride": "i32", "start": "i32", "share": "fp32", "strength": "fp32", "scale": "fp32",
              "softcap": "fp32"},
             {"KIND": kind, "CAP": cap, "BLOCK": 2048},

@@ -63,7 +63,7 @@ class TestLinearNll(LinearLossProof):
     aot = [
         Aot(
             "fastunlearn.kernels.linear_nll:rows",
-            {"logits": f"*{kind}", "labels": "*i64", "value": "*fp32", "stats": "*fp32", "cols": "i32", "stride": "i32",
+            {"logits": f"*{kind}", "labels": "*i64", "value": "*fp32", "stats": "*fp32", "cols": "i32", "edge": "i32", "stride": "i32",
              "scale": "fp32", "softcap": "fp32"},
             {"GRADIENT": gradient, "CAP": cap, "BLOCK": 4096},
             {"num_warps": 8},
@@ -72,7 +72,7 @@ class TestLinearNll(LinearLossProof):
     ] + [
         Aot(
             "fastunlearn.kernels.linear_nll:block",
-            {"logits": f"*{kind}", "labels": "*i64", "stats": "*fp32", "cols": "i32", "stride": "i32", "start": "i32",
+            {"logits": f"*{kind}", "labels": "*i64", "stats": "*fp32", "cols": "i32", "edge": "i32", "stride": "i32", "start": "i32",
              "scale": "fp32", "softcap": "fp32"},
             {"CAP": cap, "BLOCK": 2048},
             {"num_warps": 4},
@@ -211,6 +211,23 @@ def test_entries_that_are_ruled_out(backend, trains):
     want = torch_alone(args)
     assert all(t.isfinite().all() for t in want)
     assert_derived(got, want, [t.double() for t in want], eps=2e-6)
+
+
+def test_rows_are_touched_up_to_a_multiple_of_16_where_that_is_their_memory():
+    """Triton loads whole vectors only where it knows that the row's end is aligned."""
+    pytest.importorskip("triton")
+    from fastunlearn.kernels.linear_nll import last
+    from fastunlearn.ops._linear_loss import _buffer
+
+    assert last(_buffer(3, 50_257, torch.empty(0, dtype=torch.bfloat16))) == 50_272
+    assert last(_buffer(3, 50_257, torch.empty(0))[:, :33]) == 48
+    assert last(torch.empty(3, 33)) == 33
+    padded = torch.empty(3, 48)
+    assert last(padded[:, :33]) == 48
+    assert last(padded[:, 20:]) == 28, "the last row would end outside"
+    assert last(padded[:2, 20:]) == 28, "the next row's entries are not free"
+    assert last(padded[:, :33], torch.empty(3, 33)) == 33
+    assert last(torch.empty(3, 32)) == 32
 
 
 def test_double_runs_as_reference_on_request_only():
