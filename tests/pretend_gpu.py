@@ -1,7 +1,7 @@
 """A GPU that is not there: tensors that say they are on cuda:0, hold their numbers on the CPU, and refuse what a real one would refuse.
 
 What mixes devices, hands a CPU's generator to a GPU's tensor, or asks NumPy for a GPU's memory, raises here as it would there. Numbers are
-a CPU's; kernels, streams and memory are not pretended. Ops run as their reference.
+a CPU's; kernels, streams, memory and autocast are not pretended. Ops run as their reference.
 """
 
 from __future__ import annotations
@@ -119,10 +119,6 @@ def _is_cuda(device: Any) -> bool:
     return isinstance(device, int) or torch.device(device).type in ("cuda", "meta")
 
 
-def _on_cpu(device: Any) -> torch.device:
-    return torch.device("cpu")
-
-
 def _check(func: Any, args: Any, kwargs: dict[str, Any]) -> None:
     """
     Raises:
@@ -136,7 +132,7 @@ def _check(func: Any, args: Any, kwargs: dict[str, Any]) -> None:
     flat = tree_flatten((args, kwargs))[0]
     if any(isinstance(t, Tensor) and t.device.type == "meta" and not isinstance(t, Pretended) for t in flat):
         raise NotImplementedError(
-            f"{func}: an argument was made in C++, where this device is not known; see `_where` below"
+            f"{func}: an argument was made in C++, where this device is not known; see `_where_of` below"
         )
     if func in _INDEXED:
         if not isinstance(args[0], Pretended):
@@ -145,10 +141,6 @@ def _check(func: Any, args: Any, kwargs: dict[str, Any]) -> None:
             )
         flat = [t for i, arg in enumerate(args) if i != 1 for t in tree_flatten(arg)[0]]
     here = [t for t in flat if isinstance(t, Tensor) and not isinstance(t, Pretended)]
-    if any(t.device.type == "meta" for t in here):
-        raise NotImplementedError(
-            f"{func}: an argument was made in C++, where this device is not known; see `_where` below"
-        )
     # A number in a tensor of the CPU is taken; a number on the GPU among tensors of the CPU is taken, too, but never as what is written.
     if any(t.dim() for t in here):
         raise RuntimeError(
@@ -162,9 +154,7 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     device = kwargs.get("device")
     to_cpu = device is not None and not _is_cuda(device)
     if device is not None:
-        kwargs["device"] = _on_cpu(device)
-    if isinstance(kwargs.get("generator"), Generator):
-        kwargs["generator"] = kwargs["generator"]
+        kwargs["device"] = torch.device("cpu")
     if kwargs.get("pin_memory"):
         kwargs["pin_memory"] = False
 
@@ -244,8 +234,7 @@ class Generator(torch.Generator):
     """Of random numbers on the pretended GPU."""
 
     def __new__(cls, device: Any = "cpu") -> Any:
-        made = super().__new__(cls if _is_cuda(device) else Generator._real, "cpu")
-        return made
+        return super().__new__(cls if _is_cuda(device) else Generator._real, "cpu")
 
     @property
     def device(self) -> torch.device:

@@ -1,4 +1,4 @@
-"""Every trainer, pruning, closed form and evaluation on a GPU that is not there (tests/pretend_gpu.py): nothing mixes devices."""
+"""Trainers, pruning and closed forms on a GPU that is not there (tests/pretend_gpu.py): nothing mixes devices."""
 
 from __future__ import annotations
 

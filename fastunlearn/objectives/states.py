@@ -87,8 +87,8 @@ def hooked(layer: nn.Module, kept: Tensor, use: Callable[[Tensor], Tensor]) -> I
 def _uncompiled(hook: T) -> T:
     """A hook that torch.compile leaves alone, with the layer that it is on.
 
-    Compiled code does not look whether a module's hooks are still those that it was made with: what this batch's hook knows would be
-    kept for the next one. The rest of the model is compiled as it would be.
+    It selects as many positions as a batch has answer tokens, which breaks a graph, and its parts would be compiled for every term: nine
+    graphs of a run, not four. The rest of the model is compiled as it would be.
     """
     # Where the compiler was never imported nothing is compiled, and importing it takes a second.
     return torch.compiler.disable(hook) if "torch._dynamo" in sys.modules else hook
