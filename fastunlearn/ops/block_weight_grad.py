@@ -139,7 +139,13 @@ def _by_definition(grad: Tensor, x: Tensor, mask: Tensor, block: int, conv: Conv
 def _write(
     grad: Tensor, x: Tensor, mask: Tensor, block: int, conv: Convolution | None, out: Tensor | None, packed: bool
 ) -> Tensor:
-    """Fills `out`, or makes it: dense [rows, cols], or packed [n, block, block]."""
+    """Fills `out`, or makes it: dense [rows, cols], or packed [n, block, block].
+
+    Raises:
+        ValueError: packed, and `out` is for another number of tiles.
+    """
+    if packed and out is not None:
+        _check_tiles(out, mask, block)
     op = _LINEAR if conv is None else _CONV
     backend = _backend.resolve(op, x.device, _unsupported(x, block))
     rows, cols = _sides(grad, x, conv)
@@ -200,8 +206,6 @@ def _(grad: Tensor, x: Tensor, block_mask: Tensor, block: int, conv: list[int], 
 
 @torch.library.custom_op("fastunlearn::block_weight_grad_", mutates_args=("out",), tags=_backend.NOT_CAPTURED)
 def _op_(grad: Tensor, x: Tensor, block_mask: Tensor, block: int, conv: list[int], packed: bool, out: Tensor) -> None:
-    if packed:
-        _check_tiles(out, block_mask, block)
     _write(grad, x, block_mask, block, Convolution.of(conv) if conv else None, out, packed)
 
 
@@ -276,8 +280,6 @@ def _run(
         if _backend.traced(grad, x, mask, target):
             _op_(grad, x, mask, block, flat, packed, target)
         else:
-            if packed:
-                _check_tiles(target, mask, block)
             _write(grad, x, mask, block, conv, target, packed)
     return out
 
